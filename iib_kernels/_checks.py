@@ -1,0 +1,97 @@
+"""Argument checks shared by the public functions: every message names the argument, what it is and what was expected."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from iib_kernels._runtime import eager_on_cpu
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def describe(value: object) -> str:
+    """A tensor's dtype and shape, or what else it is."""
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_float(value: object, name: str) -> Tensor:
+    """TypeError unless ``value`` is a floating-point tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {describe(value)}; convert it with .float()")
+    return value
+
+
+def check_shape(value: Tensor, shape: Sequence[int | None], name: str, letters: str) -> Tensor:
+    """ValueError unless ``value`` has ``shape`` (None = any size); ``letters`` says it for the message, as in ``"[B, D]"``."""
+    if value.dim() != len(shape) or any(size is not None and size != actual for size, actual in zip(shape, value.shape)):
+        known = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape {letters} = [{known}], got {describe(value)}")
+    return value
+
+
+def check_choice(value: object, options: Sequence[str], name: str) -> None:
+    """ValueError unless ``value`` is one of ``options``."""
+    if value not in options:
+        raise ValueError(f"{name}: {value!r} is none of {', '.join(options)}")
+
+
+def tensor_list(values: object, name: str, count: int | None = None) -> list[Tensor]:
+    """A non-empty sequence of floating-point tensors as a list, of ``count`` if given; TypeError or ValueError naming the entry."""
+    if isinstance(values, Tensor) or not isinstance(values, Sequence):
+        raise TypeError(f"{name}: expected a sequence with one tensor a modality, got {describe(values)}; wrap a single one in a list")
+    if not len(values) or (count is not None and len(values) != count):
+        raise ValueError(f"{name}: expected {'at least one tensor' if count is None else f'{count} tensors, one a modality'}, got {len(values)}")
+    return [check_float(value, f"{name}[{index}]") for index, value in enumerate(values)]
+
+
+def check_device(reference: Tensor, **others: Tensor | None) -> None:
+    """ValueError unless all tensors stand on one device."""
+    for name, value in others.items():
+        if value is not None and value.device != reference.device:
+            raise ValueError(f"{name}: is on {value.device}, the other arguments on {reference.device}; move it there")
+
+
+def check_mask(mask: object, shape: Sequence[int], name: str = "mask", *, rows_need_one: bool = False) -> Tensor | None:
+    """A bool tensor of ``shape`` [..., M] or None. With ``rows_need_one``, a row without any True is a ValueError where values may be looked at."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"{name}: expected a bool tensor (True = present), got {describe(mask)}")
+    if tuple(mask.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {list(shape)} (samples, modalities), got {list(mask.shape)}")
+    if rows_need_one and eager_on_cpu(mask):
+        empty = ~mask.any(-1)
+        if empty.any():
+            row = int(empty.flatten().nonzero()[0])
+            raise ValueError(f"{name}: row {row} has no modality present; leave such samples out, there is nothing to fuse")
+    return mask
+
+
+def check_targets(targets: object, shape: Sequence[int], num_classes: int, ignore_index: int) -> Tensor:
+    """Class indices of ``shape`` as int64, with ``ignore_index`` in place of any that is out of range.
+
+    Where values may be looked at (eager, on the CPU) one out of range is a ValueError naming its row. Elsewhere, without synchronising, it counts as
+    ignored: it is never used as an index.
+    """
+    if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+        raise TypeError(f"targets: expected int64 class indices, got {describe(targets)}")
+    if tuple(targets.shape) != tuple(shape):
+        raise ValueError(f"targets: expected shape {list(shape)}, one class index a sample, got {list(targets.shape)}")
+    targets = targets.long()
+    bad = (targets != ignore_index) & ((targets < 0) | (targets >= num_classes))
+    if eager_on_cpu(targets) and bad.any():
+        row = int(bad.flatten().nonzero()[0])
+        raise ValueError(
+            f"targets: row {row} holds {int(targets.flatten()[row])}, outside 0..{num_classes - 1}; use ignore_index ({ignore_index}) to leave a row out"
+        )
+    return torch.where(bad, ignore_index, targets)
+
+
+def refuse_grad(name: str, *values: Tensor | None) -> None:
+    """ValueError if an argument that no gradient reaches asks for one."""
+    if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values):
+        raise ValueError(f"{name}: requires grad, but this function gives it no gradient; pass {name}.detach()")

@@ -1,0 +1,132 @@
+"""The method page's sections 2 to 4 in plain PyTorch: what every faster implementation is tested against.
+
+Functions here check nothing and process everything at once, in the dtype of their inputs; the public functions of this package add argument checks, dtype
+rules and bounded memory. The equations are this project's own formulation of arXiv 2603.17347.
+
+Shapes: B samples, K classes, M modalities; features[m] is [B, D_m], prototypes[m] [K, D_m], logits[m] [..., K].
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+EPS = 1e-12  # of L2 normalisation: a row shorter than this is divided by it, so a zero vector stays zero
+NEVER = -torch.inf
+
+
+def normalize(rows: Tensor) -> Tensor:
+    """Rows [..., D] at unit length; a zero row stays zero."""
+    return F.normalize(rows, dim=-1, eps=EPS)
+
+
+def prototype_distance(features: Tensor, prototypes: Tensor, metric: str = "cosine") -> Tensor:
+    """d2(i, k) = |z_i|^2 + |p_k|^2 - 2 z_i . p_k, clamped at 0; [B, K]. Rows are normalised first for ``"cosine"`` (section 2)."""
+    if metric == "cosine":
+        features, prototypes = normalize(features), normalize(prototypes)
+    squares = features.square().sum(-1, keepdim=True) + prototypes.square().sum(-1)
+    return (squares - 2 * features @ prototypes.mT).clamp_min(0)
+
+
+def prototype_log_posterior(features: Tensor, prototypes: Tensor, temperature: float = 0.2, metric: str = "cosine", seen: Tensor | None = None) -> Tensor:
+    """log q(i, .) = log_softmax_k(-d2(i, k) / tau) over the seen classes, [B, K]; -inf for classes not seen (section 2)."""
+    scores = -prototype_distance(features, prototypes, metric) / temperature
+    if seen is not None:
+        scores = scores.masked_fill(~seen & seen.any(), NEVER)  # with no class seen the rows do not count: any finite numbers will do
+    return scores.log_softmax(-1)
+
+
+def nearest_prototype(features: Tensor, prototypes: Tensor, metric: str = "cosine", seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Squared distance to the nearest seen prototype and its class, [B] and [B]; 0 and -1 where no class has been seen."""
+    distance = prototype_distance(features, prototypes, metric)
+    if seen is None:
+        return distance.min(-1)
+    nearest, index = distance.masked_fill(~seen & seen.any(), torch.inf).min(-1)
+    return torch.where(seen.any(), nearest, 0.0), torch.where(seen.any(), index, -1)
+
+
+def alignment_loss(
+    features: Sequence[Tensor], prototypes: Sequence[Tensor], targets: Tensor, budgets: Tensor, temperature: float = 0.2, metric: str = "cosine",
+    seen: Sequence[Tensor] | None = None, mask: Tensor | None = None, ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Section 3, per sample: contrastive C_m(i), alignment A_m(i), confidence q_m(i, y_i), each [B, M], and which of them count, [B, M] bool.
+
+    A row counts for modality m where its target is not ignored, the modality is present and the target's class has been seen by it; alignment counts where
+    the row counts for the anchor as well.
+    """
+    count = len(features)
+    anchor = budgets.argmax()
+    top = budgets.max()
+    relative = torch.where(top > 0, budgets / torch.where(top > 0, top, 1), 1.0)  # rho_m; all 1 where no budget is above 0
+    valid = targets != ignore_index
+    y = torch.where(valid, targets, 0)
+    log_q = torch.stack([prototype_log_posterior(f, p, temperature, metric, None if seen is None else seen[m])
+                         for m, (f, p) in enumerate(zip(features, prototypes))])  # [M, B, K]
+    counts = valid[:, None].expand(-1, count) if mask is None else valid[:, None] & mask
+    if seen is not None:
+        counts = counts & torch.stack([s[y] for s in seen], 1)
+    log_true = torch.where(counts, log_q.gather(2, y.expand(count, -1)[..., None]).squeeze(2).T, 0.0)  # [B, M]
+    confidence = torch.where(counts, log_true.exp(), 0.0)
+    log_anchor = log_q[anchor].detach()
+    q_anchor, true_anchor = log_anchor.exp(), confidence.detach().gather(1, anchor.expand(len(y), 1))
+    deviation = (relative * true_anchor - confidence.detach()).clamp_min(0)
+    # A class that either of the two has not seen carries no evidence to compare: left out of the sum
+    both = (log_q > NEVER) & (log_anchor > NEVER)
+    difference = torch.where(both, log_anchor, 0.0) - torch.where(both, log_q, 0.0)
+    divergence = (torch.where(both, q_anchor, 0.0) * difference).sum(-1).T  # KL(q_a || q_m), [B, M]
+    aligned = counts & counts.gather(1, anchor.expand(len(y), 1)) & (torch.arange(count, device=y.device) != anchor)
+    alignment = torch.where(aligned, deviation * divergence, 0.0)
+    return -log_true, alignment, confidence, counts
+
+
+def gated_fusion(
+    logits: Sequence[Tensor], log_prior: Tensor | None = None, gate_logits: Tensor | None = None, temperature: Tensor | float = 1.0,
+    uncertainty_weight: Tensor | float = 1.0, scale: Tensor | float = 1.0, mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Section 4: fused logits f [..., K], weights w [..., M], uncertainty u [..., M] and the scaled logits t [..., M, K]."""
+    stacked = torch.stack(list(logits), -2)
+    if mask is not None:
+        stacked = torch.where(mask[..., None], stacked, 0.0)  # what stands in a missing modality's row is nobody's business
+    count, classes = stacked.shape[-2:]
+    per_modality = lambda value: torch.as_tensor(value, dtype=stacked.dtype, device=stacked.device).expand(count)
+    t = stacked / per_modality(temperature)[:, None]
+    uncertainty = entropy(t) / math.log(classes) if classes > 1 else torch.zeros_like(t[..., 0])
+    score = -per_modality(uncertainty_weight) * uncertainty
+    if log_prior is not None:
+        score = score + log_prior
+    if gate_logits is not None:
+        score = score + gate_logits
+    if mask is not None:
+        score = score.masked_fill(~mask, NEVER)
+    weights = score.softmax(-1)
+    fused = scale * torch.where(weights[..., None] > 0, weights[..., None] * t, 0.0).sum(-2)  # 0 * -inf is 0: no weight, no say
+    return fused, weights, uncertainty, t
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """H(softmax(logits)) over the last dimension, nats; 0 log 0 = 0."""
+    log_p = logits.log_softmax(-1)
+    return -torch.where(log_p > NEVER, log_p.exp() * torch.where(log_p > NEVER, log_p, 0.0), 0.0).sum(-1)
+
+
+def class_sums(features: Tensor, targets: Tensor, num_classes: int, metric: str = "cosine", ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """Sum of the embeddings (normalised for ``"cosine"``) of each class [K, D] and number of them [K] int64."""
+    member = targets == torch.arange(num_classes, device=targets.device)[:, None]  # [K, B]
+    member = member & (targets != ignore_index)
+    rows = normalize(features) if metric == "cosine" else features
+    rows = torch.where(member.any(0)[:, None], rows, 0.0)  # an ignored row may hold anything
+    return member.to(rows.dtype) @ rows, member.sum(1)
+
+
+def ema_from_sums(
+    prototypes: Tensor, counts: Tensor, sums: Tensor, batch_counts: Tensor, momentum: float = 0.9, metric: str = "cosine"
+) -> tuple[Tensor, Tensor]:
+    """Section 2: p <- normalise(mu p + (1 - mu) mean) for classes in the batch; the mean itself the first time; new prototypes and counts."""
+    mean = sums / batch_counts.clamp_min(1)[:, None]
+    moved = torch.where((counts > 0)[:, None], momentum * prototypes + (1 - momentum) * mean, mean)
+    if metric == "cosine":
+        moved = normalize(moved)
+    return torch.where((batch_counts > 0)[:, None], moved, prototypes), counts + batch_counts

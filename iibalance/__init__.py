@@ -1,0 +1,38 @@
+"""iibalance: budget-aware multimodal training (IIBalance, arXiv 2603.17347; the equations are this project's own formulation).
+
+Names are imported when first used, so that ``iibalance --help`` does not wait for torch.
+"""
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Budgets": "budgets",  # estimated or given budgets, with standard errors, anchor and prior
+    "Gate": "gate",  # sample-wise fusion, calibrated by fit()
+    "HeadOutput": "head",
+    "IIBalanceHead": "head",  # embeddings in; logits, weights and loss out
+    "IIBalanceLoss": "objective",  # the objective and its schedule
+    "InputError": "errors",  # raised for input that cannot be used
+    "LossOutput": "objective",
+    "MultimodalClassifier": "model",  # named encoders and a head
+    "Prediction": "model",
+    "PrototypeBank": "prototypes",  # EMA prototypes
+    "RunConfig": "config",  # every option of a run
+    "budgets_from_logits": "budgets",
+    "build_encoder": "encoders",  # built-in encoders by shape
+    "estimate_budgets": "estimation",
+    "load": "loading",  # a run's folder -> model
+    "load_config": "config",
+    "train": "training",  # a whole run
+}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

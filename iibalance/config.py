@@ -1,0 +1,172 @@
+"""Every option, once: typed dataclasses, the one place where a default stands. The command line and YAML files are made from these."""
+from __future__ import annotations
+
+from argparse import ArgumentError
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, Optional
+
+import yaml
+
+from iibalance.data.base import DataConfig
+from iibalance.errors import InputError
+from iibalance.runs import write_text
+
+__all__ = ["BudgetConfig", "CalibrationConfig", "DataConfig", "ModelConfig", "ObjectiveConfig", "RunConfig", "TrainingConfig",
+           "config_parser", "load_config", "save_config"]
+
+
+@dataclass
+class ModelConfig:
+    """The built-in encoders."""
+
+    embedding_dim: int = 128
+    """Size of each modality's embedding."""
+    width: int = 64
+    """Scale of the encoders' hidden channels."""
+    dropout: float = 0.2
+    """Dropout inside the encoders."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """Weights of the training objective; see ``iibalance.objective.IIBalanceLoss``."""
+
+    fused_weight: float = 0.0
+    """Weight of the fused prediction's cross-entropy (README, "Departures", has the measurement behind the default)."""
+    alpha: float = 1.0
+    """Weight of the prototype contrastive loss."""
+    beta: float = 5.0
+    """Weight of the budget-conditioned relative alignment."""
+    temperature: float = 0.2
+    """Temperature of the prototype softmax."""
+    warmup: float = 0.1
+    """Share of training before the prototype terms begin."""
+    ramp: float = 0.3
+    """Share of training over which they rise linearly to full weight."""
+    momentum: float = 0.9
+    """Momentum of the prototypes' moving average."""
+
+
+@dataclass
+class TrainingConfig:
+    """The training loop, the same for every method."""
+
+    batch_size: Optional[int] = None
+    """Samples a step and process; by default 32 for fewer than 1,000 training samples (else an epoch is a handful of steps), 64 from there on."""
+    learning_rate: float = 3e-3
+    """Peak learning rate (AdamW; linear warm-up over the first tenth, then cosine to 0)."""
+    weight_decay: float = 1e-2
+    """Weight decay (AdamW)."""
+    patience: int = 15
+    """Epochs without a better validation NLL before stopping early."""
+    gradient_accumulation: int = 1
+    """Batches whose gradients are summed before a step."""
+    max_gradient_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 = never."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Automatic mixed precision."""
+    modality_dropout: float = 0.0
+    """Probability with which each modality of a training sample is hidden (a sample always keeps one)."""
+    alone: bool = True
+    """Also train each modality's encoder alone, with the same budget of epochs: the reference for ``utilisation``."""
+    checkpoint_seconds: float = 10.0
+    """At most this much training time is lost by a kill (checkpoints are written at the end of an epoch). 0 = every epoch."""
+    progress: bool = True
+    """Show progress bars (only on a terminal)."""
+
+
+@dataclass
+class BudgetConfig:
+    """Where the Intrinsic Information Budgets come from."""
+
+    source: Literal["unimodal", "probe", "online"] = "unimodal"
+    """``unimodal``: cross-fitted unimodal trainings; ``probe``: linear probes on the inputs as given; ``online``: the heads' own held-out loss,
+    refreshed every epoch."""
+    folds: int = 3
+    """Folds of the training split (disjoint by ``data.groups``)."""
+    epochs: Optional[int] = None
+    """Epochs of the unimodal trainings; half of ``epochs`` by default."""
+    path: Optional[str] = None
+    """Take the budgets from this JSON file instead of estimating them."""
+
+
+@dataclass
+class CalibrationConfig:
+    """Stage 3: the gate is fitted by MAP on held-out samples and corrupted copies of them."""
+
+    source: Literal["out_of_fold", "validation", "both"] = "both"
+    """``out_of_fold``: the held-out folds of the unimodal budget stage; ``validation``: the joint model's validation split; ``both``: all of
+    them together. Without folds (other budget sources), the validation split."""
+    copies: int = 4
+    """Corrupted copies of each held-out sample."""
+    corrupted_weight: float = 0.5
+    """Weight of all corrupted copies of a sample together, beside 1 for the clean sample."""
+    max_strength: float = 4.0
+    """Strongest noise among the corruptions, in standard deviations of the (standardised) input."""
+    prior_scale: float = 1.0
+    """Width of the MAP prior around the neutral gate; small = stay neutral."""
+    hidden: int = 16
+    """Units of the gate network; 0 = none."""
+
+
+@dataclass
+class RunConfig:
+    """One training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    budgets: BudgetConfig = field(default_factory=BudgetConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    method: str = "iibalance"
+    """iibalance, concat, sum, unimodal (the best single modality) or ensemble (separately trained, temperature-scaled logits summed)."""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """Implementation of the iib_kernels operations."""
+    seed: int = 0
+    """Seed of everything random in training (the data's split has its own, ``data.split_seed``)."""
+    epochs: int = 30
+    """Epochs of the joint training."""
+    output: str = "runs/default"
+    """The run's folder."""
+
+
+def config_parser():
+    """A jsonargparse parser of every option of :class:`RunConfig`, ``--data.name`` and so on."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def save_config(path: str | Path, config: RunConfig) -> None:
+    """Write every option as YAML, whole or not at all."""
+    write_text(path, yaml.safe_dump(asdict(config), sort_keys=False))
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Read what :func:`save_config` wrote, or any YAML file with some of the options; InputError naming the option that is wrong.
+
+    >>> import tempfile, os
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_config(os.path.join(folder, "config.yaml"), RunConfig(epochs=3))
+    ...     load_config(os.path.join(folder, "config.yaml")).epochs
+    3
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: is not a readable YAML file ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected options by name")
+    parser = config_parser()
+    try:
+        parsed = parser.parse_object(content)
+    except ArgumentError as error:
+        raise InputError(f"{path}: {' '.join(str(error).split())}") from None
+    return RunConfig(**vars(parser.instantiate(parsed)))

@@ -1,0 +1,143 @@
+"""Degraded inputs: for the gate's calibration (method.md 5), for modality dropout, and for evaluation under a named degradation.
+
+Everything works on standardised batches, draws from the ``torch.Generator`` it is given (on that generator's device), and leaves its
+input as it is.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from iibalance.data.base import Batch
+from iibalance.errors import InputError
+
+KINDS = ("noise", "missing", "shuffled")
+
+
+def corrupt(
+    batch: Batch, modality: str, kind: str, *, fraction: float = 0.5, strength: float = 3.0, generator: torch.Generator
+) -> Batch:
+    """Corrupt one modality of a random ``fraction`` of the samples that have it (rounded; the same samples whatever the kind).
+
+    ``noise`` adds ``strength`` standard deviations of Gaussian noise; ``missing`` clears the mask and the values, except where this is the
+    sample's only modality; ``shuffled`` gives each chosen sample this modality of another chosen one (never its own).
+    InputError for an unknown modality or kind, a fraction outside 0..1 or a negative strength.
+
+    >>> batch = Batch({"a": torch.zeros(4, 2), "b": torch.ones(4, 3)}, torch.arange(4), torch.ones(4, 2, dtype=torch.bool))
+    >>> corrupt(batch, "a", "missing", generator=torch.Generator().manual_seed(0)).mask.sum(0)
+    tensor([2, 4])
+    """
+    modality, kind = _check(modality, kind, tuple(batch.inputs))
+    if not 0 <= fraction <= 1:
+        raise InputError(f"fraction: {fraction} is no share of the samples; give a number from 0 to 1")
+    if not 0 <= strength < float("inf"):
+        raise InputError(f"strength: {strength} is no noise level; give 0 or more standard deviations")
+    column = tuple(batch.inputs).index(modality)
+    present = batch.mask[:, column].nonzero().squeeze(1)
+    order = torch.randperm(len(present), generator=generator, device=generator.device).to(present.device)
+    count = int(fraction * len(present) + 0.5)
+    rows, spare = present[order[:count]], present[order[count:]]
+    values, mask = batch.inputs[modality].clone(), batch.mask.clone()
+    if kind == "noise":
+        values[rows] += strength * _normal(values[rows], generator)
+    elif kind == "missing":
+        rows = rows[batch.mask[rows].sum(1) > 1]
+        values[rows] = 0.0
+        mask[rows, column] = False
+    elif count > 1:
+        values[rows] = batch.inputs[modality][rows.roll(1)]  # one cycle through rows in random order: nobody keeps its own
+    elif count == 1 and len(spare):
+        values[rows] = batch.inputs[modality][spare[:1]]
+    return Batch({**batch.inputs, modality: values}, batch.targets, mask)
+
+
+def random_corruptions(
+    batch: Batch, *, generator: torch.Generator, max_strength: float = 4.0, kinds: Sequence[str] = KINDS
+) -> Batch:
+    """Each sample with one of its modalities, chosen at random, corrupted in a random way: the calibration set's second half (method.md 5).
+
+    ``noise`` has a strength uniform in 0..``max_strength`` for each sample; ``shuffled`` takes the modality of another sample of the batch.
+    A sample with a single modality can only get noise: without its one input nothing could be learnt from it (left clean if ``noise`` is
+    not among ``kinds``). InputError for an unknown kind, none at all, or a negative strength.
+
+    >>> batch = Batch({"a": torch.zeros(4, 2), "b": torch.ones(4, 3)}, torch.arange(4), torch.ones(4, 2, dtype=torch.bool))
+    >>> random_corruptions(batch, kinds=["missing"], generator=torch.Generator().manual_seed(0)).mask.sum(1)
+    tensor([1, 1, 1, 1])
+    """
+    kinds = tuple(kinds)
+    for kind in kinds or ("",):
+        if kind not in KINDS:
+            raise InputError(f"kinds: {kind!r} is none of {', '.join(KINDS)}")
+    if not 0 <= max_strength < float("inf"):
+        raise InputError(f"max_strength: {max_strength} is no noise level; give 0 or more standard deviations")
+    device, count = batch.mask.device, len(batch.mask)
+
+    def uniform(*size: int) -> Tensor:
+        return torch.rand(*size, generator=generator, device=generator.device).to(device)
+
+    chosen = (uniform(*batch.mask.shape) + batch.mask).argmax(1)  # a present modality of each sample, all equally likely  [B]
+    drawn = (uniform(count) * len(kinds)).long().clamp_max(len(kinds) - 1)
+    strength = max_strength * uniform(count)
+    alone = batch.mask.sum(1) < 2
+    is_kind = {kind: (drawn == index) & ~alone for index, kind in enumerate(kinds)}
+    if "noise" in is_kind:
+        is_kind["noise"] |= alone & batch.mask.any(1)
+    inputs, mask = {}, batch.mask.clone()
+    for column, (name, original) in enumerate(batch.inputs.items()):
+        values = inputs[name] = original.clone()
+        rows = {kind: (where & (chosen == column)).nonzero().squeeze(1) for kind, where in is_kind.items()}
+        if "noise" in rows:
+            scale = strength[rows["noise"]].view(-1, *[1] * (values.dim() - 1))
+            values[rows["noise"]] += scale * _normal(values[rows["noise"]], generator)
+        if "shuffled" in rows:
+            present = batch.mask[:, column].nonzero().squeeze(1)
+            if len(present) > 1:
+                place = torch.searchsorted(present, rows["shuffled"])
+                step = 1 + (uniform(len(place)) * (len(present) - 1)).long().clamp_max(len(present) - 2)  # 1 .. n - 1: never itself
+                values[rows["shuffled"]] = original[present[(place + step) % len(present)]]
+        if "missing" in rows:
+            values[rows["missing"]] = 0.0
+            mask[rows["missing"], column] = False
+    return Batch(inputs, batch.targets, mask)
+
+
+def drop_modalities(mask: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """``mask`` [B, M] bool with each True dropped with ``probability``; a row that would lose everything keeps one at random.
+
+    >>> mask = torch.ones(1000, 3, dtype=torch.bool)
+    >>> drop_modalities(mask, 1.0, torch.Generator().manual_seed(0)).sum(1).unique()
+    tensor([1])
+    """
+    if not 0 <= probability <= 1:
+        raise InputError(f"modality dropout: {probability} is no probability; give a number from 0 to 1")
+    draw = torch.rand(mask.shape, generator=generator, device=generator.device).to(mask.device)
+    kept = mask & (draw >= probability)
+    last = draw.masked_fill(~mask, -1.0).argmax(1, keepdim=True)  # given that all were dropped, the largest draw is any of them alike
+    rescue = torch.zeros_like(mask).scatter_(1, last, True) & mask
+    return torch.where(kept.any(1, keepdim=True), kept, rescue)
+
+
+def parse_degrade(text: str, modalities: Sequence[str]) -> tuple[str, str]:
+    """``"audio=noise"`` -> ``("audio", "noise")``; InputError says which modalities and kinds there are.
+
+    >>> parse_degrade("audio=noise", ["audio", "visual"])
+    ('audio', 'noise')
+    """
+    modality, equals, kind = text.partition("=")
+    if not equals:
+        raise InputError(f"degrade: {text!r} is not <modality>=<kind>, such as {modalities[0]}=noise")
+    return _check(modality.strip(), kind.strip(), modalities)
+
+
+def _check(modality: str, kind: str, modalities: Sequence[str]) -> tuple[str, str]:
+    if modality not in modalities:
+        raise InputError(f"degrade: no modality {modality!r}; there are {', '.join(modalities)}")
+    if kind not in KINDS:
+        raise InputError(f"degrade: {kind!r} is none of {', '.join(KINDS)}")
+    return modality, kind
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, device=generator.device).to(like)

@@ -1,0 +1,91 @@
+"""The plain baseline: one linear classifier on the concatenated embeddings."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from iibalance.calibration import HeldOut
+from iibalance.data.base import Split
+from iibalance.head import HeadOutput
+from iibalance.methods.base import Method
+from iibalance.model import MultimodalClassifier, embed_split
+from iibalance.names import as_sequence, check_names
+from iibalance.temperature import fit_temperature
+
+
+class ConcatHead(nn.Module):
+    """Linear classifier on concatenated embeddings; a missing modality's part is zero. One temperature, fitted after training.
+
+    ``modality_logits`` come from linear probes that :meth:`fit_probes` fits on each frozen branch: what a branch of the joint model can tell by itself.
+
+    >>> head = ConcatHead({"audio": 4, "visual": 2}, num_classes=3)
+    >>> head([torch.zeros(1, 4), torch.zeros(1, 2)], torch.tensor([1])).logits.shape
+    torch.Size([1, 3])
+    """
+
+    def __init__(self, embedding_dims: Mapping[str, int], num_classes: int):
+        super().__init__()
+        self.modalities, self.embedding_dims, self.num_classes = check_names(embedding_dims), dict(embedding_dims), num_classes
+        self.classifier = nn.Linear(sum(embedding_dims.values()), num_classes)
+        self.probes = nn.ModuleList(nn.Linear(size, num_classes) for size in embedding_dims.values()).requires_grad_(False)
+        self.register_buffer("log_temperature", torch.zeros(()))
+        for probe in self.probes:
+            nn.init.zeros_(probe.weight)
+            nn.init.zeros_(probe.bias)
+
+    def _logits(self, embeddings: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+        if mask is not None:
+            embeddings = [values.masked_fill(~mask[:, index, None], 0.0) for index, values in enumerate(embeddings)]
+        return self.classifier(torch.cat(list(embeddings), 1))
+
+    def fuse(self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None = None) -> HeadOutput:
+        """Predict from embeddings (M of [B, D_m], mask [B, M] bool)."""
+        embeddings = as_sequence(embeddings, self.modalities, "embeddings")
+        return HeadOutput(self._logits(embeddings, mask) / self.log_temperature.exp(), None, None, tuple(p(e) for p, e in zip(self.probes, embeddings)))
+
+    def forward(
+        self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], targets: Tensor | None = None, *, mask: Tensor | None = None, progress: float = 1.0
+    ) -> HeadOutput:
+        """As :class:`~iibalance.head.IIBalanceHead`; the loss is the cross-entropy of the one classifier."""
+        if targets is None:
+            return self.fuse(embeddings, mask)
+        logits = self._logits(as_sequence(embeddings, self.modalities, "embeddings"), mask)
+        return HeadOutput(logits, None, None, (), F.cross_entropy(logits, targets))
+
+    def fit_probes(self, embeddings: Sequence[Tensor], targets: Tensor, mask: Tensor) -> None:
+        """Logistic regression on each branch's training embeddings, M of [N, D_m]; rows of a missing modality do not count."""
+        from sklearn.linear_model import LogisticRegression
+
+        for index, (probe, values) in enumerate(zip(self.probes, embeddings)):
+            rows = mask[:, index]
+            x, y = values[rows].cpu().double(), targets[rows]
+            mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
+            model = LogisticRegression(C=0.1, max_iter=1000).fit(((x - mean) / std).numpy(), y.numpy())
+            weight, bias = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
+            if len(model.classes_) == 2:  # scikit-learn keeps one row for two classes
+                weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+            weight, full = weight / std, torch.zeros(self.num_classes, dtype=torch.float64)
+            full[:] = -30.0
+            full[model.classes_] = bias - weight @ mean
+            probe.bias.copy_(full)
+            probe.weight.zero_()
+            probe.weight[model.classes_] = weight.to(probe.weight)
+
+
+class Concat(Method):
+    """Concatenated embeddings, one linear classifier, cross-entropy; one temperature fitted on validation data."""
+
+    name = "concat"
+
+    def head(self, embedding_dims: Mapping[str, int], num_classes: int) -> nn.Module:
+        return ConcatHead(embedding_dims, num_classes)
+
+    @torch.no_grad()
+    def calibrate(self, model: MultimodalClassifier, train: Split, validation: Split, out_of_fold: HeldOut | None, seed: int) -> None:
+        head, device = model.head, model.head.log_temperature.device
+        fused = head.fuse(embed_split(model, validation), validation.mask.to(device)).logits.cpu()
+        head.log_temperature.add_(torch.tensor(fit_temperature(fused, validation.targets)).log().to(device))
+        head.fit_probes(embed_split(model, train), train.targets, train.mask)

@@ -1,0 +1,178 @@
+"""Numbers about predictions: quality, calibration and who contributed (method.md, section 6). Pure functions; no model, no trainer.
+
+Everything is computed on the CPU in float64, and means are exactly rounded sums (``math.fsum``), so that neither the number of threads nor
+the device moves the last bit: the ``metrics.json`` of a resumed run equals that of the run which was never interrupted.
+"""
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100  # rows with this target contribute nothing, here as in the losses
+MAX_PLAYERS = 6  # 2**6 = 64 evaluations of a test set; every further player doubles them
+
+
+def classification_metrics(log_probabilities: Tensor, targets: Tensor, *, bins: int = 15) -> dict[str, float]:
+    """The five numbers reported of any predictor: ``accuracy``, ``macro_f1``, ``nll``, ``ece``, ``brier`` (method.md, section 6).
+
+    ``log_probabilities`` [N, K] floating point, normalised over K (natural logarithm; -inf is a probability of 0), ``targets`` [N]
+    integers in 0..K-1, or -100 for a row to leave out. The predicted class is the first of the most probable ones.
+
+    - ``accuracy`` in [0, 1];
+    - ``macro_f1`` in [0, 1]: the mean F1 over the classes that occur in the targets *or* the predictions. A class that occurs in
+      neither says nothing and is left out; one that is predicted without ever occurring counts 0 (as in scikit-learn and torchmetrics);
+    - ``nll`` in nats: the mean of -log p(target); infinite where a target was given probability 0;
+    - ``ece`` in [0, 1]: mean absolute gap of confidence and accuracy over ``bins`` equal-mass bins (see :func:`reliability_curve`);
+    - ``brier`` in [0, 2]: the mean over samples of the squared error *summed* over classes (Brier 1950), not halved for two classes.
+
+    Raises ``ValueError`` naming the argument: wrong shapes or types, nothing to score, NaN or unnormalised rows, targets out of range,
+    bins < 1.
+
+    >>> probabilities = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.75, 0.0]], dtype=torch.float64)
+    >>> classification_metrics(probabilities.log(), torch.tensor([0, 0]))
+    {'accuracy': 0.5, 'macro_f1': 0.333..., 'nll': 1.0397..., 'ece': 0.625, 'brier': 0.8125}
+    """
+    log_probabilities, targets = _checked(log_probabilities, targets)
+    confidence, accuracy, count = reliability_curve(log_probabilities, targets, bins)
+    predictions = log_probabilities.argmax(1)
+    rows = torch.arange(len(targets))
+    squared = log_probabilities.exp()
+    squared[rows, targets] -= 1.0
+    squared.square_()
+    gaps = (count * (confidence - accuracy).abs()).tolist()
+    return {
+        "accuracy": (predictions == targets).sum().item() / len(targets),
+        "macro_f1": _macro_f1(predictions, targets, log_probabilities.shape[1]),
+        "nll": max(0.0, _mean(-log_probabilities[rows, targets])),  # float32 may round a certain row to +1e-7
+        "ece": math.fsum(gaps) / len(targets),
+        "brier": _mean(squared.sum(1)),
+    }
+
+
+def reliability_curve(log_probabilities: Tensor, targets: Tensor, bins: int = 15) -> tuple[Tensor, Tensor, Tensor]:
+    """Confidence against accuracy in equal-mass bins: what a reliability diagram draws and the ECE sums (method.md, section 6).
+
+    Takes what :func:`classification_metrics` takes and raises what it raises. Samples are sorted by confidence (the probability of the
+    predicted class) and cut into b = min(bins, N) consecutive groups whose sizes differ by at most one, the larger groups first; equal
+    width would leave most bins of a good model nearly empty (Nixon et al. 2019, "Measuring Calibration in Deep Learning").
+    Samples of exactly equal confidence share their mean accuracy, so that a cut through a tie depends on no order: a predictor with one
+    constant confidence that is right has an ECE of 0, however its samples are listed.
+
+    Returns float64 mean ``confidence`` [b], never falling, float64 mean ``accuracy`` [b] and int64 ``count`` [b], which sums to the
+    rows scored.
+
+    >>> log_probabilities = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.7, 0.3], [0.2, 0.8]], dtype=torch.float64).log()
+    >>> confidence, accuracy, count = reliability_curve(log_probabilities, torch.tensor([0, 1, 0, 1]), bins=2)
+    >>> confidence, accuracy, count
+    (tensor([0.6500, 0.8500], dtype=torch.float64), tensor([0.5000, 1.0000], dtype=torch.float64), tensor([2, 2]))
+    """
+    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
+        raise ValueError(f"bins: {bins!r} is not a whole number of at least 1")
+    log_probabilities, targets = _checked(log_probabilities, targets)
+    log_confidence, predictions = log_probabilities.max(1)
+    log_confidence, order = log_confidence.sort(stable=True)  # ties are found before exp(), whose last bit may differ between lanes
+    correct = (predictions == targets).double()[order]
+    _, group, size = log_confidence.unique_consecutive(return_inverse=True, return_counts=True)
+    correct = (torch.bincount(group, weights=correct) / size)[group]
+    parts = min(bins, len(targets))
+    confidence = [_mean(part) for part in log_confidence.exp().tensor_split(parts)]
+    accuracy = [_mean(part) for part in correct.tensor_split(parts)]
+    count = [len(part) for part in correct.tensor_split(parts)]
+    return torch.tensor(confidence, dtype=torch.float64), torch.tensor(accuracy, dtype=torch.float64), torch.tensor(count)
+
+
+def exact_shapley(value: Callable[[tuple[bool, ...]], float], num_players: int) -> list[float]:
+    """Each player's share of v(everyone) - v(nobody), after Shapley (1953): exact, no sampling (method.md, section 6).
+
+    ``value`` takes a presence mask of ``num_players`` booleans and returns a finite number, such as the accuracy with the absent modalities
+    masked; for the empty mask that is what a prediction from nothing achieves. It is called once per subset: 2**num_players times.
+
+        phi_m = sum over S without m of |S|! (M - |S| - 1)! / M! * (v(S + m) - v(S))
+
+    The shares sum to v(full) - v(empty), in the units of ``value``; a negative one means that the player hurts on average.
+    Raises ``ValueError`` for fewer than 1 or more than 6 players, and for a value that is not finite.
+
+    >>> exact_shapley(lambda present: 0.5 * present[0] + 0.25 * present[1] + 0.25 * all(present), 2)
+    [0.625, 0.375]
+    """
+    if num_players < 1:
+        raise ValueError(f"num_players: {num_players} is less than 1")
+    if num_players > MAX_PLAYERS:
+        raise ValueError(f"num_players: {num_players} would need 2**{num_players} = {2**num_players} evaluations; exact Shapley values are "
+                         f"computed for at most {MAX_PLAYERS} (merge modalities that belong together, or leave the contributions out)")
+    worth = {}
+    for present in product((False, True), repeat=num_players):
+        worth[present] = float(value(present))
+        if not math.isfinite(worth[present]):
+            raise ValueError(f"value: returned {worth[present]} for the subset {present}; it must be finite")
+    weights = [1 / (num_players * math.comb(num_players - 1, others)) for others in range(num_players)]
+    shares = []
+    for player in range(num_players):
+        gains = ((sum(without), worth[without[:player] + (True,) + without[player + 1:]] - worth[without])
+                 for without in worth if not without[player])
+        shares.append(math.fsum(weights[others] * gain for others, gain in gains))
+    return shares
+
+
+def mean_and_stderr(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and standard error of the mean (sample standard deviation / sqrt(n)) over repeated runs (method.md, section 6).
+
+    The standard error of a single value is unknown and therefore NaN, never 0. Raises ``ValueError`` where there is no value.
+
+    >>> mean_and_stderr([0.8, 0.9, 1.0])
+    (0.9, 0.0577...)
+    """
+    values = [float(value) for value in values]
+    if not values:
+        raise ValueError("values: there is none to average")
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return mean, math.nan
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def _macro_f1(predictions: Tensor, targets: Tensor, num_classes: int) -> float:
+    from torchmetrics.functional.classification import multiclass_stat_scores  # here: importing it takes 1.7 s
+
+    # torchmetrics' own F1 divides in float32, its counts are exact. It knows no single class: a second that never occurs is left out below.
+    scores = multiclass_stat_scores(predictions, targets, num_classes=max(num_classes, 2), average="none")  # [K, 5]
+    true_positive, false_positive, _, false_negative, _ = scores.double().unbind(1)
+    doubled = 2 * true_positive
+    total = doubled + false_positive + false_negative
+    return _mean((doubled / total)[total > 0])
+
+
+def _mean(values: Tensor | Sequence[float]) -> float:
+    return math.fsum(values.tolist()) / len(values)
+
+
+def _checked(log_probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Both on the CPU, float64 [N, K] and int64 [N], without the ignored rows; ``ValueError`` for what cannot be scored."""
+    if not isinstance(log_probabilities, Tensor) or log_probabilities.dim() != 2 or not log_probabilities.is_floating_point():
+        raise ValueError(f"log_probabilities: expected a floating-point tensor [N, K], got {_described(log_probabilities)}")
+    if (not isinstance(targets, Tensor) or targets.shape != log_probabilities.shape[:1] or targets.is_floating_point()
+            or targets.is_complex() or targets.dtype == torch.bool):
+        raise ValueError(f"targets: expected an integer tensor [N] with N = {len(log_probabilities)}, got {_described(targets)}")
+    log_probabilities, targets = log_probabilities.detach().cpu().double(), targets.detach().cpu().long()
+    kept = targets != IGNORE_INDEX
+    if not kept.all():
+        log_probabilities, targets = log_probabilities[kept], targets[kept]
+    classes = log_probabilities.shape[1]
+    if not len(targets):
+        raise ValueError("targets: there is no sample to score")
+    outside = (targets < 0) | (targets >= classes)
+    if outside.any():
+        raise ValueError(f"targets: holds {targets[outside][0].item()}, outside 0..{classes - 1}")
+    if not (log_probabilities.logsumexp(1).abs() < 1e-3).all():  # written so that NaN fails too
+        raise ValueError("log_probabilities: a row is NaN or its probabilities do not sum to 1 (within 0.001); "
+                         "pass log_softmax(logits.float(), 1)")
+    return log_probabilities, targets
+
+
+def _described(value: object) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

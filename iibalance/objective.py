@@ -1,0 +1,93 @@
+"""The training objective and its schedule (method page, sections 3 and 5)."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import iib_kernels
+
+
+class LossOutput(NamedTuple):
+    """The objective and its parts; every part is a mean over the samples that count."""
+
+    total: Tensor  #: [] what to differentiate
+    fused: Tensor  #: [] cross-entropy of the fused logits, nats
+    unimodal: Tensor  #: [M] cross-entropy of each modality's head, nats
+    contrastive: Tensor  #: [M] prototype contrastive loss C_m, nats
+    alignment: Tensor  #: [M] budget-conditioned relative alignment A_m
+
+
+class IIBalanceLoss(nn.Module):
+    """L = phi CE(f, y) + sum_m CE(l_m, y) + lambda(t) sum_m [alpha C_m + beta A_m].
+
+    Args:
+        fused_weight: phi; 1 in the method page.
+        unimodal_weight: weight of the heads' own cross-entropies.
+        alpha: weight of the prototype contrastive loss.
+        beta: weight of the relative alignment, which acts only where a modality falls below its budgeted share of the anchor's evidence.
+        temperature: tau of the prototype softmax.
+        warmup, ramp: lambda is 0 for the first ``warmup`` of the training, then rises linearly to 1 over the next ``ramp`` (fractions of it).
+        metric: ``"cosine"`` or ``"sqeuclidean"``.
+        impl: ``iib_kernels`` implementation.
+
+    Source: arXiv 2603.17347 (prototype contrastive loss, budget-controlled relative alignment, linear schedule); this project's own formulation.
+
+    >>> criterion = IIBalanceLoss(warmup=0.25, ramp=0.5)
+    >>> [criterion.strength(progress) for progress in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    [0.0, 0.0, 0.5, 1.0, 1.0]
+    >>> logits = [torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]])]
+    >>> loss = criterion(logits, torch.tensor([0]))  # no prototypes: cross-entropies alone
+    >>> round(float(loss.fused), 4), [round(float(part), 4) for part in loss.unimodal]
+    (0.3133, [0.1269, 1.3133])
+    """
+
+    def __init__(
+        self, *, fused_weight: float = 1.0, unimodal_weight: float = 1.0, alpha: float = 1.0, beta: float = 5.0, temperature: float = 0.2,
+        warmup: float = 0.1, ramp: float = 0.3, metric: str = "cosine", impl: str = "auto",
+    ):
+        super().__init__()
+        for name, value in dict(fused_weight=fused_weight, unimodal_weight=unimodal_weight, alpha=alpha, beta=beta, warmup=warmup, ramp=ramp).items():
+            if not value >= 0:
+                raise ValueError(f"{name}: expected a number >= 0, got {value}")
+        self.fused_weight, self.unimodal_weight, self.alpha, self.beta = fused_weight, unimodal_weight, alpha, beta
+        self.temperature, self.warmup, self.ramp, self.metric, self.impl = temperature, warmup, ramp, metric, impl
+
+    def strength(self, progress: float) -> float:
+        """lambda at ``progress``, the share of the training that is done, in [0, 1]."""
+        if progress <= self.warmup and self.warmup + self.ramp > 0:
+            return 0.0
+        return min(1.0, (progress - self.warmup) / self.ramp) if self.ramp else 1.0
+
+    def forward(
+        self, logits: Sequence[Tensor], targets: Tensor, *, embeddings: Sequence[Tensor] | None = None, prototypes: Sequence[Tensor] | None = None,
+        seen: Sequence[Tensor] | None = None, budgets: Tensor | None = None, gate_logits: Tensor | None = None, mask: Tensor | None = None,
+        progress: float = 1.0,
+    ) -> LossOutput:
+        """Args: logits M of [B, K]; targets [B] int64 (-100 = ignored); embeddings M of [B, D_m] with prototypes M of [K, D_m], ``seen`` M of [K] bool
+        and budgets [M] for the prototype terms (left out without them); gate_logits [B, M], detached log weights of the fusion (uniform by default);
+        mask [B, M] bool, True = present; progress in [0, 1] drives the schedule.
+        """
+        count = len(logits)
+        entropies = iib_kernels.fusion_cross_entropy(
+            logits, targets, gate_logits=None if gate_logits is None else gate_logits.detach(), uncertainty_weight=0.0, scale=float(count), mask=mask,
+            impl=self.impl,
+        )
+        fused = entropies.fused
+        if mask is not None and gate_logits is None:  # the neutral gate sums the logits that are there, however many
+            there = sum(values.masked_fill(~mask[:, index, None], 0.0) for index, values in enumerate(logits))
+            rows = (targets != -100).sum().clamp_min(1)
+            fused = nn.functional.cross_entropy(there.float(), targets, reduction="sum") / rows
+        zeros = torch.zeros_like(entropies.unimodal)
+        contrastive = alignment = zeros
+        total = self.fused_weight * fused + self.unimodal_weight * entropies.unimodal.sum()
+        strength = self.strength(progress)
+        if embeddings is not None and strength > 0 and (self.alpha or self.beta):
+            budgets = torch.ones(count, device=targets.device) if budgets is None else budgets
+            contrastive, alignment, _ = iib_kernels.alignment_loss(
+                embeddings, prototypes, targets, budgets, temperature=self.temperature, metric=self.metric, seen=seen, mask=mask, impl=self.impl
+            )
+            total = total + strength * (self.alpha * contrastive.sum() + self.beta * alignment.sum())
+        return LossOutput(total, fused, entropies.unimodal, contrastive, alignment)

@@ -1,0 +1,38 @@
+"""Packaging of iibalance: one distribution, two packages (tool settings live in pyproject.toml)."""
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="iibalance",
+    version="0.1.0",
+    description="Budget-aware multimodal training (IIBalance): calibrated, balanced fusion and the kernels under it",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["iib_kernels*", "iibalance*"]),
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "numpy>=1.26",
+        "accelerate>=1.10",
+        "torchmetrics>=1.4",
+        "scikit-learn>=1.4",
+        "jsonargparse[signatures]>=4.49",
+        "PyYAML",
+        "tqdm",
+        "matplotlib>=3.8",
+        "safetensors>=0.4",
+    ],
+    extras_require={
+        "av": ["av", "soundfile", "Pillow"],
+        "test": ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6"],
+    },
+    entry_points={"console_scripts": ["iibalance = iibalance.__main__:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,180 @@
+"""Corruptions touch what they say, only that, and never empty a sample."""
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iibalance.data import Batch, corrupt, drop_modalities, parse_degrade, random_corruptions
+from iibalance.data.corruption import KINDS
+from iibalance.errors import InputError
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _batch(count: int = 200, missing: float = 0.0, modalities: int = 3, seed: int = 0) -> Batch:
+    """Every row has values of its own (row + 1), so that a stranger's can be recognised; missing ones are 0."""
+    mask = torch.rand(count, modalities, generator=_generator(seed)) >= missing
+    mask[torch.arange(count), torch.arange(count) % modalities] = True
+    shapes = [(4,), (3, 2), (2, 2, 2)][:modalities]
+    rows = torch.arange(1.0, count + 1)
+    inputs = {}
+    for column, shape in enumerate(shapes):
+        values = rows.view(-1, *[1] * len(shape)).expand(-1, *shape).clone()
+        values[~mask[:, column]] = 0
+        inputs["abc"[column]] = values
+    return Batch(inputs, torch.arange(count), mask)
+
+
+def _copy(batch: Batch) -> Batch:
+    return Batch({name: values.clone() for name, values in batch.inputs.items()}, batch.targets.clone(), batch.mask.clone())
+
+
+def _same(first: Batch, second: Batch) -> bool:
+    return (all(torch.equal(first.inputs[name], second.inputs[name]) for name in first.inputs)
+            and torch.equal(first.mask, second.mask) and torch.equal(first.targets, second.targets))
+
+
+def _changed(before: Batch, after: Batch, name: str) -> torch.Tensor:
+    return (before.inputs[name] != after.inputs[name]).flatten(1).any(1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_corrupt_changes_the_fraction_and_nothing_else(kind):
+    batch = _batch()
+    before = _copy(batch)
+    after = corrupt(batch, "b", kind, fraction=0.3, generator=_generator())
+    assert _same(batch, before)
+    changed = _changed(batch, after, "b")
+    assert changed.sum() == 60
+    assert not _changed(batch, after, "a").any() and not _changed(batch, after, "c").any() and torch.equal(after.targets, batch.targets)
+    assert torch.equal(~after.mask[:, 1], changed if kind == "missing" else torch.zeros(200, dtype=torch.bool))
+    assert after.mask[:, [0, 2]].all()
+    assert _same(after, corrupt(batch, "b", kind, fraction=0.3, generator=_generator()))
+    assert not torch.equal(changed, _changed(batch, corrupt(batch, "b", kind, fraction=0.3, generator=_generator(1)), "b"))
+    for other in KINDS:  # the same samples whatever is done to them
+        assert torch.equal(changed, _changed(batch, corrupt(batch, "b", other, fraction=0.3, generator=_generator()), "b"))
+
+
+def test_noise_has_the_strength():
+    batch = _batch(4000)
+    noise = corrupt(batch, "c", "noise", fraction=1.0, strength=2.5, generator=_generator()).inputs["c"] - batch.inputs["c"]
+    assert abs(noise.std() - 2.5) < 0.05 and abs(noise.mean()) < 0.05
+    assert _same(batch, corrupt(batch, "c", "noise", fraction=1.0, strength=0.0, generator=_generator()))
+
+
+def test_noise_leaves_missing_rows_at_zero():
+    batch = _batch(missing=0.5)
+    after = corrupt(batch, "a", "noise", fraction=1.0, generator=_generator())
+    assert not after.inputs["a"][~batch.mask[:, 0]].any() and torch.equal(_changed(batch, after, "a"), batch.mask[:, 0])
+
+
+def test_missing_spares_a_last_modality():
+    batch = _batch(missing=0.9)
+    after = corrupt(batch, "a", "missing", fraction=1.0, generator=_generator())
+    assert after.mask.any(1).all()
+    only = batch.mask[:, 0] & (batch.mask.sum(1) == 1)
+    assert only.any() and torch.equal(after.mask[:, 0], only) and not after.inputs["a"][~only].any()
+
+
+def test_missing_of_the_only_modality_changes_nothing():
+    batch = _batch(modalities=1)
+    assert _same(batch, corrupt(batch, "a", "missing", fraction=1.0, generator=_generator()))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 9), st.floats(0, 1), st.floats(0, 0.9), st.integers(0, 1000))
+def test_shuffled_is_a_derangement_of_present_rows(count, fraction, missing, seed):
+    batch = _batch(count, missing, seed=seed)
+    after = corrupt(batch, "a", "shuffled", fraction=fraction, generator=_generator(seed))
+    present = batch.mask[:, 0]
+    chosen = int(fraction * int(present.sum()) + 0.5)
+    changed = _changed(batch, after, "a")
+    assert changed.sum() == (chosen if present.sum() > 1 else 0) and not (changed & ~present).any()
+    values = after.inputs["a"][changed, 0]
+    if chosen > 1:
+        assert sorted(values.tolist()) == sorted(batch.inputs["a"][changed, 0].tolist())
+    assert (values > 0).all() and torch.equal(after.mask, batch.mask)
+
+
+@pytest.mark.parametrize("arguments, options, message", [
+    (("d", "noise"), {}, "no modality 'd'; there are a, b, c"), (("a", "blur"), {}, "'blur' is none of noise, missing, shuffled"),
+    (("a", "noise"), {"fraction": 1.1}, "fraction: 1.1"), (("a", "noise"), {"strength": -1.0}, "strength: -1.0"),
+    (("a", "noise"), {"strength": float("nan")}, "strength: nan"),
+])
+def test_corrupt_refuses(arguments, options, message):
+    with pytest.raises(InputError, match=message):
+        corrupt(_batch(), *arguments, generator=_generator(), **options)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 3), st.floats(0, 0.9), st.integers(0, 1000), st.sets(st.sampled_from(KINDS), min_size=1))
+def test_random_corruptions_touch_one_present_modality_a_sample(count, modalities, missing, seed, kinds):
+    batch = _batch(count, missing, modalities, seed)
+    before = _copy(batch)
+    after = random_corruptions(batch, kinds=sorted(kinds), generator=_generator(seed))
+    assert _same(batch, before) and _same(after, random_corruptions(batch, kinds=sorted(kinds), generator=_generator(seed)))
+    changed = torch.stack([_changed(batch, after, name) for name in batch.inputs], 1)
+    assert (changed.sum(1) <= 1).all() and not (changed & ~batch.mask).any()
+    assert after.mask.any(1).all() and torch.equal(batch.mask & ~after.mask, changed & ~after.mask)
+    for column, values in enumerate(after.inputs.values()):
+        assert not values[~after.mask[:, column]].any()
+    alone = batch.mask.sum(1) == 1
+    assert torch.equal(after.mask[alone], batch.mask[alone])
+    assert torch.equal(changed[alone].any(1), torch.full((int(alone.sum()),), "noise" in kinds))
+    if kinds == {"missing"} or kinds == {"noise"} or kinds == {"noise", "missing"}:
+        assert torch.equal(changed.any(1) | alone, torch.ones(count, dtype=torch.bool))
+
+
+def test_random_corruptions_are_spread_evenly():
+    batch = _batch(6000)
+    after = random_corruptions(batch, generator=_generator(), max_strength=4.0)
+    changed = torch.stack([_changed(batch, after, name) for name in batch.inputs], 1)
+    assert changed.any(1).all() and (changed.sum(0) - 2000).abs().max() < 200
+    missing = ~after.mask.all(1)
+    values = after.inputs["a"]
+    stranger = changed[:, 0] & (values == values[:, :1]).all(1) & ~missing  # noise would differ between the four features
+    assert abs(int(missing.sum()) - 2000) < 200 and abs(int(stranger.sum()) - 667) < 100
+    noisy = changed[:, 2] & ~missing & (after.inputs["c"].flatten(1).std(1) > 1e-6)
+    levels = (after.inputs["c"] - batch.inputs["c"])[noisy].flatten(1).square().mean(1).sqrt()
+    assert levels.max() < 10 and abs(levels.square().mean().sqrt() - 4 / 3**0.5) < 0.2  # uniform in 0..4: root mean square 4 / sqrt(3)
+    assert levels.min() < 0.2
+
+
+def test_random_corruptions_refuses():
+    with pytest.raises(InputError, match="'blur' is none of"):
+        random_corruptions(_batch(), kinds=["blur"], generator=_generator())
+    with pytest.raises(InputError, match="kinds"):
+        random_corruptions(_batch(), kinds=[], generator=_generator())
+    with pytest.raises(InputError, match="max_strength: -1"):
+        random_corruptions(_batch(), max_strength=-1, generator=_generator())
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3, 0.8, 1.0])
+def test_dropout_never_empties_a_row_nor_adds(probability):
+    mask = _batch(6000, missing=0.4).mask
+    before = mask.clone()
+    kept = drop_modalities(mask, probability, _generator(1))  # not the seed that made the mask
+    assert torch.equal(mask, before) and kept.any(1).all() and not (kept & ~mask).any()
+    full = kept[mask.all(1)]
+    expected = (1 - probability) + probability**3 / 3  # and the rescue of rows that lost all three, each modality alike
+    assert (full.float().mean(0) - expected).abs().max() < 0.04
+    if probability == 0:
+        assert torch.equal(kept, mask)
+
+
+def test_dropout_leaves_an_empty_row_empty_and_refuses_no_probability():
+    assert not drop_modalities(torch.zeros(3, 2, dtype=torch.bool), 0.5, _generator()).any()
+    with pytest.raises(InputError, match="1.2 is no probability"):
+        drop_modalities(torch.ones(3, 2, dtype=torch.bool), 1.2, _generator())
+
+
+def test_parse_degrade():
+    assert parse_degrade(" audio = missing", ["visual", "audio"]) == ("audio", "missing")
+    for text, message in {"audio": "is not <modality>=<kind>, such as visual=noise", "x=noise": "no modality 'x'; there are visual, audio",
+                          "audio=blur": "'blur' is none of noise, missing, shuffled"}.items():
+        with pytest.raises(InputError, match=message):
+            parse_degrade(text, ["visual", "audio"])
