@@ -19,6 +19,7 @@ setup(
         "accelerate>=1.10",
         "torchmetrics>=1.4",
         "scikit-learn>=1.4",
+        "threadpoolctl",
         "jsonargparse[signatures]>=4.49",
         "PyYAML",
         "tqdm",

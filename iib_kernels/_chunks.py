@@ -1,18 +1,16 @@
 """Rows in chunks, so that work arrays of [rows, K] stay small whatever the batch."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+import torch
 
-from torch import Tensor
-
-CHUNK_ELEMENTS = 4 * 1024 * 1024  # of one [rows, K] array: 16 MiB in float32
+CHUNK_BYTES = 64 * 1024 * 1024  # of all the work arrays of one chunk together
 
 
-def rows_per_chunk(columns: int) -> int:
-    """How many rows of ``columns`` elements are processed at once."""
-    return max(1, CHUNK_ELEMENTS // max(1, columns))
+def rows_per_chunk(columns: int, dtype: torch.dtype, arrays: int) -> int:
+    """How many rows are processed at once where a row needs ``arrays`` work arrays of ``columns`` elements at a time."""
+    return max(1, CHUNK_BYTES // max(1, columns * dtype.itemsize * arrays))
 
 
-def row_chunks(rows: Tensor, columns: int) -> Iterator[Tensor]:
-    """``rows`` [B, ...] in consecutive chunks (views); one empty chunk for B = 0."""
-    return iter(rows.split(rows_per_chunk(columns)))
+def spans(total: int, size: int) -> list[tuple[int, int]]:
+    """(start, stop) of consecutive chunks of at most ``size`` of ``total`` rows; one empty chunk for none."""
+    return [(start, min(start + size, total)) for start in range(0, max(total, 1), size)]

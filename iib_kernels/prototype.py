@@ -9,10 +9,11 @@ from torch import Tensor
 
 from iib_kernels import reference
 from iib_kernels._checks import check_choice, check_device, check_float, check_shape, check_targets, describe, refuse_grad, tensor_list
-from iib_kernels._chunks import row_chunks
-from iib_kernels._runtime import choose, compute_dtype
+from iib_kernels._chunks import rows_per_chunk, spans
+from iib_kernels._runtime import choose, compute_dtype, eager_on_cpu
 
 METRICS = ("cosine", "sqeuclidean")
+SEARCH_ARRAYS = 4  # [rows, K] arrays alive at once in the search for the nearest prototype: products, distances, and both again with unseen classes out
 
 
 class NearestOutput(NamedTuple):
@@ -61,7 +62,9 @@ def nearest_prototype(
         seen: [K] bool, or M of them; classes not seen yet are left out. All by default. Where none has been seen: distance 0, index -1.
 
     Half types are computed in float32. The gradient reaches the features through the winning prototype; prototypes get none (ValueError if they ask for
-    one). [B, K] is never held at once: rows are processed in chunks.
+    one). [B, K] is never held at once: rows are processed in chunks of bounded size, and memory is otherwise O(B D + K D). Of several nearest, any one.
+
+    Raises TypeError or ValueError naming the argument.
 
     Source: arXiv 2603.17347; this project's own formulation.
 
@@ -75,13 +78,13 @@ def nearest_prototype(
     with torch.autocast(features[0].device.type, enabled=False):
         for index, (rows, table) in enumerate(zip(features, prototypes)):
             rows, table, known = rows.to(dtype), table.to(dtype), None if seen is None else seen[index]
+            if metric == "cosine":
+                rows, table = reference.normalize(rows), reference.normalize(table)  # once, not once a chunk
             with torch.no_grad():
-                parts = [reference.nearest_prototype(chunk, table, metric, known)[1] for chunk in row_chunks(rows, len(table))]
-            winner = torch.cat(parts)
+                size = rows_per_chunk(len(table), dtype, SEARCH_ARRAYS)
+                winner = torch.cat([reference.nearest_prototype(rows[a:b], table, "sqeuclidean", known)[1] for a, b in spans(len(rows), size)])
             none = winner < 0
             best = table[winner.clamp_min(0)]
-            if metric == "cosine":
-                rows, best = reference.normalize(rows), reference.normalize(best)
             # the same expression as the matrix of distances, for one prototype a row
             distance = (rows.square().sum(-1) + best.square().sum(-1) - 2 * (rows * best).sum(-1)).clamp_min(0)
             distances.append(torch.where(none, 0.0, distance))
@@ -120,7 +123,18 @@ def update_prototypes(
 
 @torch.no_grad()
 def class_sums(features: Tensor, targets: Tensor, num_classes: int, *, metric: str = "cosine", ignore_index: int = -100) -> tuple[Tensor, Tensor]:
-    """Sums [K, D] of each class's embeddings (normalised for ``"cosine"``), float32 or float64, and how many there were, [K] int64.
+    """Sums of each class's embeddings in a batch, and how many there were: the half of :func:`update_prototypes` before the all-reduce (section 2).
+
+    Args:
+        features: [B, D], float16, bfloat16, float32 or float64.
+        targets: [B] class indices; rows with ``ignore_index`` count for nothing and may hold anything. Out of range: ValueError in eager mode on the
+            CPU, ignored elsewhere.
+        num_classes: K >= 1.
+        metric: with ``"cosine"`` each embedding is normalised before it is added.
+
+    Returns sums [K, D], float32 (float64 for float64 features), and counts [K] int64. No gradient; bitwise repeatable. Errors name the argument.
+
+    Source: arXiv 2603.17347; this project's own formulation.
 
     >>> class_sums(torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([1, 1]), 2)
     (tensor([[0., 0.],
@@ -128,25 +142,44 @@ def class_sums(features: Tensor, targets: Tensor, num_classes: int, *, metric: s
     """
     check_choice(metric, METRICS, "metric")
     check_shape(check_float(features, "features"), (None, None), "features", "[B, D]")
+    if num_classes < 1:
+        raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
     targets = check_targets(targets, features.shape[:1], num_classes, ignore_index)
     check_device(features, targets=targets)
     with torch.autocast(features.device.type, enabled=False):
         rows = features.detach().to(compute_dtype(features))
-        if features.device.type != "cpu":  # atomics add in any order; a matrix product does not
-            return reference.class_sums(rows, targets, num_classes, metric, ignore_index)
         rows = reference.normalize(rows) if metric == "cosine" else rows
         counts = targets != ignore_index
+        rows = torch.where(counts[:, None], rows, 0.0)  # an ignored row may hold anything
         place = torch.where(counts, targets, num_classes)  # ignored rows go to a row of their own, which is dropped
-        rows = torch.where(counts[:, None], rows, 0.0)
-        sums = rows.new_zeros(num_classes + 1, rows.shape[1]).index_add_(0, place, rows)[:-1]
-        return sums, torch.zeros_like(place[:1]).expand(num_classes + 1).clone().index_add_(0, place, counts.long())[:-1]
+        if eager_on_cpu(features):
+            sums = rows.new_zeros(num_classes + 1, rows.shape[1]).index_add_(0, place, rows)
+            return sums[:-1], place.new_zeros(num_classes + 1).index_add_(0, place, counts.long())[:-1]
+        # On a GPU, and in compiled code, index_add_ is atomic and adds in any order; a matrix product does not. Classes in chunks: [classes, B] at a time
+        sums, totals = [], []
+        for start, stop in spans(num_classes, rows_per_chunk(len(rows), rows.dtype, 2)):
+            member = place == torch.arange(start, stop, device=place.device)[:, None]
+            sums.append(member.to(rows.dtype) @ rows)
+            totals.append(member.sum(1))
+        return torch.cat(sums), torch.cat(totals)
 
 
 @torch.no_grad()
 def ema_from_sums(
     prototypes: Tensor, counts: Tensor, sums: Tensor, batch_counts: Tensor, *, momentum: float = 0.9, metric: str = "cosine"
 ) -> tuple[Tensor, Tensor]:
-    """The moving average of :func:`update_prototypes`, from class sums [K, D] and counts [K] (summed over processes where there are several).
+    """The moving average of :func:`update_prototypes`, from class sums and counts (summed over processes where there are several) (section 2).
+
+    Args:
+        prototypes: [K, D]; counts: [K] int64, samples seen before (0 = the prototype is not set yet and takes the mean itself).
+        sums: [K, D] and batch_counts: [K] int64, of :func:`class_sums`. Classes with no sample keep their prototype, bit for bit.
+        momentum: mu in [0, 1).
+        metric: with ``"cosine"`` moved prototypes are normalised.
+
+    Returns new prototypes [K, D] in their dtype (half types are computed in float32) and counts + batch_counts. No gradient; inputs untouched; errors name
+    the argument.
+
+    Source: arXiv 2603.17347; this project's own formulation.
 
     >>> ema_from_sums(torch.eye(2), torch.ones(2, dtype=torch.int64), torch.tensor([[0.0, 4.0], [0.0, 0.0]]), torch.tensor([4, 0]), momentum=0.5)
     (tensor([[0.7071, 0.7071],
@@ -181,7 +214,9 @@ def check_modalities(features, prototypes, seen, metric: str) -> tuple[list[Tens
         check_shape(rows, (len(features[0]) if features[0].dim() else None, table.shape[1]), f"features[{index}]", f"[B, D_{index}]")
         check_device(features[0], **{f"features[{index}]": rows, f"prototypes[{index}]": table})
     if seen is not None:
-        seen = [seen] * len(features) if isinstance(seen, Tensor) and seen.dim() == 1 else list(seen)
+        if not isinstance(seen, (Tensor, Sequence)):
+            raise TypeError(f"seen: expected a bool tensor [K], or one a modality, got {describe(seen)}")
+        seen = [seen] * len(features) if isinstance(seen, Tensor) and seen.dim() < 2 else list(seen)
         if len(seen) != len(features):
             raise ValueError(f"seen: expected one bool tensor [K] or {len(features)} of them, one a modality, got {len(seen)}")
         for index, known in enumerate(seen):

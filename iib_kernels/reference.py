@@ -12,15 +12,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-EPS = 1e-12  # of L2 normalisation: a row shorter than this is divided by it, so a zero vector stays zero
+EPS = 1e-12  # of L2 normalisation: a row no longer than this has no direction and becomes zero
 NEVER = -torch.inf
 
 
 def normalize(rows: Tensor) -> Tensor:
-    """Rows [..., D] at unit length; a zero row stays zero."""
-    return F.normalize(rows, dim=-1, eps=EPS)
+    """Rows [..., D] at unit length; a zero row stays zero and gets no gradient (that of ``F.normalize`` there is 1e12 times the upstream one)."""
+    squares = rows.square().sum(-1, keepdim=True)
+    short = squares <= EPS**2  # false for NaN, which stays NaN
+    return torch.where(short, 0.0, rows / torch.where(short, 1.0, squares).sqrt())
 
 
 def prototype_distance(features: Tensor, prototypes: Tensor, metric: str = "cosine") -> Tensor:
@@ -58,9 +59,7 @@ def alignment_loss(
     the row counts for the anchor as well.
     """
     count = len(features)
-    anchor = budgets.argmax()
-    top = budgets.max()
-    relative = torch.where(top > 0, budgets / torch.where(top > 0, top, 1), 1.0)  # rho_m; all 1 where no budget is above 0
+    anchor, relative = anchor_and_relative(budgets)
     valid = targets != ignore_index
     y = torch.where(valid, targets, 0)
     log_q = torch.stack([prototype_log_posterior(f, p, temperature, metric, None if seen is None else seen[m])
@@ -70,16 +69,31 @@ def alignment_loss(
         counts = counts & torch.stack([s[y] for s in seen], 1)
     log_true = torch.where(counts, log_q.gather(2, y.expand(count, -1)[..., None]).squeeze(2).T, 0.0)  # [B, M]
     confidence = torch.where(counts, log_true.exp(), 0.0)
-    log_anchor = log_q[anchor].detach()
-    q_anchor, true_anchor = log_anchor.exp(), confidence.detach().gather(1, anchor.expand(len(y), 1))
-    deviation = (relative * true_anchor - confidence.detach()).clamp_min(0)
+    log_anchor = log_q.index_select(0, anchor[None]).squeeze(0).detach()  # log_q[anchor] would read the anchor on the host
+    q_anchor = log_anchor.exp()
     # A class that either of the two has not seen carries no evidence to compare: left out of the sum
     both = (log_q > NEVER) & (log_anchor > NEVER)
     difference = torch.where(both, log_anchor, 0.0) - torch.where(both, log_q, 0.0)
     divergence = (torch.where(both, q_anchor, 0.0) * difference).sum(-1).T  # KL(q_a || q_m), [B, M]
-    aligned = counts & counts.gather(1, anchor.expand(len(y), 1)) & (torch.arange(count, device=y.device) != anchor)
-    alignment = torch.where(aligned, deviation * divergence, 0.0)
+    alignment = torch.where(aligned(counts, anchor), deviation(confidence, relative, anchor) * divergence, 0.0)
     return -log_true, alignment, confidence, counts
+
+
+def anchor_and_relative(budgets: Tensor) -> tuple[Tensor, Tensor]:
+    """The anchor argmax_m b_m, [] int64, and rho_m = b_m / b_a, [M]; all 1 where no budget is above 0."""
+    top = budgets.max()
+    return budgets.argmax(), torch.where(top > 0, budgets / torch.where(top > 0, top, 1), 1.0)
+
+
+def deviation(confidence: Tensor, relative: Tensor, anchor: Tensor) -> Tensor:
+    """delta_m(i) = max(0, rho_m q_a(i, y_i) - q_m(i, y_i)), [B, M], without gradient."""
+    confidence = confidence.detach()
+    return (relative * confidence.gather(1, anchor.expand(len(confidence), 1)) - confidence).clamp_min(0)
+
+
+def aligned(counts: Tensor, anchor: Tensor) -> Tensor:
+    """Which rows of which modality are drawn towards the anchor, [B, M]: where both count, and never the anchor itself."""
+    return counts & counts.gather(1, anchor.expand(len(counts), 1)) & (torch.arange(counts.shape[1], device=counts.device) != anchor)
 
 
 def gated_fusion(
@@ -92,7 +106,9 @@ def gated_fusion(
         stacked = torch.where(mask[..., None], stacked, 0.0)  # what stands in a missing modality's row is nobody's business
     count, classes = stacked.shape[-2:]
     per_modality = lambda value: torch.as_tensor(value, dtype=stacked.dtype, device=stacked.device).expand(count)
-    t = stacked / per_modality(temperature)[:, None]
+    ruled_out = stacked == NEVER  # kept out of every product: 0 * inf would be NaN in a gradient
+    finite = torch.where(ruled_out, 0.0, stacked) / per_modality(temperature)[:, None]
+    t = torch.where(ruled_out, NEVER, finite)
     uncertainty = entropy(t) / math.log(classes) if classes > 1 else torch.zeros_like(t[..., 0])
     score = -per_modality(uncertainty_weight) * uncertainty
     if log_prior is not None:
@@ -102,7 +118,8 @@ def gated_fusion(
     if mask is not None:
         score = score.masked_fill(~mask, NEVER)
     weights = score.softmax(-1)
-    fused = scale * torch.where(weights[..., None] > 0, weights[..., None] * t, 0.0).sum(-2)  # 0 * -inf is 0: no weight, no say
+    fused = scale * (weights[..., None] * finite).sum(-2)
+    fused = fused.masked_fill((ruled_out & (weights[..., None] > 0)).any(-2), NEVER)  # by a modality with any say
     return fused, weights, uncertainty, t
 
 

@@ -11,6 +11,7 @@ from iibalance.config import CalibrationConfig
 from iibalance.data.base import Split
 from iibalance.data.corruption import random_corruptions
 from iibalance.head import IIBalanceHead
+from iibalance.model import evaluating
 from iibalance.temperature import fit_temperature
 
 
@@ -29,20 +30,18 @@ class HeldOut(NamedTuple):
 def collect(model, split: Split, config: CalibrationConfig, *, seed: int, batch_size: int = 256) -> HeldOut:
     """Predictions of ``model`` (with an IIBalanceHead) for ``split`` as it is and for ``config.copies`` randomly corrupted copies of it."""
     generator = torch.Generator().manual_seed(seed)
-    training, device, clean = model.training, next(model.parameters()).device, split.batch()
-    model.eval()
-    rows = []
+    device, clean, rows = next(model.parameters()).device, split.batch(), []
     for copy in range(config.copies + 1):
         batch = clean if copy == 0 else random_corruptions(clean, generator=generator, max_strength=config.max_strength)
         weight = 1.0 if copy == 0 else config.corrupted_weight / config.copies
-        for start in range(0, len(split), batch_size):
-            part = slice(start, start + batch_size)
-            mask = batch.mask[part].to(device)
-            embeddings = model.embed({name: values[part].to(device) for name, values in batch.inputs.items()})
-            logits = [values.float().cpu() for values in model.head.heads(embeddings, mask)]
-            surprise = model.head.prototypes.nearest(embeddings).float().cpu()
-            rows.append((logits, surprise, batch.targets[part], mask.cpu(), torch.full((len(mask),), weight), torch.full((len(mask),), copy == 0)))
-    model.train(training)
+        with evaluating(model):
+            for start in range(0, len(split), batch_size):
+                part = slice(start, start + batch_size)
+                mask = batch.mask[part].to(device)
+                embeddings = model.embed({name: values[part].to(device) for name, values in batch.inputs.items()})
+                logits = [values.float().cpu() for values in model.head.heads(embeddings, mask)]
+                surprise = model.head.prototypes.nearest(embeddings).float().cpu()
+                rows.append((logits, surprise, batch.targets[part], mask.cpu(), torch.full((len(mask),), weight), torch.full((len(mask),), copy == 0)))
     logits, *columns = zip(*rows)
     return HeldOut([torch.cat(values) for values in zip(*logits)], *(torch.cat(column) for column in columns))
 

@@ -28,7 +28,8 @@ def evaluate(
 
     Returns ``(metrics, reliability)``: metrics with accuracy, macro_f1, nll, ece, brier, weights (mean over the samples; None without a gate), shapley
     (None for more than 6 modalities) and modalities.<name>.{accuracy, macro_f1, nll, ece, brier, alone_accuracy, utilisation}, numbers in [0, 1] or
-    nats. A modality's own numbers are over the samples in which it is present.
+    nats. A modality's own numbers are over the samples in which it is present; None where there are none, or where
+    the head has no predictions of single modalities.
     """
     embeddings = embed_split(model, split)
     mask, targets = split.mask.to(embeddings[0].device), split.targets
@@ -57,7 +58,7 @@ def evaluate(
     metrics["modalities"] = {}
     for index, name in enumerate(model.modalities):
         rows = split.mask[:, index]
-        if not rows.any():
+        if not rows.any() or not out.modality_logits:
             metrics["modalities"][name] = None
             continue
         log_p = out.modality_logits[index].double().log_softmax(-1).cpu()[rows]

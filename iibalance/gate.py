@@ -95,6 +95,8 @@ class Gate(nn.Module):
         terms = None
         if surprise is not None:
             surprise = surprise - self.surprise_mean
+            if mask is not None:
+                surprise = surprise.masked_fill(~mask, 0.0)  # nobody's distance: not even NaN may reach a gradient
             terms = -self.surprise_weight.clamp_min(0) * surprise  # what lies far from everything seen never gains weight by it
         if self.network is not None:
             present = torch.ones(len(logits[0]), len(logits), device=logits[0].device) if mask is None else mask

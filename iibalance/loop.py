@@ -24,6 +24,7 @@ from iibalance.config import TrainingConfig
 from iibalance.data.base import Split, identity
 from iibalance.data.corruption import drop_modalities
 from iibalance.metrics import classification_metrics
+from iibalance.model import evaluating
 from iibalance.runs import RunFolder
 from iibalance.temperature import scaled
 
@@ -58,7 +59,7 @@ class Outputs(NamedTuple):
     """A model's predictions for N samples, on the CPU in float32."""
 
     logits: Tensor  #: [N, K] fused
-    modality_logits: Tensor  #: [N, M, K]
+    modality_logits: Tensor  #: [N, M, K]; [N, 0, K] for a head without any
     weights: Optional[Tensor]  #: [N, M]
     targets: Tensor  #: [N]
 
@@ -66,20 +67,19 @@ class Outputs(NamedTuple):
 @torch.no_grad()
 def predict_split(model: nn.Module, split: Split, accelerator: Accelerator, *, batch_size: int = 256) -> Outputs:
     """Predictions for a whole split, in its order, shared out over the processes and gathered on all of them."""
-    module = accelerator.unwrap_model(model)
-    training, rows = module.training, []
-    module.eval()
+    module, rows = accelerator.unwrap_model(model), []
     world, rank = accelerator.num_processes, accelerator.process_index
     share = math.ceil(len(split) / world)
     mine = [min(index, len(split) - 1) for index in range(rank * share, (rank + 1) * share)]  # the last process repeats rows to fill up
-    for start in range(0, len(mine), batch_size):
-        batch = split.__getitems__(mine[start:start + batch_size])
-        mask = batch.mask.to(accelerator.device)
-        with accelerator.autocast():
-            embeddings = module.embed({name: values.to(accelerator.device) for name, values in batch.inputs.items()})
-        out = module.head.fuse([embedding.float() for embedding in embeddings], mask)
-        rows.append((out.logits.float(), torch.stack(out.modality_logits, 1).float(), None if out.weights is None else out.weights.float()))
-    module.train(training)
+    with evaluating(module):
+        for start in range(0, len(mine), batch_size):
+            batch = split.__getitems__(mine[start:start + batch_size])
+            mask = batch.mask.to(accelerator.device)
+            with accelerator.autocast():
+                embeddings = module.embed({name: values.to(accelerator.device) for name, values in batch.inputs.items()})
+            out = module.head.fuse([embedding.float() for embedding in embeddings], mask)
+            own = torch.stack(out.modality_logits, 1).float() if out.modality_logits else out.logits.new_zeros(len(mask), 0, out.logits.shape[1])
+            rows.append((out.logits.float(), own, None if out.weights is None else out.weights.float()))
     columns = [None if column[0] is None else accelerator.gather(torch.cat(column))[: len(split)].cpu() for column in zip(*rows)]
     return Outputs(*columns, split.targets)
 

@@ -1,7 +1,8 @@
 """MultimodalClassifier: named encoders and a head."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,18 @@ from iibalance.data.base import Split
 from iibalance.errors import InputError
 from iibalance.head import HeadOutput, IIBalanceHead
 from iibalance.names import as_sequence, check_names
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """``module`` in evaluation mode, and every part of it back in its own mode afterwards (a frozen encoder stays in evaluation mode)."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 class Prediction(NamedTuple):
@@ -84,10 +97,8 @@ class MultimodalClassifier(nn.Module):
         """
         inputs, mask = self._check_batch(batch, mask)
         device = next(self.parameters()).device
-        training = self.training
-        self.eval()
         outputs = []
-        try:
+        with evaluating(self):
             for start in range(0, len(mask), batch_size):
                 rows = slice(start, start + batch_size)
                 present = mask[rows].to(device)
@@ -96,8 +107,6 @@ class MultimodalClassifier(nn.Module):
                     part = self.standardizer.transform(part, present)
                 out = self.head.fuse(self.embed(part), present)
                 outputs.append([None if value is None else value.float().cpu() for value in (out.logits.float().softmax(-1), out.weights, out.uncertainty)])
-        finally:
-            self.train(training)
         if not outputs:
             raise InputError("batch: holds no samples")
         return Prediction(*(None if column[0] is None else torch.cat(column) for column in zip(*outputs)))
@@ -141,12 +150,11 @@ class MultimodalClassifier(nn.Module):
 @torch.no_grad()
 def embed_split(model: MultimodalClassifier, split: Split, batch_size: int = 256) -> list[Tensor]:
     """Embeddings (M of [N, D_m]) of a split by a model in evaluation mode, on its device."""
-    training, device, parts = model.training, next(model.parameters()).device, []
-    model.eval()
-    for start in range(0, len(split), batch_size):
-        rows = slice(start, start + batch_size)
-        parts.append(model.embed({name: values[rows].to(device) for name, values in split.inputs.items()}))
-    model.train(training)
+    device, parts = next(model.parameters()).device, []
+    with evaluating(model):
+        for start in range(0, len(split), batch_size):
+            rows = slice(start, start + batch_size)
+            parts.append(model.embed({name: values[rows].to(device) for name, values in split.inputs.items()}))
     return [torch.cat(values).float() for values in zip(*parts)]
 
 

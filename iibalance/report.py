@@ -70,7 +70,7 @@ def report_figure(*, history: Sequence[Mapping[str, float]], metrics: Mapping[st
 
     - ``history``: one mapping an epoch, with ``epoch`` and any of ``train.loss``, ``validation.nll`` and ``validation.nll.<modality>``,
       in nats;
-    - ``metrics``: ``best_epoch``, and under ``test`` the numbers of the fused prediction (``accuracy``, ``macro_f1``, ``nll``, ``ece``,
+    - ``metrics``: ``best_epoch`` (or ``best_epochs`` by modality where each kept its own), and under ``test`` the numbers of the fused prediction (``accuracy``, ``macro_f1``, ``nll``, ``ece``,
       ``brier``), ``weights`` and ``shapley`` by modality, and ``modalities``: for each its ``accuracy`` in the joint model and
       ``alone_accuracy`` (fractions of 1);
     - ``budgets``: ``modalities`` (their order is the order of the page), ``values``, ``standard_errors``, ``prior``, ``anchor``; None draws
@@ -93,7 +93,7 @@ def report_figure(*, history: Sequence[Mapping[str, float]], metrics: Mapping[st
         figure.get_layout_engine().set(w_pad=0.06, h_pad=0.05)
         figure.suptitle("\n".join([*textwrap.wrap(title, 90), *_headline(test)]), fontsize=9.5, x=0.012, ha="left", linespacing=1.4)
         (training, accuracy), (contribution, calibration) = figure.subfigures(2, 2)
-        _draw_training(training, history, metrics.get("best_epoch"), colours)
+        _draw_training(training, history, metrics.get("best_epoch"), metrics.get("best_epochs"), colours)
         _draw_accuracy(accuracy, test, colours)
         if budgets is not None:
             _draw_budgets(contribution, budgets, test.get("weights") or {}, colours)
@@ -104,7 +104,8 @@ def report_figure(*, history: Sequence[Mapping[str, float]], metrics: Mapping[st
 
 
 # The four panels. Each has a cell of its own (a SubFigure): title and legend at the cell's left edge, axes below.
-def _draw_training(cell: SubFigure, history: Sequence[Mapping[str, float]], best_epoch: int | None, colours: Mapping[str, str]) -> None:
+def _draw_training(cell: SubFigure, history: Sequence[Mapping[str, float]], best_epoch: int | None,
+                   best_epochs: Mapping[str, int] | None, colours: Mapping[str, str]) -> None:
     axes, title = cell.subplots(), "(a) Training"
     series = {key: _series(history, key) for key in ["train.loss", "validation.nll", *(f"validation.nll.{name}" for name in colours)]}
     series = {key: values for key, values in series.items() if np.isfinite(values).any()}
@@ -130,6 +131,15 @@ def _draw_training(cell: SubFigure, history: Sequence[Mapping[str, float]], best
         chosen = axes.plot([best_epoch], [at], "o", color="white", markeredgecolor=INK, markersize=5.5, markeredgewidth=1.3, zorder=4)[0]
         handles.append(chosen)
         labels.append(f"chosen: epoch {best_epoch}")
+    marks = []
+    for name, epoch in (best_epochs or {}).items():  # each modality kept its own epoch
+        key = f"validation.nll.{name}"
+        if key in series and epoch in epochs:
+            at = series[key][epochs == epoch][-1]
+            marks += axes.plot([epoch], [at], "o", color="white", markeredgecolor=colours[name], markersize=5, markeredgewidth=1.3, zorder=4)
+    if marks:
+        handles.append(tuple(marks[:1]))
+        labels.append("chosen, each head its own")
     if heads:
         handles.append(heads)
         labels.append("validation NLL, each head")

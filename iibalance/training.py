@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import iib_kernels
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -65,6 +66,7 @@ def train(
         folds = make_folds(data.train.targets, config.budgets.folds, groups=data.train.groups, seed=derive_seed(config.seed, "folds"))
     _check_samples(data.train, folds or [])
     accelerator = make_accelerator(config.training, **_trackers(config))
+    _check_kernels(config.kernels, accelerator.device)
     main = accelerator.is_main_process
     folder = RunFolder.create(config.output, resume=resume) if main else RunFolder(config.output)
     try:
@@ -192,6 +194,13 @@ class _Run:
                 budgets.save(self.folder.path / "budgets.json")
         return model, history, budgets
 
+    def _chosen(self, history: list[dict]) -> dict:
+        """``best_epoch`` where all weights are of one epoch, ``best_epochs`` by modality where each modality kept its own."""
+        argmin = lambda column: 1 + min(range(len(history)), key=lambda epoch: history[epoch].get(column, float("inf")))
+        if self.method.joint and self.method.one_epoch:
+            return {"best_epoch": argmin("validation.nll"), "best_epochs": None}
+        return {"best_epoch": None, "best_epochs": {name: argmin(f"validation.nll.{name}") for name in self.data.modalities}}
+
     def _online(self, outputs: Outputs) -> Budgets:
         logits = {name: outputs.modality_logits[:, index] for index, name in enumerate(self.data.modalities)}
         return budgets_from_logits(logits, outputs.targets, mask=self.data.validation.mask, entropy=label_entropy(self.data.train.targets), source="online")
@@ -203,11 +212,10 @@ class _Run:
         accuracy = {name: _alone_accuracy(part, data, name) for name, part in alone.items()} if config.training.alone else {}
         test, reliability = evaluate(model, data.test, alone=accuracy, majority=majority)
         validation, _ = evaluate(model, data.validation, majority=majority)
-        scores = [row.get("validation.nll", float("inf")) for row in history]
         metrics = {
             "method": config.method, "seed": config.seed, "data": data.name, "classes": data.num_classes,
             "samples": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
-            "epochs": len(history), "best_epoch": 1 + scores.index(min(scores)) if self.method.joint else None,
+            "epochs": len(history), **self._chosen(history),
             "parameters": sum(value.numel() for value in model.parameters()),
             "budgets": None if budgets is None else dict(zip(budgets.modalities, budgets.values)),
             "validation": validation, "test": test,
@@ -281,6 +289,13 @@ def _check(config: RunConfig) -> None:
     for right, name, value, expected in checks:
         if not right:
             raise InputError(f"{name}: {value} cannot be used; give {expected}")
+
+
+def _check_kernels(impl: str, device: torch.device) -> None:
+    try:
+        iib_kernels.gated_fusion([torch.zeros(1, 2, device=device)], impl=impl)
+    except RuntimeError as error:
+        raise InputError(f"kernels: {impl} cannot run on {device} ({error})") from None
 
 
 def _check_samples(train: Split, folds: Sequence[np.ndarray]) -> None:

@@ -16,7 +16,7 @@ def arrays(count: int = 200, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     y = rng.permutation(np.arange(count) % 3)
     audio = np.eye(3)[y] @ rng.normal(size=(3, 6)) * 1.5 + rng.normal(size=(count, 6))
-    visual = np.eye(3)[y] @ rng.normal(size=(3, 4)) + rng.normal(size=(count, 4))
+    visual = np.eye(3)[y] @ rng.normal(size=(3, 4)) * 0.6 + rng.normal(size=(count, 4))
     has_audio, has_visual = np.ones(count, bool), np.ones(count, bool)
     has_audio[::11] = False
     has_visual[5::13] = False

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import synthetic
+import torch
 import yaml
 
 from iibalance import cli
@@ -85,6 +86,24 @@ def test_a_bad_file_is_refused_before_anything_is_written(case, tmp_path, refuse
     path = synthetic.write(tmp_path / "clips.npz", **changes)
     refuse("train", *options(path), words=("clips.npz", *words))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_modality_too_rare_to_train_on(tmp_path, refuse):
+    train = {"split": np.where(np.arange(200) < 120, 0, 1 + split % 2), "mask_visual": np.ones(200, bool)}
+    path = synthetic.write(tmp_path / "clips.npz", mask_audio=(np.arange(200) == 7) | (np.arange(200) > 150), **train)
+    for method in ("iibalance", "concat", "ensemble"):
+        refuse("train", *options(path, "--method", method), words=("audio", "1 training sample"))
+    path = synthetic.write(tmp_path / "clips.npz", mask_audio=(np.arange(200) < 3) | (np.arange(200) > 150), **train)
+    for source in ("unimodal", "probe"):
+        refuse("train", *options(path, "--budgets.source", source), words=("budgets.folds", "audio", "fewer than two classes"))
+
+
+def test_a_training_that_diverges_says_so(tmp_path, capsys):
+    path = synthetic.write(tmp_path / "clips.npz")
+    assert cli.run(list(map(str, ["train", *options(path, "--method", "concat", "--training.learning_rate", "1e35")]))) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "training.learning_rate" in lines[0] and "1e+35" in lines[0]
+    assert not (tmp_path / "run" / "metrics.json").exists() and not (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_budgets_and_predict_refuse_bad_files_too(tmp_path, refuse, trained):
@@ -179,6 +198,11 @@ def test_bad_configuration_files(tmp_path, refuse):
                         "- a\n- b\n": ["run.yaml"]}.items():
         config.write_text(text)
         refuse("train", "--config", config, *options(path), words=tuple(words))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton may run here")
+def test_kernels_that_cannot_run_here(tmp_path, refuse):
+    refuse("train", *options(synthetic.write(tmp_path / "clips.npz"), "--kernels", "triton"), words=("kernels", "triton", "cpu"))
 
 
 def test_budget_files_that_do_not_fit(tmp_path, refuse):

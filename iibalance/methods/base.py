@@ -41,9 +41,19 @@ class Method:
     def after_backward(self, model: nn.Module, batch: Batch, output) -> None:
         """Called between backward and the optimiser's step: gradients are in place and may be changed."""
 
+    @property
+    def one_epoch(self) -> bool:
+        """Whether all weights are kept from one epoch; else each modality keeps its own best one."""
+        return True
+
     def groups(self, model: MultimodalClassifier) -> dict[str, str]:
         """Weights (a regular expression over their names) -> the history's column whose minimum chooses their epoch."""
-        return {"": "validation.nll"}
+        if self.one_epoch:
+            return {"": "validation.nll"}
+        return {
+            rf"encoders\.{index}\.|head\.classifiers\.{index}\.|head\.prototypes\.\w+_{index}$": f"validation.nll.{name}"
+            for index, name in enumerate(model.modalities)
+        }
 
     def assemble(self, model: MultimodalClassifier, alone: Mapping[str, MultimodalClassifier]) -> None:
         """For methods that are not ``joint``: fill ``model`` from the models trained alone."""

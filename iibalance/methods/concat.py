@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,7 +20,8 @@ from iibalance.temperature import fit_temperature
 class ConcatHead(nn.Module):
     """Linear classifier on concatenated embeddings; a missing modality's part is zero. One temperature, fitted after training.
 
-    ``modality_logits`` come from linear probes that :meth:`fit_probes` fits on each frozen branch: what a branch of the joint model can tell by itself.
+    ``modality_logits`` come from linear probes that :meth:`fit_probes` fits on each frozen branch: what a branch of the joint model can tell by itself. There
+    are none before that.
 
     >>> head = ConcatHead({"audio": 4, "visual": 2}, num_classes=3)
     >>> head([torch.zeros(1, 4), torch.zeros(1, 2)], torch.tensor([1])).logits.shape
@@ -32,6 +34,7 @@ class ConcatHead(nn.Module):
         self.classifier = nn.Linear(sum(embedding_dims.values()), num_classes)
         self.probes = nn.ModuleList(nn.Linear(size, num_classes) for size in embedding_dims.values()).requires_grad_(False)
         self.register_buffer("log_temperature", torch.zeros(()))
+        self.register_buffer("probed", torch.tensor(False))
         for probe in self.probes:
             nn.init.zeros_(probe.weight)
             nn.init.zeros_(probe.bias)
@@ -44,7 +47,12 @@ class ConcatHead(nn.Module):
     def fuse(self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None = None) -> HeadOutput:
         """Predict from embeddings (M of [B, D_m], mask [B, M] bool)."""
         embeddings = as_sequence(embeddings, self.modalities, "embeddings")
-        return HeadOutput(self._logits(embeddings, mask) / self.log_temperature.exp(), None, None, tuple(p(e) for p, e in zip(self.probes, embeddings)))
+        own = []
+        if self.probed:
+            own = [probe(values) for probe, values in zip(self.probes, embeddings)]
+        if mask is not None:
+            own = [values.masked_fill(~mask[:, index, None], 0.0) for index, values in enumerate(own)]
+        return HeadOutput(self._logits(embeddings, mask) / self.log_temperature.exp(), None, None, tuple(own))
 
     def forward(
         self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], targets: Tensor | None = None, *, mask: Tensor | None = None, progress: float = 1.0
@@ -56,14 +64,19 @@ class ConcatHead(nn.Module):
         return HeadOutput(logits, None, None, (), F.cross_entropy(logits, targets))
 
     def fit_probes(self, embeddings: Sequence[Tensor], targets: Tensor, mask: Tensor) -> None:
-        """Logistic regression on each branch's training embeddings, M of [N, D_m]; rows of a missing modality do not count."""
+        """Logistic regression on each branch's training embeddings, M of [N, D_m]; rows of a missing modality do not count. A branch that training shows
+        for one class only keeps its neutral probe."""
         from sklearn.linear_model import LogisticRegression
 
+        self.probed.fill_(True)
         for index, (probe, values) in enumerate(zip(self.probes, embeddings)):
             rows = mask[:, index]
             x, y = values[rows].cpu().double(), targets[rows]
+            if len(y.unique()) < 2:
+                continue
             mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
-            model = LogisticRegression(C=0.1, max_iter=1000).fit(((x - mean) / std).numpy(), y.numpy())
+            with threadpool_limits(1, user_api="blas"):  # 0.06 against 3.7 s a fit: BLAS threads only wait for each other at this size
+                model = LogisticRegression(C=0.1, max_iter=1000).fit(((x - mean) / std).numpy(), y.numpy())
             weight, bias = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
             if len(model.classes_) == 2:  # scikit-learn keeps one row for two classes
                 weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2

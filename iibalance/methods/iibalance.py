@@ -32,15 +32,10 @@ class IIBalance(Method):
     def set_budgets(self, model: MultimodalClassifier, budgets: Budgets) -> None:
         model.head.set_budgets(budgets)
 
-    def groups(self, model: MultimodalClassifier) -> dict[str, str]:
-        """Each modality keeps its own best epoch: nothing but the detached alignment ties its weights to the others'. With the fused loss they are
-        tied, and all follow the fused prediction."""
-        if self.config.objective.fused_weight:
-            return super().groups(model)
-        return {
-            rf"encoders\.{index}\.|head\.classifiers\.{index}\.|head\.prototypes\.\w+_{index}$": f"validation.nll.{name}"
-            for index, name in enumerate(model.modalities)
-        }
+    @property
+    def one_epoch(self) -> bool:
+        """Nothing but the detached alignment ties a modality's weights to the others', so each keeps its own best epoch; the fused loss ties them all."""
+        return bool(self.config.objective.fused_weight)
 
     def calibrate(self, model: MultimodalClassifier, train: Split, validation: Split, out_of_fold: HeldOut | None, seed: int) -> None:
         calibrate(model.head, out_of_fold, collect(model, validation, self.config.calibration, seed=seed), self.config.calibration)
