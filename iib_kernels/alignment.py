@@ -49,7 +49,8 @@ def alignment_loss(
 
     All three outputs are reduced over the same rows of each modality: those whose target counts, with the modality present and the class seen by it. Half
     types are computed in float32; gradients come in the features' dtype. Differentiable (twice, too) in the features only: prototypes and budgets that ask
-    for a gradient raise ValueError. Memory stays bounded: rows are processed in chunks, and again in backward.
+    for a gradient raise ValueError. Memory stays bounded: rows are processed in chunks, and again in backward
+    (not so for second derivatives).
 
     Raises TypeError or ValueError naming the argument.
 
@@ -128,45 +129,26 @@ class _Alignment(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_contrastive, grad_alignment, *_):
-        # Grad mode is on here only for create_graph=True. (Dynamo, torch 2.13, passes wrong arguments to a Function applied with it off.)
-        function = _AlignmentBackward.apply if torch.is_grad_enabled() else _AlignmentBackward.forward
-        gradients = function(ctx.temperature, grad_contrastive, grad_alignment, *ctx.saved_tensors)
+        gradients = _gradients(ctx.temperature, grad_contrastive, grad_alignment, *ctx.saved_tensors)
         return (None,) * 6 + gradients + (None,) * len(gradients)
 
 
-class _AlignmentBackward(torch.autograd.Function):
-    """Gradients of the rows, chunk by chunk; a Function of its own, so that differentiating them once more is right (silently zero otherwise)."""
-
-    @staticmethod
-    def forward(temperature, grad_contrastive, grad_alignment, targets, budgets, seen, confidence, counts, *values):
-        rows, tables = values[:len(values) // 2], values[len(values) // 2:]
-        gradients = tuple(torch.empty_like(value) for value in rows)
-        # Inside an autocast block, where backward may run, products would come out in half precision
-        with torch.autocast(targets.device.type, enabled=False):
-            for a, b in _spans(rows, tables):
-                upstream = (grad_contrastive[a:b], grad_alignment[a:b])
-                part = _row_gradients(temperature, *upstream, targets[a:b], budgets, seen, confidence[a:b], counts[a:b], [row[a:b] for row in rows], tables)
-                for gradient, value in zip(gradients, part):
-                    gradient[a:b] = value
-        return gradients
-
-    @staticmethod
-    def setup_context(ctx, inputs, outputs):
-        ctx.temperature = inputs[0]
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        grad_contrastive, grad_alignment, targets, budgets, seen, confidence, counts, *values = ctx.saved_tensors
-        rows, tables = values[:len(values) // 2], values[len(values) // 2:]
-        found = []
-        with torch.enable_grad(), torch.autocast(targets.device.type, enabled=False):
-            for a, b in _spans(rows, tables):
-                leaves = [value[a:b].detach().requires_grad_() for value in (grad_contrastive, grad_alignment, *rows)]
-                part = _row_gradients(ctx.temperature, *leaves[:2], targets[a:b], budgets, seen, confidence[a:b], counts[a:b], leaves[2:], tables)
-                found.append(torch.autograd.grad(part, leaves, [value[a:b] for value in gradients]))
-        second = tuple(torch.cat(column) for column in zip(*found))
-        return (None, *second[:2], *(None,) * 5, *second[2:], *(None,) * len(tables))
+def _gradients(
+    temperature, grad_contrastive, grad_alignment, targets, budgets, seen, confidence, counts, *values
+) -> tuple[Tensor, ...]:
+    """Gradients of the rows, chunk by chunk. Plain operations, which autograd records with ``create_graph=True``: second derivatives are right."""
+    rows, tables = values[:len(values) // 2], values[len(values) // 2:]
+    gradients = tuple(torch.empty_like(value) for value in rows)
+    # Inside an autocast block, where backward may run, products would come out in half precision
+    with torch.autocast(targets.device.type, enabled=False):
+        for a, b in _spans(rows, tables):
+            part = _row_gradients(
+                temperature, grad_contrastive[a:b], grad_alignment[a:b], targets[a:b], budgets, seen, confidence[a:b], counts[a:b],
+                [row[a:b] for row in rows], tables,
+            )
+            for gradient, value in zip(gradients, part):
+                gradient[a:b] = value
+    return gradients
 
 
 def _spans(rows: Sequence[Tensor], tables: Sequence[Tensor]) -> list[tuple[int, int]]:

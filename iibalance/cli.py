@@ -24,7 +24,7 @@ from iibalance.estimation import estimate_budgets
 from iibalance.evaluation import degrade, evaluate
 from iibalance.loading import load
 from iibalance.runs import read_json, write_bytes, write_json
-from iibalance.training import train
+from iibalance.training import default_output, train
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -105,9 +105,11 @@ def _train(parser: ArgumentParser, options) -> None:
             if value not in (default, first):
                 raise InputError(f"{name}: {value!r} differs from {first!r} of the run in {resume}; leave it out, or start a new run")
         config = saved
+    config = replace(config, output=config.output or default_output(config))
     metrics = train(config, resume=resume is not None)
     if metrics:
         print(_summary(metrics))
+        print(f"run folder: {config.output}")
 
 
 def _evaluate(parser: ArgumentParser, options) -> None:

@@ -128,8 +128,8 @@ class RunConfig:
     """Seed of everything random in training (the data's split has its own, ``data.split_seed``)."""
     epochs: int = 30
     """Epochs of the joint training."""
-    output: str = "runs/default"
-    """The run's folder."""
+    output: Optional[str] = None
+    """The run's folder; by default runs/<data>-<method>-seed<seed>, numbered if that is there."""
 
 
 def config_parser():

@@ -12,14 +12,15 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import iib_kernels
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import is_tensorboard_available
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, is_tensorboard_available
 from torch import nn
 
 from iibalance.budgets import Budgets, budgets_from_logits, label_entropy, make_folds, probe_logits, smooth_budgets
@@ -65,6 +66,7 @@ def train(
     if method.needs_budgets and given is None and config.budgets.source != "online":
         folds = make_folds(data.train.targets, config.budgets.folds, groups=data.train.groups, seed=derive_seed(config.seed, "folds"))
     _check_samples(data.train, folds or [])
+    config = replace(config, output=config.output or default_output(config))
     accelerator = make_accelerator(config.training, **_trackers(config))
     _check_kernels(config.kernels, accelerator.device)
     main = accelerator.is_main_process
@@ -310,6 +312,17 @@ def _check_samples(train: Split, folds: Sequence[np.ndarray]) -> None:
             if len(train.targets[rest].unique()) < 2:
                 raise InputError(f"budgets.folds: outside one of the {len(folds)} folds {name} is present for fewer than two classes; "
                                  f"leave {name} out with data.modalities, or give budgets.path")
+
+
+def default_output(config: RunConfig) -> str:
+    """``runs/<data>-<method>-seed<seed>``, numbered so that it is a folder that is not there yet; the same on every process."""
+    source = Path(config.data.path).stem if config.data.name == "npz" and config.data.path else config.data.name
+    name, number = f"runs/{source}-{config.method}-seed{config.seed}", 1
+    while Path(name if number == 1 else f"{name}-{number}").exists():
+        number += 1
+    chosen = [name if number == 1 else f"{name}-{number}"]
+    PartialState()  # joins the processes, if there are several
+    return broadcast_object_list(chosen)[0]
 
 
 def _trackers(config: RunConfig) -> dict:
