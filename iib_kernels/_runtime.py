@@ -8,7 +8,8 @@ IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 
 def choose(impl: str, *tensors: Tensor) -> str:
-    """``"reference"`` or ``"triton"`` for a call on these tensors. ValueError for an unknown ``impl``, RuntimeError where Triton is asked for and cannot run."""
+    """``"reference"`` or ``"triton"`` for a call on these tensors. ValueError for an unknown ``impl``, RuntimeError where
+    Triton is asked for and cannot run."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: {impl!r} is none of {', '.join(IMPLEMENTATIONS)}")
     if impl == "triton":

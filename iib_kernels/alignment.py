@@ -39,7 +39,8 @@ def alignment_loss(
     Args:
         features: M tensors [B, D_m], float16, bfloat16, float32 or float64.
         prototypes: M tensors [K, D_m].
-        targets: [B] class indices; rows with ``ignore_index`` contribute nothing and may hold anything. Out of range: ValueError in eager mode on the CPU, ignored elsewhere.
+        targets: [B] class indices; rows with ``ignore_index`` contribute nothing and may hold anything. Out of range: ValueError in eager mode on the CPU,
+            ignored elsewhere.
         budgets: [M], in [0, 1]; a tensor, or a sequence of numbers.
         temperature: tau > 0, a number.
         metric: ``"cosine"`` or ``"sqeuclidean"``.

@@ -135,11 +135,13 @@ def _prepare(logits, log_prior, gate_logits, temperature, uncertainty_weight, sc
         check_shape(check_float(log_prior, "log_prior"), (count,), "log_prior", "[M]")
     if gate_logits is not None and check_float(gate_logits, "gate_logits").shape != (*shape[:-1], count):
         raise ValueError(f"gate_logits: expected shape [..., M] = {[*shape[:-1], count]}, got {describe(gate_logits)}")
-    for name, value, sizes in (("temperature", temperature, ((), (count,))), ("uncertainty_weight", uncertainty_weight, ((), (count,))), ("scale", scale, ((),))):
+    either = ((), (count,))
+    for name, value, sizes in (("temperature", temperature, either), ("uncertainty_weight", uncertainty_weight, either), ("scale", scale, ((),))):
         if isinstance(value, Tensor):
             check_float(value, name)
             if tuple(value.shape) not in sizes:
-                raise ValueError(f"{name}: expected a number or a tensor {' or '.join('[M]' if s else '[]' for s in sizes)}, M = {count}, got {describe(value)}")
+                shapes = " or ".join("[M]" if size else "[]" for size in sizes)
+                raise ValueError(f"{name}: expected a number or a tensor {shapes}, M = {count}, got {describe(value)}")
         elif not isinstance(value, (int, float)) or isinstance(value, bool):
             raise TypeError(f"{name}: expected a number or a tensor, got {describe(value)}")
         elif name == "temperature" and not value > 0:

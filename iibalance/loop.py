@@ -86,7 +86,8 @@ def predict_split(model: nn.Module, split: Split, accelerator: Accelerator, *, b
 
 def fit(
     model: nn.Module, train: Split, validation: Split | None, *, epochs: int, training: TrainingConfig, seed: int, accelerator: Accelerator,
-    name: str = "training", folder: RunFolder | None = None, order: int = 0, method=None, on_epoch: Callable[[dict, nn.Module, Outputs | None, list[dict]], dict | None] | None = None, keep_last: bool = False,
+    name: str = "training", folder: RunFolder | None = None, order: int = 0, method=None,
+    on_epoch: Callable[[dict, nn.Module, Outputs | None, list[dict]], dict | None] | None = None, keep_last: bool = False,
     groups: Mapping[str, str] | None = None,
 ) -> list[dict]:
     """Train ``model`` in place and return its history, one row an epoch.
@@ -169,13 +170,15 @@ class _State:
 
     def save(self, path) -> None:
         best = {column: value for column, value in self.best.items() if value < math.inf}
-        (path / "progress.json").write_text(json.dumps({"epoch": self.epoch, "best": best, "best_epoch": self.best_epoch, "history": self.history}))
+        (path / "progress.json").write_text(json.dumps({"epoch": self.epoch, "stopped": self.stopped, "best": best, "best_epoch": self.best_epoch,
+                                                        "history": self.history}))
         if self.best_weights is not None:
             save_file({key: value.contiguous().cpu() for key, value in self.best_weights.items()}, path / "best.safetensors")
 
     def load(self, path) -> None:
         progress = json.loads((path / "progress.json").read_text())
         self.epoch, self.best_epoch, self.history = progress["epoch"], progress["best_epoch"], progress["history"]
+        self.stopped = progress["stopped"]
         self.best |= progress["best"]
         if (path / "best.safetensors").exists():
             self.best_weights = load_file(path / "best.safetensors")

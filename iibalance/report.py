@@ -70,7 +70,8 @@ def report_figure(*, history: Sequence[Mapping[str, float]], metrics: Mapping[st
 
     - ``history``: one mapping an epoch, with ``epoch`` and any of ``train.loss``, ``validation.nll`` and ``validation.nll.<modality>``,
       in nats;
-    - ``metrics``: ``best_epoch`` (or ``best_epochs`` by modality where each kept its own), and under ``test`` the numbers of the fused prediction (``accuracy``, ``macro_f1``, ``nll``, ``ece``,
+    - ``metrics``: ``best_epoch`` (or ``best_epochs`` by modality where each kept its own), and under ``test`` the
+      numbers of the fused prediction (``accuracy``, ``macro_f1``, ``nll``, ``ece``,
       ``brier``), ``weights`` and ``shapley`` by modality, and ``modalities``: for each its ``accuracy`` in the joint model and
       ``alone_accuracy`` (fractions of 1);
     - ``budgets``: ``modalities`` (their order is the order of the page), ``values``, ``standard_errors``, ``prior``, ``anchor``; None draws

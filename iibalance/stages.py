@@ -102,7 +102,8 @@ def join(parts: dict[str, MultimodalClassifier], *, impl: str = "auto") -> Multi
     """One model of several trained alone: their encoders, classifiers and prototypes, under a neutral gate."""
     sizes = {name: part.head.embedding_dims[name] for name, part in parts.items()}
     first = next(iter(parts.values()))
-    model = MultimodalClassifier({name: part.encoders[0] for name, part in parts.items()}, head=IIBalanceHead(sizes, first.num_classes, gate_hidden=0, impl=impl))
+    head = IIBalanceHead(sizes, first.num_classes, gate_hidden=0, impl=impl)
+    model = MultimodalClassifier({name: part.encoders[0] for name, part in parts.items()}, head=head)
     model.to(next(first.parameters()).device)
     for index, part in enumerate(parts.values()):
         model.head.classifiers[index].load_state_dict(part.head.classifiers[0].state_dict())

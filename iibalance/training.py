@@ -59,6 +59,10 @@ def train(
     method = make_method(config.method, config)
     _check(config)
     data = load_data(config.data) if data is None else data
+    for name, make in (encoders or {}).items():
+        if name not in data.modalities:
+            raise InputError(f"encoders: {name!r} is none of the data's modalities ({', '.join(data.modalities)})")
+        encoder_size(make(), data.train.inputs[name][:2])  # refused before a folder is made
     given = Budgets.load(config.budgets.path) if config.budgets.path else None
     folds = None
     if given is not None and set(given.modalities) != set(data.modalities):
@@ -264,7 +268,8 @@ def _from_row(row: dict, like: Budgets) -> Budgets:
 def _check(config: RunConfig) -> None:
     t, c, o, inf = config.training, config.calibration, config.objective, float("inf")
     checks = [
-        (config.epochs >= 1, "epochs", config.epochs, "at least 1"), (t.batch_size is None or t.batch_size >= 2, "training.batch_size", t.batch_size, "at least 2"),
+        (config.epochs >= 1, "epochs", config.epochs, "at least 1"),
+        (t.batch_size is None or t.batch_size >= 2, "training.batch_size", t.batch_size, "at least 2"),
         (0 < t.learning_rate < inf, "training.learning_rate", t.learning_rate, "a number above 0"),
         (0 <= t.weight_decay < inf, "training.weight_decay", t.weight_decay, "a number >= 0"),
         (t.max_gradient_norm >= 0, "training.max_gradient_norm", t.max_gradient_norm, "a number >= 0"),

@@ -195,6 +195,8 @@ def test_predictions_without_a_modality_are_those_with_it_masked(train, test_fil
         with np.load(tmp_path / f"{name}-p.npz") as file:
             arrays[name] = dict(file)
     assert np.array_equal(arrays["a"]["probabilities"], arrays["m"]["probabilities"])
+    found = iibalance.load(folder).predict({"audio": audio})  # in Python, too
+    assert np.array_equal(found.probabilities.numpy(), arrays["a"]["probabilities"]) and (found.weights.numpy() == [1, 0]).all()
     assert (arrays["a"]["weights"] == [1, 0]).all() and (arrays["half"]["weights"][0] == [1, 0]).all()
     assert np.allclose(arrays["half"]["probabilities"][0], arrays["a"]["probabilities"][0])
     assert np.abs(arrays["half"]["probabilities"][1:] - arrays["a"]["probabilities"][1:]).max() > 1e-3
