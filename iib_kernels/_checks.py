@@ -1,6 +1,7 @@
 """Argument checks shared by the public functions: every message names the argument, what it is and what was expected."""
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +38,18 @@ def check_choice(value: object, options: Sequence[str], name: str) -> None:
     """ValueError unless ``value`` is one of ``options``."""
     if value not in options:
         raise ValueError(f"{name}: {value!r} is none of {', '.join(options)}")
+
+
+def check_number(value: object, name: str) -> None:
+    """TypeError unless ``value`` is a real number; a tensor, which would have to be read on the host, is not."""
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {describe(value)}; it is not differentiated")
+
+
+def check_integer(value: object, name: str) -> None:
+    """TypeError unless ``value`` is an integer."""
+    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {describe(value)}")
 
 
 def tensor_list(values: object, name: str, count: int | None = None) -> list[Tensor]:
@@ -77,6 +90,7 @@ def check_targets(targets: object, shape: Sequence[int], num_classes: int, ignor
     Where values may be looked at (eager, on the CPU) one out of range is a ValueError naming its row. Elsewhere, without synchronising, it counts as
     ignored: it is never used as an index.
     """
+    check_integer(ignore_index, "ignore_index")
     if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
         raise TypeError(f"targets: expected int64 class indices, got {describe(targets)}")
     if tuple(targets.shape) != tuple(shape):

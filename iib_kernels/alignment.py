@@ -1,6 +1,7 @@
 """Prototype contrast and budget-conditioned relative alignment of all modalities (method page, section 3)."""
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from iib_kernels import reference
-from iib_kernels._checks import check_choice, check_device, check_float, check_mask, check_shape, check_targets, describe, refuse_grad
+from iib_kernels._checks import check_choice, check_device, check_float, check_mask, check_number, check_shape, check_targets, describe, refuse_grad
 from iib_kernels._chunks import rows_per_chunk, spans
 from iib_kernels._runtime import choose, compute_dtype
 from iib_kernels.prototype import check_modalities
@@ -74,10 +75,9 @@ def alignment_loss(
         budgets = _budget_tensor(budgets, dtype, device)
     check_shape(check_float(budgets, "budgets"), (len(features),), "budgets", "[M]")
     refuse_grad("budgets", budgets)
-    if isinstance(temperature, Tensor):
-        raise TypeError(f"temperature: expected a number, got {describe(temperature)}; it is not differentiated")
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a number above 0, got {temperature}")
+    check_number(temperature, "temperature")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected a number above 0 and finite, got {temperature}")
     check_device(features[0], targets=targets, mask=mask, budgets=budgets)
     choose(impl, *features)
     with torch.autocast(device.type, enabled=False):
@@ -186,4 +186,6 @@ def _budget_tensor(budgets: Sequence[float], dtype: torch.dtype, device: torch.d
     for index, value in enumerate(budgets):
         if not isinstance(value, (int, float)):
             raise TypeError(f"budgets[{index}]: expected a number, got {describe(value)}; pass tensors as one tensor [M]")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"budgets[{index}]: expected a share of the label's information, in [0, 1], got {value}")
     return torch.stack([torch.full((), float(value), dtype=dtype, device=device) for value in budgets]) if len(budgets) else torch.empty(0, dtype=dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from iib_kernels import reference
-from iib_kernels._checks import check_choice, check_device, check_float, check_shape, check_targets, describe, refuse_grad, tensor_list
+from iib_kernels._checks import check_choice, check_device, check_float, check_integer, check_number, check_shape, check_targets, describe, refuse_grad, tensor_list
 from iib_kernels._chunks import rows_per_chunk, spans
 from iib_kernels._runtime import choose, compute_dtype, eager_on_cpu
 
@@ -142,6 +142,7 @@ def class_sums(features: Tensor, targets: Tensor, num_classes: int, *, metric: s
     """
     check_choice(metric, METRICS, "metric")
     check_shape(check_float(features, "features"), (None, None), "features", "[B, D]")
+    check_integer(num_classes, "num_classes")
     if num_classes < 1:
         raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
     targets = check_targets(targets, features.shape[:1], num_classes, ignore_index)
@@ -186,6 +187,7 @@ def ema_from_sums(
             [0.0000, 1.0000]]), tensor([5, 1]))
     """
     check_choice(metric, METRICS, "metric")
+    check_number(momentum, "momentum")
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum: expected a number in [0, 1), got {momentum}")
     check_shape(check_float(prototypes, "prototypes"), (None, None), "prototypes", "[K, D]")
@@ -224,4 +226,6 @@ def check_modalities(features, prototypes, seen, metric: str) -> tuple[list[Tens
                 raise TypeError(f"seen[{index}]: expected a bool tensor [K], got {describe(known)}")
             check_shape(known, (len(first),), f"seen[{index}]", "[K]")
             check_device(features[0], **{f"seen[{index}]": known})
+        # What stands in a class not seen yet must not reach the features' gradient, where its weight of 0 times NaN would be NaN
+        prototypes = [torch.where(known[:, None], table, 0.0) for known, table in zip(seen, prototypes)]
     return features, prototypes, seen

@@ -105,7 +105,8 @@ def gated_fusion(
     if mask is not None:
         stacked = torch.where(mask[..., None], stacked, 0.0)  # what stands in a missing modality's row is nobody's business
     count, classes = stacked.shape[-2:]
-    per_modality = lambda value: torch.as_tensor(value, dtype=stacked.dtype, device=stacked.device).expand(count)
+    # new_full, not as_tensor, which on a GPU copies from the host: that synchronises and cannot be captured in a graph
+    per_modality = lambda value: (value if isinstance(value, Tensor) else stacked.new_full((), value)).expand(count)
     ruled_out = stacked == NEVER  # kept out of every product: 0 * inf would be NaN in a gradient
     finite = torch.where(ruled_out, 0.0, stacked) / per_modality(temperature)[:, None]
     t = torch.where(ruled_out, NEVER, finite)
