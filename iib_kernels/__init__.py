@@ -6,13 +6,19 @@
     gated_fusion           weights and fused logits by prior, uncertainty and gate
     fusion_cross_entropy   the same with all its cross-entropies
     update_prototypes      moving average of the prototypes (class_sums and ema_from_sums are its halves)
+
+Each runs as Triton kernels or as plain PyTorch (``impl=``); the kernels' autograd Functions are exported beside it.
 """
-from iib_kernels.alignment import AlignmentOutput, alignment_loss
-from iib_kernels.fusion import FusionLossOutput, FusionOutput, fusion_cross_entropy, gated_fusion
-from iib_kernels.prototype import NearestOutput, class_sums, ema_from_sums, nearest_prototype, prototype_distance, update_prototypes
+from iib_kernels.alignment import AlignmentLossFunction, AlignmentOutput, alignment_loss
+from iib_kernels.fusion import FusionCrossEntropyFunction, FusionLossOutput, FusionOutput, GatedFusionFunction, fusion_cross_entropy, gated_fusion
+from iib_kernels.prototype import (
+    NearestOutput, NearestPrototypeFunction, PrototypeDistanceFunction, UpdatePrototypesFunction, class_sums, ema_from_sums, nearest_prototype,
+    prototype_distance, update_prototypes,
+)
 
 __version__ = "0.1.0"
 __all__ = [
-    "AlignmentOutput", "FusionLossOutput", "FusionOutput", "NearestOutput", "alignment_loss", "class_sums", "ema_from_sums", "fusion_cross_entropy",
-    "gated_fusion", "nearest_prototype", "prototype_distance", "update_prototypes",
+    "AlignmentLossFunction", "AlignmentOutput", "FusionCrossEntropyFunction", "FusionLossOutput", "FusionOutput", "GatedFusionFunction", "NearestOutput",
+    "NearestPrototypeFunction", "PrototypeDistanceFunction", "UpdatePrototypesFunction", "alignment_loss", "class_sums", "ema_from_sums",
+    "fusion_cross_entropy", "gated_fusion", "nearest_prototype", "prototype_distance", "update_prototypes",
 ]

@@ -84,8 +84,9 @@ def check_mask(mask: object, shape: Sequence[int], name: str = "mask", *, rows_n
     return mask
 
 
-def check_targets(targets: object, shape: Sequence[int], num_classes: int, ignore_index: int) -> Tensor:
-    """Class indices of ``shape`` as int64, with ``ignore_index`` in place of any that is out of range.
+def check_targets(targets: object, shape: Sequence[int], num_classes: int, ignore_index: int, *, replace: bool = True) -> Tensor:
+    """Class indices of ``shape`` as int64, with ``ignore_index`` in place of any that is out of range; without ``replace`` as they are, for kernels that
+    look at each themselves.
 
     Where values may be looked at (eager, on the CPU) one out of range is a ValueError naming its row. Elsewhere, without synchronising, it counts as
     ignored: it is never used as an index.
@@ -95,6 +96,8 @@ def check_targets(targets: object, shape: Sequence[int], num_classes: int, ignor
         raise TypeError(f"targets: expected int64 class indices, got {describe(targets)}")
     if tuple(targets.shape) != tuple(shape):
         raise ValueError(f"targets: expected shape {list(shape)}, one class index a sample, got {list(targets.shape)}")
+    if not replace and not eager_on_cpu(targets):
+        return targets
     targets = targets.long()
     bad = (targets != ignore_index) & ((targets < 0) | (targets >= num_classes))
     if eager_on_cpu(targets) and bad.any():
@@ -102,7 +105,7 @@ def check_targets(targets: object, shape: Sequence[int], num_classes: int, ignor
         raise ValueError(
             f"targets: row {row} holds {int(targets.flatten()[row])}, outside 0..{num_classes - 1}; use ignore_index ({ignore_index}) to leave a row out"
         )
-    return torch.where(bad, ignore_index, targets)
+    return torch.where(bad, ignore_index, targets) if replace else targets
 
 
 def refuse_grad(name: str, *values: Tensor | None) -> None:

@@ -1,10 +1,35 @@
 """Which implementation runs: Triton where it can, plain PyTorch elsewhere, and an explanation instead of a silent fallback."""
 from __future__ import annotations
 
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """Why Triton cannot be imported, or None."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); install triton>=3.6"
+    return None
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether Triton was imported with TRITON_INTERPRET=1: kernels then run on the CPU, slowly."""
+    if triton_missing():
+        return False
+    from triton.language import standard
+
+    return type(standard.cdiv).__name__ == "InterpretedFunction"
 
 
 def choose(impl: str, *tensors: Tensor) -> str:
@@ -12,9 +37,29 @@ def choose(impl: str, *tensors: Tensor) -> str:
     Triton is asked for and cannot run."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: {impl!r} is none of {', '.join(IMPLEMENTATIONS)}")
+    if impl == "reference":
+        return "reference"
+    device = tensors[0].device
+    reason = triton_missing()
+    if reason is None and not (device.type == "cuda" or (device.type == "cpu" and interpreting())):
+        reason = f"the tensors are on {device}; move them to a GPU" + (
+            ", or set TRITON_INTERPRET=1 before the program starts to run the kernels slowly on the CPU" if device.type == "cpu" else "")
     if impl == "triton":
-        raise RuntimeError("impl='triton': this version of iib_kernels holds no Triton kernels yet; use impl='auto' or impl='reference'")
-    return "reference"
+        if reason is not None:
+            raise RuntimeError(f"impl='triton' cannot run: {reason}; or use impl='auto' or impl='reference'")
+        return "triton"
+    if device.type != "cuda":
+        return "reference"
+    if reason is not None:
+        _warn_slow(reason)
+        return "reference"
+    return "triton"
+
+
+@functools.cache
+def _warn_slow(reason: str) -> None:
+    """Say once that a GPU does without the kernels."""
+    warnings.warn(f"iib_kernels runs plain PyTorch on this GPU: {reason}; impl='reference' says that this is meant", stacklevel=4)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -27,3 +72,72 @@ def eager_on_cpu(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or tensor.device.type != "cpu":
         return False
     return type(tensor) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def on_device(tensor: Tensor):
+    """Context in which kernels are launched on the tensor's device."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+
+
+def accumulator(dtype: torch.dtype):
+    """Triton's dtype of :func:`compute_dtype`'s."""
+    import triton.language as tl
+
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _hip() -> bool:
+    """Whether this PyTorch is for AMD GPUs, which have no TF32."""
+    return torch.version.hip is not None
+
+
+def dot_options(*tensors: Tensor) -> dict:
+    """Constant arguments for products of these tensors: UPCAST (operands of several types, and always when interpreted) and PRECISION of float32 ones,
+    which is that of ``torch.get_float32_matmul_precision()``: IEEE for "highest", TF32 below (on NVIDIA)."""
+    tf32 = torch.get_float32_matmul_precision() != "highest" and not _hip()
+    return {"UPCAST": interpreting() or len({tensor.dtype for tensor in tensors}) > 1, "PRECISION": "tf32" if tf32 else "ieee"}
+
+
+def slope_precision(*tensors: Tensor) -> str:
+    """Precision of products with a float32 gradient: where the other side is of half precision, TF32 (on NVIDIA) loses less than the result's rounding."""
+    if all(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors) and not _hip():
+        return "tf32"
+    return dot_options(*tensors)["PRECISION"]
+
+
+def scalar(value: float, dtype: torch.dtype, device: torch.device) -> float | Tensor:
+    """A kernel's scalar argument: the number, or a tensor [] where it would lose digits as float32."""
+    return torch.full((), value, dtype=dtype, device=device) if dtype == torch.float64 else float(value)
+
+
+def uniform_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors themselves, or, where their dtypes differ, in the one that holds them all (kernels that choose a modality on the device need one)."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    return list(tensors) if len(dtypes) == 1 else [tensor.to(functools.reduce(torch.promote_types, dtypes)) for tensor in tensors]
+
+
+def first_order(name: str, call: Callable) -> type:
+    """An autograd Function that runs ``call`` (a backward operator) and says in its own backward that there is no second derivative."""
+    def forward(*values):
+        return call(*values)
+
+    def setup_context(ctx, inputs, output):
+        pass
+
+    def backward(ctx, *_):
+        raise NotImplementedError(f"{name}: the Triton kernels have no second derivative; use impl='reference'")
+
+    methods = {method.__name__: staticmethod(method) for method in (forward, setup_context, backward)}
+    return type(f"{name}Backward", (KernelFunction,), methods)
+
+
+class KernelFunction(torch.autograd.Function):
+    """An autograd Function over opaque kernels: forward-mode derivatives and vmap raise, and say what to do."""
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError("the Triton kernels have no forward-mode derivative (jvp); use impl='reference'")
+
+    @staticmethod
+    def vmap(info, in_dims, *_):
+        raise NotImplementedError("the Triton kernels have no vmap; pass the whole batch, or use impl='reference'")

@@ -8,11 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from iib_kernels import reference
+from iib_kernels import _tuning, reference
 from iib_kernels._checks import check_choice, check_device, check_float, check_mask, check_number, check_shape, check_targets, describe, refuse_grad
 from iib_kernels._chunks import rows_per_chunk, spans
-from iib_kernels._runtime import choose, compute_dtype
-from iib_kernels.prototype import check_modalities
+from iib_kernels._registration import register
+from iib_kernels._runtime import (
+    KernelFunction, accumulator, choose, compute_dtype, dot_options, first_order, on_device, scalar, slope_precision, uniform_dtype,
+)
+from iib_kernels.prototype import check_modalities, without_unseen
 
 WORK_ARRAYS = 8  # [M, rows, K] arrays alive at once in one chunk, forward or backward
 
@@ -68,7 +71,8 @@ def alignment_loss(
     check_choice(reduction, ("mean", "sum", "none"), "reduction")
     features, prototypes, seen = check_modalities(features, prototypes, seen, metric)
     batch, classes, device = len(features[0]), len(prototypes[0]), features[0].device
-    targets = check_targets(targets, (batch,), classes, ignore_index)
+    implementation = choose(impl, *features)
+    targets = check_targets(targets, (batch,), classes, ignore_index, replace=implementation == "reference")
     mask = check_mask(mask, (batch, len(features)))
     dtype = compute_dtype(*features)
     if not isinstance(budgets, Tensor):
@@ -79,8 +83,21 @@ def alignment_loss(
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a number above 0 and finite, got {temperature}")
     check_device(features[0], targets=targets, mask=mask, budgets=budgets)
-    choose(impl, *features)
-    with torch.autocast(device.type, enabled=False):
+    if implementation == "triton":
+        contrastive, alignment, confidence, counts, _ = AlignmentLossFunction.apply(
+            float(temperature), metric == "cosine", ignore_index, len(features), targets, budgets, mask, *features, *prototypes, *(seen or []))
+    else:
+        contrastive, alignment, confidence, counts = _in_chunks(
+            features, without_unseen(prototypes, seen), targets, budgets, temperature, metric, seen, mask, ignore_index, dtype)
+    if reduction == "none":
+        return AlignmentOutput(contrastive, alignment, confidence)
+    divisor = counts.sum(0).clamp_min(1) if reduction == "mean" else 1
+    return AlignmentOutput(contrastive.sum(0) / divisor, alignment.sum(0) / divisor, confidence.sum(0) / divisor)
+
+
+def _in_chunks(features, prototypes, targets, budgets, temperature, metric, seen, mask, ignore_index, dtype) -> tuple[Tensor, ...]:
+    """C, A, q and counts, [B, M], in plain PyTorch."""
+    with torch.autocast(targets.device.type, enabled=False):
         valid = (targets != ignore_index)[:, None]
         present = valid if mask is None else valid & mask  # [B, 1] or [B, M]
         # What stands in a row that contributes nothing must not reach even its gradient, where 0 * NaN would be NaN
@@ -88,14 +105,8 @@ def alignment_loss(
         tables = [values.to(dtype) for values in prototypes]
         if metric == "cosine":
             rows, tables = [reference.normalize(values) for values in rows], [reference.normalize(values) for values in tables]  # once, not once a chunk
-        budgets = budgets.to(dtype)
-
         seen = None if seen is None else torch.stack(seen)
-        contrastive, alignment, confidence, counts = _Alignment.apply(temperature, ignore_index, targets, budgets, seen, mask, *rows, *tables)
-    if reduction == "none":
-        return AlignmentOutput(contrastive, alignment, confidence)
-    divisor = counts.sum(0).clamp_min(1) if reduction == "mean" else 1
-    return AlignmentOutput(contrastive.sum(0) / divisor, alignment.sum(0) / divisor, confidence.sum(0) / divisor)
+        return _Alignment.apply(temperature, ignore_index, targets, budgets.to(dtype), seen, mask, *rows, *tables)
 
 
 class _Alignment(torch.autograd.Function):
@@ -189,3 +200,156 @@ def _budget_tensor(budgets: Sequence[float], dtype: torch.dtype, device: torch.d
         if not 0 <= value < math.inf:
             raise ValueError(f"budgets[{index}]: expected a share of the label's information, in [0, 1], got {value}")
     return torch.stack([torch.full((), float(value), dtype=dtype, device=device) for value in budgets]) if len(budgets) else torch.empty(0, dtype=dtype)
+
+
+# ----- Triton: launchers, operators, autograd Function
+
+
+def _shared(features, prototypes, targets, budgets, temperature, seen, mask, ignore_index, dtype) -> list:
+    """The arguments that all three kernels begin with."""
+    strides = lambda values, place: tuple(value.stride(place) for value in values)
+    return [
+        tuple(features), strides(features, 0), strides(features, 1), tuple(prototypes), strides(prototypes, 0), strides(prototypes, 1),
+        _widths(features), targets, targets.stride(0), ignore_index, budgets, budgets.stride(0), scalar(temperature, dtype, targets.device),
+        tuple(value.contiguous() for value in seen) or None, mask, *((0, 0) if mask is None else mask.stride()),
+    ]
+
+
+def _widths(features) -> tuple[int, ...]:
+    """D_m of every modality."""
+    return tuple(values.shape[1] for values in features)
+
+
+def _options(features, prototypes, cosine, seen, dtype) -> dict:
+    """Constant arguments common to the kernels."""
+    return {"M": len(features), "COSINE": cosine, "SEEN": bool(seen), "NUMBER_POINTER": dtype == torch.float64, "ACC": accumulator(dtype),
+            **dot_options(*features, *prototypes)}
+
+
+def _tiled(prototypes) -> bool:
+    """Whether the classes need several blocks, and forward keeps its sums for backward."""
+    return len(prototypes[0]) > _tuning.ALIGNMENT_CLASSES
+
+
+def _launch_forward(features, prototypes, targets, budgets, temperature, cosine, seen, mask, ignore_index):
+    from iib_kernels._kernels.alignment import alignment_forward
+
+    outputs = _forward_fake(features, prototypes, targets, budgets, temperature, cosine, seen, mask, ignore_index)
+    batch, classes = len(targets), len(prototypes[0])
+    if not batch:
+        return outputs
+    dtype = compute_dtype(*features)
+    results = (*outputs[:4], outputs[4] if _tiled(prototypes) else None)
+
+    def launch(config: _tuning.Launch) -> None:
+        alignment_forward[(-(-batch // config.blocks["BLOCK_B"]),)](
+            *_shared(features, prototypes, targets, budgets, temperature, seen, mask, ignore_index, dtype), *results, batch, classes,
+            **_options(features, prototypes, cosine, seen, dtype), **config.options(),
+        )
+
+    with on_device(features[0]):
+        width = max(_widths(features))
+        _tuning.run(("alignment", batch, classes, width, len(features), features[0].dtype),
+                    _tuning.alignment(classes, width, len(features), _widest(features, prototypes)), launch)
+    return outputs
+
+
+def _widest(*groups) -> int:
+    """Bytes of the widest element."""
+    return max(value.dtype.itemsize for group in groups for value in group)
+
+
+def _forward_fake(features, prototypes, targets, budgets, temperature, cosine, seen, mask, ignore_index):
+    size, dtype = (len(targets), len(features)), compute_dtype(*features)
+    like = features[0].new_empty
+    return (*(like(size, dtype=dtype) for _ in range(3)), like(size, dtype=torch.bool), like(len(targets) if _tiled(prototypes) else 0, 2 * size[1], dtype=dtype))
+
+
+def _launch_backward(
+    features, prototypes, targets, budgets, temperature, cosine, seen, mask, ignore_index, confidence, statistics, grad_contrastive, grad_alignment
+):
+    from iib_kernels._kernels import alignment as kernels
+
+    batch, classes = len(targets), len(prototypes[0])
+    gradients = [values.new_empty(values.shape) for values in features]
+    if not batch:
+        return gradients
+    dtype, width = compute_dtype(*features), max(_widths(features))
+    kinds = [values.dtype for values in features]
+    upstream = []
+    for value in (grad_contrastive, grad_alignment):
+        upstream += [value, *((0, 0) if value is None else value.stride())]
+    if _tiled(prototypes):
+        features, prototypes = uniform_dtype(features), uniform_dtype(prototypes)
+        gradients = [values.new_empty(values.shape) for values in features]
+    options = {**_options(features, prototypes, cosine, seen, dtype), "SLOPE_PRECISION": slope_precision(*features, *prototypes)}
+    shared = _shared(features, prototypes, targets, budgets, temperature, seen, mask, ignore_index, dtype)
+    rest = (*upstream, tuple(gradients), batch, classes)
+
+    def launch_block(config: _tuning.Launch) -> None:
+        kernels.alignment_backward_block[(-(-batch // config.blocks["BLOCK_B"]),)](*shared, *rest, **options, **config.options())
+
+    def launch_tiled(config: _tuning.Launch) -> None:
+        grid = (-(-batch // config.blocks["BLOCK_B"]), len(features), -(-width // config.blocks["CHUNK"]))
+        kernels.alignment_backward_tiled[grid](*shared, confidence, statistics, *rest, **options, **config.options())
+
+    with on_device(features[0]):
+        key, itemsize = (batch, classes, width, len(features), features[0].dtype), _widest(features, prototypes)
+        if _tiled(prototypes):
+            _tuning.run(("alignment_backward_tiled", *key), _tuning.alignment_tiled(width, itemsize), launch_tiled)
+        else:
+            _tuning.run(("alignment_backward", *key), _tuning.alignment(classes, width, len(features), itemsize), launch_block)
+    return [gradient.to(kind) for gradient, kind in zip(gradients, kinds)]
+
+
+def _backward_fake(features, *_):
+    return [values.new_empty(values.shape) for values in features]
+
+
+_ARGUMENTS = ("Tensor[] features, Tensor[] prototypes, Tensor targets, Tensor budgets, float temperature, bool cosine, Tensor[] seen, Tensor? mask, "
+              "int ignore_index")
+_FORWARD = register(f"alignment_loss({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _launch_forward, _forward_fake)
+_BACKWARD = register(
+    f"alignment_loss_backward({_ARGUMENTS}, Tensor confidence, Tensor statistics, Tensor? grad_contrastive, Tensor? grad_alignment) -> Tensor[]",
+    _launch_backward, _backward_fake)
+
+
+def _split(values, count: int) -> tuple:
+    """Features, prototypes and seen of M modalities from one row of tensors."""
+    return values[:count], values[count:2 * count], values[2 * count:]
+
+
+def _call_backward(temperature, cosine, ignore_index, count, targets, budgets, mask, confidence, statistics, grad_contrastive, grad_alignment, *values):
+    """The backward operator; its gradients in one tuple."""
+    features, prototypes, seen = _split(values, count)
+    return tuple(_BACKWARD(features, prototypes, targets, budgets, temperature, cosine, seen, mask, ignore_index, confidence, statistics,
+                           grad_contrastive, grad_alignment))
+
+
+_AlignmentLossBackward = first_order("AlignmentLoss", _call_backward)
+
+
+class AlignmentLossFunction(KernelFunction):
+    """(temperature, cosine, ignore_index, M, targets [B], budgets [M], mask, M features, M prototypes, M seen or none) -> C, A, q(y) and which rows count,
+    each [B, M], and what backward needs. See :func:`alignment_loss`, which checks."""
+
+    @staticmethod
+    def forward(temperature, cosine, ignore_index, count, targets, budgets, mask, *values):
+        features, prototypes, seen = _split(values, count)
+        return _FORWARD(features, prototypes, targets, budgets, temperature, cosine, seen, mask, ignore_index)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *ctx.constants, targets, budgets, mask = inputs[:7]
+        _, _, confidence, counts, statistics = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(confidence, counts, statistics)
+        ctx.save_for_backward(targets, budgets, mask, confidence, statistics, *inputs[7:])
+
+    @staticmethod
+    def backward(ctx, grad_contrastive, grad_alignment, *_):
+        gradients = ()
+        if grad_contrastive is not None or grad_alignment is not None:
+            gradients = _AlignmentLossBackward.apply(*ctx.constants, *ctx.saved_tensors[:5], grad_contrastive, grad_alignment, *ctx.saved_tensors[5:])
+        needed = (value if need else None for value, need in zip(gradients, ctx.needs_input_grad[7:]))
+        return (None,) * 7 + tuple(needed) + (None,) * (len(ctx.needs_input_grad) - 7 - len(gradients))

@@ -7,10 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from iib_kernels import reference
+from iib_kernels import _tuning, reference
 from iib_kernels._checks import check_choice, check_device, check_float, check_integer, check_number, check_shape, check_targets, describe, refuse_grad, tensor_list
 from iib_kernels._chunks import rows_per_chunk, spans
-from iib_kernels._runtime import choose, compute_dtype, eager_on_cpu
+from iib_kernels._registration import register
+from iib_kernels._runtime import (
+    KernelFunction, accumulator, choose, compute_dtype, dot_options, eager_on_cpu, first_order, on_device, scalar, slope_precision, uniform_dtype,
+)
 
 METRICS = ("cosine", "sqeuclidean")
 SEARCH_ARRAYS = 4  # [rows, K] arrays alive at once in the search for the nearest prototype: products, distances, and both again with unseen classes out
@@ -44,7 +47,10 @@ def prototype_distance(features: Tensor, prototypes: Tensor, *, metric: str = "c
     if check_float(features, "features").dim() < 1 or features.shape[-1] != prototypes.shape[1]:
         raise ValueError(f"features: expected shape [..., D] with D = {prototypes.shape[1]} as in prototypes, got {describe(features)}")
     check_device(features, prototypes=prototypes)
-    choose(impl, features, prototypes)
+    if choose(impl, features, prototypes) == "triton":
+        keep = metric == "cosine" and torch.is_grad_enabled() and (features.requires_grad or prototypes.requires_grad)
+        distance = PrototypeDistanceFunction.apply(features.reshape(-1, features.shape[-1]), prototypes, metric == "cosine", keep)[0]
+        return distance.reshape(*features.shape[:-1], len(prototypes))
     dtype = compute_dtype(features, prototypes)
     with torch.autocast(features.device.type, enabled=False):
         return reference.prototype_distance(features.to(dtype), prototypes.to(dtype), metric).to(features.dtype)
@@ -72,7 +78,9 @@ def nearest_prototype(
     tensor([[0]])
     """
     features, prototypes, seen = check_modalities(features, prototypes, seen, metric)
-    choose(impl, *features)
+    if choose(impl, *features) == "triton":
+        return NearestOutput(*NearestPrototypeFunction.apply(metric == "cosine", len(features), *features, *prototypes, *(seen or [])))
+    prototypes = without_unseen(prototypes, seen)
     dtype = compute_dtype(*features)
     distances, indices = [], []
     with torch.autocast(features[0].device.type, enabled=False):
@@ -114,15 +122,22 @@ def update_prototypes(
     (tensor([[0., 0.],
             [1., 0.]]), tensor([0, 1]))
     """
-    choose(impl, features)
     check_shape(check_float(prototypes, "prototypes"), (None, None), "prototypes", "[K, D]")
     check_shape(check_float(features, "features"), (None, prototypes.shape[1]), "features", "[B, D]")
-    sums, batch_counts = class_sums(features, targets, len(prototypes), metric=metric, ignore_index=ignore_index)
+    if choose(impl, features) == "triton":
+        check_choice(metric, METRICS, "metric")
+        _check_moving(prototypes, momentum, counts=counts)
+        targets = check_targets(targets, features.shape[:1], len(prototypes), ignore_index, replace=False)
+        check_device(prototypes, counts=counts, features=features, targets=targets)
+        return UpdatePrototypesFunction.apply(prototypes, counts, features, targets, momentum, metric == "cosine", ignore_index)
+    sums, batch_counts = class_sums(features, targets, len(prototypes), metric=metric, ignore_index=ignore_index, impl="reference")
     return ema_from_sums(prototypes, counts, sums, batch_counts, momentum=momentum, metric=metric)
 
 
 @torch.no_grad()
-def class_sums(features: Tensor, targets: Tensor, num_classes: int, *, metric: str = "cosine", ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+def class_sums(
+    features: Tensor, targets: Tensor, num_classes: int, *, metric: str = "cosine", ignore_index: int = -100, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Sums of each class's embeddings in a batch, and how many there were: the half of :func:`update_prototypes` before the all-reduce (section 2).
 
     Args:
@@ -131,6 +146,7 @@ def class_sums(features: Tensor, targets: Tensor, num_classes: int, *, metric: s
             CPU, ignored elsewhere.
         num_classes: K >= 1.
         metric: with ``"cosine"`` each embedding is normalised before it is added.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``.
 
     Returns sums [K, D], float32 (float64 for float64 features), and counts [K] int64. No gradient; bitwise repeatable. Errors name the argument.
 
@@ -145,8 +161,11 @@ def class_sums(features: Tensor, targets: Tensor, num_classes: int, *, metric: s
     check_integer(num_classes, "num_classes")
     if num_classes < 1:
         raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
-    targets = check_targets(targets, features.shape[:1], num_classes, ignore_index)
+    implementation = choose(impl, features)
+    targets = check_targets(targets, features.shape[:1], num_classes, ignore_index, replace=implementation == "reference")
     check_device(features, targets=targets)
+    if implementation == "triton":
+        return _CLASS_SUMS(features.detach(), targets, num_classes, metric == "cosine", ignore_index)
     with torch.autocast(features.device.type, enabled=False):
         rows = features.detach().to(compute_dtype(features))
         rows = reference.normalize(rows) if metric == "cosine" else rows
@@ -187,19 +206,24 @@ def ema_from_sums(
             [0.0000, 1.0000]]), tensor([5, 1]))
     """
     check_choice(metric, METRICS, "metric")
-    check_number(momentum, "momentum")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum: expected a number in [0, 1), got {momentum}")
     check_shape(check_float(prototypes, "prototypes"), (None, None), "prototypes", "[K, D]")
     check_shape(check_float(sums, "sums"), prototypes.shape, "sums", "[K, D]")
-    for name, value in (("counts", counts), ("batch_counts", batch_counts)):
-        if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool:
-            raise TypeError(f"{name}: expected an int64 tensor [K], got {describe(value)}")
-        check_shape(value, prototypes.shape[:1], name, "[K]")
+    _check_moving(prototypes, momentum, counts=counts, batch_counts=batch_counts)
     check_device(prototypes, counts=counts, sums=sums, batch_counts=batch_counts)
     dtype = compute_dtype(prototypes, sums)
     moved, total = reference.ema_from_sums(prototypes.detach().to(dtype), counts, sums.to(dtype), batch_counts, momentum, metric)
     return moved.to(prototypes.dtype), total
+
+
+def _check_moving(prototypes: Tensor, momentum: float, **counts: Tensor) -> None:
+    """TypeError or ValueError unless the momentum and the counts [K] are ones that a moving average can use."""
+    check_number(momentum, "momentum")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum: expected a number in [0, 1), got {momentum}")
+    for name, value in counts.items():
+        if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool:
+            raise TypeError(f"{name}: expected an int64 tensor [K], got {describe(value)}")
+        check_shape(value, prototypes.shape[:1], name, "[K]")
 
 
 def check_modalities(features, prototypes, seen, metric: str) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
@@ -226,6 +250,282 @@ def check_modalities(features, prototypes, seen, metric: str) -> tuple[list[Tens
                 raise TypeError(f"seen[{index}]: expected a bool tensor [K], got {describe(known)}")
             check_shape(known, (len(first),), f"seen[{index}]", "[K]")
             check_device(features[0], **{f"seen[{index}]": known})
-        # What stands in a class not seen yet must not reach the features' gradient, where its weight of 0 times NaN would be NaN
-        prototypes = [torch.where(known[:, None], table, 0.0) for known, table in zip(seen, prototypes)]
     return features, prototypes, seen
+
+
+def without_unseen(prototypes: list[Tensor], seen: list[Tensor] | None) -> list[Tensor]:
+    """Zeros for classes not seen yet: what stands there must not reach the features' gradient, where its weight of 0 times NaN would be NaN."""
+    return prototypes if seen is None else [torch.where(known[:, None], table, 0.0) for known, table in zip(seen, prototypes)]
+
+
+# ----- Triton: launchers, operators, autograd Functions
+
+
+def _blocks(size: int, block: int) -> int:
+    """How many blocks cover a size."""
+    return -(-size // block)
+
+
+def _distance(features, prototypes, cosine, keep):
+    from iib_kernels._kernels.prototype import distance_forward
+
+    distance, squares, prototype_squares = outputs = _distance_fake(features, prototypes, cosine, keep)
+    (batch, width), classes = features.shape, len(prototypes)
+    if not batch * classes:
+        return outputs
+    dtype = compute_dtype(features, prototypes)
+    itemsize = max(features.dtype.itemsize, prototypes.dtype.itemsize)
+
+    def launch(config: _tuning.Launch) -> None:
+        distance_forward[(_blocks(batch, config.blocks["BLOCK_B"]), _blocks(classes, config.blocks["BLOCK_K"]))](
+            features, *features.stride(), prototypes, *prototypes.stride(), distance, squares if keep else None, prototype_squares if keep else None,
+            batch, classes, width, COSINE=cosine, ACC=accumulator(dtype), **dot_options(features, prototypes), **config.options(),
+        )
+
+    with on_device(features):
+        _tuning.run(("distance", batch, classes, width, features.dtype), _tuning.distance(batch, classes, width, itemsize), launch)
+    return outputs
+
+
+def _distance_fake(features, prototypes, cosine, keep):
+    dtype = compute_dtype(features, prototypes)
+    sizes = (len(features), len(prototypes)) if keep else (0, 0)
+    return features.new_empty(len(features), len(prototypes)), *(features.new_empty(size, dtype=dtype) for size in sizes)
+
+
+def _distance_backward(features, prototypes, cosine, squares, prototype_squares, distance, grad, need_features, need_prototypes):
+    from iib_kernels._kernels.prototype import distance_backward
+
+    grad_features, grad_prototypes = outputs = _distance_backward_fake(
+        features, prototypes, cosine, squares, prototype_squares, distance, grad, need_features, need_prototypes)
+    (batch, width), classes = features.shape, len(prototypes)
+    if not batch * classes:
+        return tuple(output.zero_() for output in outputs)
+    if not width:
+        return outputs
+    dtype = compute_dtype(features, prototypes)
+    itemsize = max(features.dtype.itemsize, prototypes.dtype.itemsize)
+
+    def launch(config: _tuning.Launch) -> None:
+        rows, columns, chunk = (config.blocks[name] for name in ("BLOCK_B", "BLOCK_K", "CHUNK"))
+        row_programs = _blocks(batch, rows) if need_features else 0
+        class_programs = _blocks(classes, columns) if need_prototypes else 0
+        # One block of classes is read once and serves all components; several are shared among programs
+        span = _blocks(width, chunk) * chunk if classes <= columns and not need_prototypes else chunk
+        distance_backward[(row_programs + class_programs, _blocks(width, span))](
+            features, *features.stride(), squares if cosine else None, prototypes, *prototypes.stride(), prototype_squares if cosine else None,
+            grad, *grad.stride(), distance, grad_features if need_features else None, grad_prototypes if need_prototypes else None, batch, classes, width,
+            row_programs, span, COSINE=cosine, ACC=accumulator(dtype), PRECISION=slope_precision(features, prototypes), ONE_ROW_BLOCK=batch <= rows,
+            ONE_CLASS_BLOCK=classes <= columns, **config.options(),
+        )
+
+    with on_device(features):
+        key = ("distance_backward", batch, classes, width, features.dtype, need_features, need_prototypes)
+        _tuning.run(key, _tuning.distance_backward(batch, classes, width, itemsize), launch)
+    return outputs
+
+
+def _distance_backward_fake(features, prototypes, cosine, squares, prototype_squares, distance, grad, need_features, need_prototypes):
+    return tuple(value.new_empty(value.shape if need else 0) for value, need in ((features, need_features), (prototypes, need_prototypes)))
+
+
+def _strides(values, place: int) -> tuple[int, ...]:
+    """Strides of several tensors in one dimension."""
+    return tuple(value.stride(place) for value in values)
+
+
+def _nearest(features, prototypes, cosine, seen):
+    from iib_kernels._kernels.prototype import nearest_forward
+
+    distance, index = outputs = _nearest_fake(features, prototypes, cosine, seen)
+    batch, classes, count = len(features[0]), len(prototypes[0]), len(features)
+    if not batch:
+        return outputs
+    dtype = compute_dtype(*features)
+    features, prototypes = uniform_dtype(features), uniform_dtype(prototypes)
+    widths = tuple(values.shape[1] for values in features)
+    itemsize = max(features[0].dtype.itemsize, prototypes[0].dtype.itemsize)
+
+    def launch(config: _tuning.Launch) -> None:
+        nearest_forward[(_blocks(batch, config.blocks["BLOCK_B"]), count)](
+            tuple(features), _strides(features, 0), _strides(features, 1), tuple(prototypes), _strides(prototypes, 0), _strides(prototypes, 1), widths,
+            tuple(known.contiguous() for known in seen) or None, distance, index, batch, classes, M=count, COSINE=cosine, SEEN=bool(seen),
+            ACC=accumulator(dtype), **dot_options(*features, *prototypes), **config.options(),
+        )
+
+    with on_device(features[0]):
+        _tuning.run(("nearest", batch, classes, max(widths), count, features[0].dtype), _tuning.distance(batch, classes, max(widths), itemsize), launch)
+    return outputs
+
+
+def _nearest_fake(features, prototypes, cosine, seen):
+    size = (len(features[0]), len(features))
+    return features[0].new_empty(size, dtype=compute_dtype(*features)), features[0].new_empty(size, dtype=torch.int64)
+
+
+def _nearest_backward(features, prototypes, cosine, index, grad):
+    from iib_kernels._kernels.prototype import nearest_backward
+
+    kinds, batch, count = [values.dtype for values in features], len(features[0]), len(features)
+    dtype = compute_dtype(*features)
+    features, prototypes = uniform_dtype(features), uniform_dtype(prototypes)
+    gradients = [values.new_empty(values.shape) for values in features]
+    widths = tuple(values.shape[1] for values in features)
+    if not batch:
+        return gradients
+
+    def launch(config: _tuning.Launch) -> None:
+        nearest_backward[(_blocks(batch, config.blocks["BLOCK_B"]), count)](
+            tuple(features), _strides(features, 0), _strides(features, 1), tuple(prototypes), _strides(prototypes, 0), _strides(prototypes, 1), widths,
+            index, grad, *grad.stride(), tuple(gradients), batch, M=count, COSINE=cosine, ACC=accumulator(dtype),
+            ONE_BLOCK=max(widths) <= config.blocks["BLOCK_D"], **config.options(),
+        )
+
+    with on_device(features[0]):
+        _tuning.run(("nearest_backward", batch, max(widths), count, features[0].dtype), _tuning.nearest_backward(max(widths)), launch)
+    return [gradient.to(kind) for gradient, kind in zip(gradients, kinds)]
+
+
+def _nearest_backward_fake(features, *_):
+    return [values.new_empty(values.shape) for values in features]
+
+
+def _gather(prototypes, counts, features, targets, momentum, cosine, ignore_index, prototypes_out, counts_out) -> None:
+    """Launch: class sums, or (prototypes given) the moving average."""
+    from iib_kernels._kernels.prototype import prototype_update
+
+    batch, width = features.shape
+    move = prototypes is not None
+    dtype = compute_dtype(features, prototypes) if move else compute_dtype(features)
+    if not len(counts_out):
+        return
+
+    def launch(config: _tuning.Launch) -> None:
+        prototype_update[(len(counts_out),)](
+            prototypes, *(prototypes.stride() if move else (0, 0)), counts, counts.stride(0) if move else 0, features, *features.stride(),
+            targets, targets.stride(0), ignore_index, scalar(momentum, dtype, features.device), prototypes_out, counts_out, batch, width,
+            MOVE=move, COSINE=cosine, NUMBER_POINTER=dtype == torch.float64, ACC=accumulator(dtype), ONE_BLOCK=width <= config.blocks["BLOCK_D"],
+            **config.options(),
+        )
+
+    with on_device(features):
+        _tuning.run(("update", batch, width, len(counts_out), features.dtype), _tuning.update(width), launch)
+
+
+def _update(prototypes, counts, features, targets, momentum, cosine, ignore_index):
+    outputs = _update_fake(prototypes, counts, features, targets, momentum, cosine, ignore_index)
+    _gather(prototypes, counts, features, targets, momentum, cosine, ignore_index, *outputs)
+    return outputs
+
+
+def _update_fake(prototypes, counts, features, targets, momentum, cosine, ignore_index):
+    return prototypes.new_empty(prototypes.shape), counts.new_empty(counts.shape, dtype=torch.int64)
+
+
+def _sums(features, targets, num_classes, cosine, ignore_index):
+    outputs = _sums_fake(features, targets, num_classes, cosine, ignore_index)
+    _gather(None, None, features, targets, 0.0, cosine, ignore_index, *outputs)
+    return outputs
+
+
+def _sums_fake(features, targets, num_classes, cosine, ignore_index):
+    like = features.new_empty
+    return like(num_classes, features.shape[1], dtype=compute_dtype(features)), like(num_classes, dtype=torch.int64)
+
+
+_DISTANCE = register("prototype_distance(Tensor features, Tensor prototypes, bool cosine, bool keep) -> (Tensor, Tensor, Tensor)", _distance, _distance_fake)
+_DISTANCE_BACKWARD = register(
+    "prototype_distance_backward(Tensor features, Tensor prototypes, bool cosine, Tensor squares, Tensor prototype_squares, Tensor distance, Tensor grad, "
+    "bool need_features, bool need_prototypes) -> (Tensor, Tensor)", _distance_backward, _distance_backward_fake)
+_NEAREST = register("nearest_prototype(Tensor[] features, Tensor[] prototypes, bool cosine, Tensor[] seen) -> (Tensor, Tensor)", _nearest, _nearest_fake)
+_NEAREST_BACKWARD = register(
+    "nearest_prototype_backward(Tensor[] features, Tensor[] prototypes, bool cosine, Tensor index, Tensor grad) -> Tensor[]",
+    _nearest_backward, _nearest_backward_fake)
+_UPDATE = register(
+    "update_prototypes(Tensor prototypes, Tensor counts, Tensor features, Tensor targets, float momentum, bool cosine, int ignore_index) "
+    "-> (Tensor, Tensor)", _update, _update_fake)
+_CLASS_SUMS = register(
+    "class_sums(Tensor features, Tensor targets, int num_classes, bool cosine, int ignore_index) -> (Tensor, Tensor)", _sums, _sums_fake)
+
+
+def _call_distance_backward(*arguments):
+    """The backward operator."""
+    return _DISTANCE_BACKWARD(*arguments)
+
+
+_PrototypeDistanceBackward = first_order("PrototypeDistance", _call_distance_backward)
+
+
+class PrototypeDistanceFunction(KernelFunction):
+    """(features [B, D], prototypes [K, D], cosine, keep) -> squared distances [B, K] and, with ``keep``, what backward of the cosine needs.
+    See :func:`prototype_distance`, which checks."""
+
+    @staticmethod
+    def forward(features, prototypes, cosine, keep):
+        return _DISTANCE(features, prototypes, cosine, keep)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        features, prototypes, ctx.cosine, _ = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(features, prototypes, *output)
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * 4
+        features, prototypes, distance, squares, prototype_squares = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        gradients = _PrototypeDistanceBackward.apply(features, prototypes, ctx.cosine, squares, prototype_squares, distance, grad, *needs)
+        return *(value if need else None for value, need in zip(gradients, needs)), None, None
+
+
+def _call_nearest_backward(cosine, count, index, grad, *tables):
+    """The backward operator; its gradients in one tuple."""
+    return tuple(_NEAREST_BACKWARD(tables[:count], tables[count:], cosine, index, grad))
+
+
+_NearestPrototypeBackward = first_order("NearestPrototype", _call_nearest_backward)
+
+
+class NearestPrototypeFunction(KernelFunction):
+    """(cosine, M, M features, M prototypes, M seen or none) -> squared distance and index of the nearest prototype, [B, M].
+    See :func:`nearest_prototype`, which checks."""
+
+    @staticmethod
+    def forward(cosine, count, *values):
+        return _NEAREST(values[:count], values[count:2 * count], cosine, values[2 * count:])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.cosine, ctx.count = inputs[:2]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1], *inputs[2:2 + 2 * ctx.count])
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        gradients = ()
+        if grad is not None:
+            index, *tables = ctx.saved_tensors
+            gradients = _NearestPrototypeBackward.apply(ctx.cosine, ctx.count, index, grad, *tables)
+        needed = (value if need else None for value, need in zip(gradients, ctx.needs_input_grad[2:]))
+        return None, None, *needed, *(None,) * (len(ctx.needs_input_grad) - 2 - len(gradients))
+
+
+class UpdatePrototypesFunction(KernelFunction):
+    """(prototypes, counts, features, targets, momentum, cosine, ignore_index) -> new prototypes and counts, which carry no gradient.
+    See :func:`update_prototypes`, which checks."""
+
+    @staticmethod
+    def forward(prototypes, counts, features, targets, momentum, cosine, ignore_index):
+        return _UPDATE(prototypes, counts, features, targets, momentum, cosine, ignore_index)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def backward(ctx, *_):
+        return (None,) * 7

@@ -66,15 +66,19 @@ class PrototypeBank(nn.Module):
 
         Rows whose target is ``ignore_index`` or whose modality is missing do not count.
         """
+        shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         for index, embedding in enumerate(as_sequence(embeddings, self.modalities, "embeddings")):
             rows = targets if mask is None else targets.masked_fill(~mask[:, index], ignore_index)
-            sums, counts = iib_kernels.class_sums(embedding, rows, self.num_classes, metric=self.metric, ignore_index=ignore_index)
-            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-                dist.all_reduce(sums)
-                dist.all_reduce(counts)
-            prototypes, total = iib_kernels.ema_from_sums(
-                getattr(self, f"prototypes_{index}"), getattr(self, f"counts_{index}"), sums, counts, momentum=self.momentum, metric=self.metric
-            )
+            before = getattr(self, f"prototypes_{index}"), getattr(self, f"counts_{index}")
+            if shared:
+                sums = iib_kernels.class_sums(embedding, rows, self.num_classes, metric=self.metric, ignore_index=ignore_index, impl=self.impl)
+                for value in sums:
+                    dist.all_reduce(value)
+                prototypes, total = iib_kernels.ema_from_sums(*before, *sums, momentum=self.momentum, metric=self.metric)
+            else:
+                prototypes, total = iib_kernels.update_prototypes(
+                    *before, embedding, rows, momentum=self.momentum, metric=self.metric, ignore_index=ignore_index, impl=self.impl
+                )
             getattr(self, f"prototypes_{index}").copy_(prototypes)
             getattr(self, f"counts_{index}").copy_(total)
 

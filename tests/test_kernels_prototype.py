@@ -280,7 +280,6 @@ Z, P, Y = [torch.zeros(2, 3), torch.zeros(2, 4)], [torch.zeros(5, 3), torch.zero
     (lambda: prototype_distance(torch.zeros(2, 3).int(), P[0]), TypeError, "features: expected float16"),
     (lambda: update_prototypes(P[0], torch.zeros(5), Z[0], Y), TypeError, "counts: expected an int64 tensor"),
     (lambda: update_prototypes(P[0], torch.zeros(5).long(), Z[0], Y, momentum=1.0), ValueError, r"momentum: expected a number in \[0, 1\)"),
-    (lambda: prototype_distance(Z[0], P[0], impl="triton"), RuntimeError, "impl='triton'"),
 ])
 def test_wrong_input_is_named(call, error, words):
     with pytest.raises(error, match=words):
