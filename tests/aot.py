@@ -33,6 +33,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PAIRS = {"bf16, fp32": (torch.bfloat16, torch.float32), "tf32": (torch.float32, torch.float32)}  # features and prototypes; products in TF32 where it exists
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64", torch.int32: "i32", torch.bool: "i1"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -115,8 +116,9 @@ def _fusion(dtype, modalities, classes, loss):
 
 
 def _tables(dtype, modalities, classes):
-    """Features and prototypes [., 512] of every modality."""
-    return ([torch.empty(64, 512, dtype=dtype) for _ in range(modalities)], [torch.empty(classes, 512, dtype=dtype) for _ in range(modalities)])
+    """Features and prototypes [., 512] of every modality; ``dtype`` of both, or one of each."""
+    dtype, other = dtype if isinstance(dtype, tuple) else (dtype, dtype)
+    return ([torch.empty(64, 512, dtype=dtype) for _ in range(modalities)], [torch.empty(classes, 512, dtype=other) for _ in range(modalities)])
 
 
 def _alignment(dtype, modalities, classes):
@@ -165,6 +167,8 @@ def variants(quick: bool) -> list[tuple[str, tuple]]:
         for loss in (False, True):
             found.append(("fusion", (name, 2, 4000, loss)))
         found += [("distance", (name, 309)), ("update", (name, 309))]
+    for name in PAIRS:
+        found += [("alignment", (name, 2, 31)), ("alignment", (name, 2, 309)), ("nearest", (name, 2, 309)), ("distance", (name, 309)), ("update", (name, 309))]
     return found
 
 
@@ -175,9 +179,10 @@ def compile_variant(variant: tuple[str, tuple], targets: tuple[str, ...]) -> lis
     """One row for every launch of an operator call and every target."""
     operator, (dtype, *sizes) = variant
     rows = []
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     for target in targets:
         _tuning.hip = _runtime._hip = lambda: TARGETS[target].backend == "hip"
-        for kernel, named, options in recorded(lambda: CALLS[operator](DTYPES[dtype], *sizes)):
+        for kernel, named, options in recorded(lambda: CALLS[operator]({**DTYPES, **PAIRS}[dtype], *sizes)):
             began = time.perf_counter()
             row = {"kernel": kernel.__name__, "dtype": dtype, "modalities": int(named.get("M", 1)), "sizes": sizes, "target": target,
                    "num_warps": options.get("num_warps", 4)}

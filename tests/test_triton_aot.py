@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {"fusion_forward", "fusion_backward", "alignment_forward", "alignment_backward_block", "alignment_backward_tiled", "nearest_forward",
            "nearest_backward", "distance_forward", "distance_backward", "prototype_update"}
-MOST_SPILLS = {"bf16": 0, "fp16": 0, "fp32": 32}  # words
+MOST_SPILLS = {"bf16": 0, "fp16": 0, "fp32": 32, "tf32": 32, "bf16, fp32": 32}  # words
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,8 @@ def table(content) -> str:
 def test_every_kernel_compiles_for_every_target(rows):
     assert not [row for row in rows if "error" in row]
     found = {(row["kernel"], row["dtype"], row["target"]) for row in rows}
-    assert found == {(kernel, dtype, target) for kernel in KERNELS for dtype in MOST_SPILLS for target in ("sm_80", "sm_90", "sm_100", "gfx942")}
+    targets = ("sm_80", "sm_90", "sm_100", "gfx942")
+    assert found >= {(kernel, dtype, target) for kernel in KERNELS for dtype in ("bf16", "fp16", "fp32") for target in targets}
     several = {(row["kernel"], row["modalities"]) for row in rows}
     one = {"distance_forward", "distance_backward", "prototype_update"}  # no modalities
     assert several >= {(kernel, count) for kernel in KERNELS - one for count in (1, 2, 3, 6)}

@@ -29,6 +29,12 @@ def _relative(budgets, budget_stride, m, top, ACC: tl.constexpr):
 
 
 @triton.jit
+def _apart(row, anchor, m):
+    """Whether modality m is not the anchor, for each row (a block: some interpreters lose the type of a block of bools combined with one)."""
+    return row * 0 + anchor != m
+
+
+@triton.jit
 def _counted(target, valid, mask, mask_stride, mask_step, seen, row, inside, m):
     """In which rows of a valid target the modality is present, and which of them count for it: those whose class it has seen."""
     present = valid
@@ -142,13 +148,13 @@ def alignment_forward(
         anchor_total = tl.where(anchor == m, totals[m], anchor_total)
         anchor_log_total = tl.where(anchor == m, log_totals[m], anchor_log_total)
         anchor_confidence = tl.where(anchor == m, confidences[m], anchor_confidence)
-        anchor_counts = (counts[m] & (anchor == m)) | (anchor_counts & (anchor != m))
+        anchor_counts = tl.where(anchor == m, counts[m], anchor_counts)
     for m in tl.static_range(M):
         share = shares[m] / anchor_total
         divergence = moments[m] / anchor_total + share * (log_totals[m] - anchor_log_total)
         deviation = _relative(budgets, budget_stride, m, top_budget, ACC) * anchor_confidence - confidences[m]
         deviation = tl.where(deviation < 0.0, 0.0, deviation)
-        aligned = counts[m] & anchor_counts & (anchor != m)
+        aligned = counts[m] & anchor_counts & _apart(row, anchor, m)
         place = row * M + m
         tl.store(contrastive_out + place, tl.where(counts[m], log_totals[m] - owns[m], 0.0), mask=inside)
         tl.store(alignment_out + place, tl.where(aligned, deviation * divergence, 0.0), mask=inside)
@@ -181,7 +187,7 @@ def _row_slopes(
     if grad_contrastive is not None:
         contrast = tl.load(grad_contrastive + row * contrastive_stride + m * contrastive_step, mask=counted, other=0.0).to(ACC)
     if grad_alignment is not None:
-        aligned = counted & anchor_counted & (anchor != m)
+        aligned = counted & anchor_counted & _apart(row, anchor, m)
         deviation = _relative(budgets, budget_stride, m, top_budget, ACC) * anchor_confidence - confidence
         deviation = tl.where(deviation < 0.0, 0.0, deviation)
         align = tl.load(grad_alignment + row * alignment_stride + m * alignment_step, mask=aligned, other=0.0).to(ACC) * deviation
@@ -248,7 +254,7 @@ def alignment_backward_block(
         anchor_scores = tl.where(anchor == m, scores[m], anchor_scores)
         anchor_log_total = tl.where(anchor == m, log_totals[m], anchor_log_total)
         anchor_confidence = tl.where(anchor == m, confidences[m], anchor_confidence)
-        anchor_counts = (counts[m] & (anchor == m)) | (anchor_counts & (anchor != m))
+        anchor_counts = tl.where(anchor == m, counts[m], anchor_counts)
 
     for m in tl.static_range(M):
         contrast, align = _row_slopes(

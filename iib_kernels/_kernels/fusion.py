@@ -312,7 +312,9 @@ def fusion_backward(
         for m in tl.static_range(M):
             aligned = aligned + (tl.sum(slope * finite[m], 1),)
     else:
-        fused_total = tl.load(statistics + row * (2 * M + 1) + 2 * M, mask=inside & CROSS_ENTROPY, other=0.0)
+        fused_total = tl.zeros((BLOCK_B,), ACC)
+        if CROSS_ENTROPY:
+            fused_total = tl.load(statistics + row * (2 * M + 1) + 2 * M, mask=inside, other=0.0)
         for m in tl.static_range(M):
             log_totals = log_totals + (tl.load(statistics + row * (2 * M + 1) + m, mask=inside, other=0.0),)
             entropies = entropies + (tl.load(statistics + row * (2 * M + 1) + M + m, mask=inside, other=0.0) * log_classes,)

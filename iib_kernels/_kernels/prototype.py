@@ -23,8 +23,10 @@ def distance_forward(
     distance = squared_distance(dots, zz, pp, COSINE)
     tl.store(distance_out + row[:, None] * classes + column[None, :], distance, mask=inside[:, None] & within[None, :])
     if squares_out is not None:
-        tl.store(squares_out + row, zz, mask=inside & (tl.program_id(1) == 0))
-        tl.store(prototype_squares_out + column, pp, mask=within & (tl.program_id(0) == 0))
+        if tl.program_id(1) == 0:
+            tl.store(squares_out + row, zz, mask=inside)
+        if tl.program_id(0) == 0:
+            tl.store(prototype_squares_out + column, pp, mask=within)
 
 
 @triton.jit
