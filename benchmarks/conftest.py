@@ -1,0 +1,28 @@
+"""What this machine can time, and a word on what it cannot."""
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._functorch import config as functorch_config
+
+from benchmarks import timing
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+functorch_config.donated_buffer = False  # compiled backwards are repeated on one output
+LEFT_OUT: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def bandwidth() -> float | None:
+    """Bytes a second of a copy on this GPU, measured in this run."""
+    return timing.copy_bandwidth(DEVICE) if DEVICE == "cuda" else None
+
+
+def pytest_benchmark_update_machine_info(config, machine_info) -> None:
+    machine_info.update(timing.environment(DEVICE))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    terminalreporter.section("what was left out")
+    for line in LEFT_OUT or ["nothing"]:
+        terminalreporter.line(line)
