@@ -44,16 +44,23 @@ def choose(impl: str, *tensors: Tensor) -> str:
     if reason is None and not (device.type == "cuda" or (device.type == "cpu" and interpreting())):
         reason = f"the tensors are on {device}; move them to a GPU" + (
             ", or set TRITON_INTERPRET=1 before the program starts to run the kernels slowly on the CPU" if device.type == "cpu" else "")
-    if impl == "triton":
-        if reason is not None:
-            raise RuntimeError(f"impl='triton' cannot run: {reason}; or use impl='auto' or impl='reference'")
-        return "triton"
-    if device.type != "cuda":
+    if impl == "auto" and device.type != "cuda":
         return "reference"
     if reason is not None:
+        if impl == "triton":
+            raise RuntimeError(f"impl='triton' cannot run: {reason}; or use impl='auto' or impl='reference'")
         _warn_slow(reason)
         return "reference"
+    if not torch.compiler.is_compiling():
+        _check_transforms()
     return "triton"
+
+
+def _check_transforms() -> None:
+    """NotImplementedError inside a function transform that opaque kernels cannot follow."""
+    for level in torch._C._functorch.get_interpreter_stack() or ():
+        if level.key() in (torch._C._functorch.TransformType.Vmap, torch._C._functorch.TransformType.Jvp):
+            raise NotImplementedError(f"the Triton kernels have no {level.key().name.lower()} (batching rule or forward-mode derivative); use impl='reference'")
 
 
 @functools.cache
@@ -116,28 +123,28 @@ def uniform_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
     return list(tensors) if len(dtypes) == 1 else [tensor.to(functools.reduce(torch.promote_types, dtypes)) for tensor in tensors]
 
 
-def first_order(name: str, call: Callable) -> type:
-    """An autograd Function that runs ``call`` (a backward operator) and says in its own backward that there is no second derivative."""
-    def forward(*values):
-        return call(*values)
+def distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, with a view in place of each that was there before: torch.compile takes no tensor twice in one autograd Function."""
+    seen: set[int] = set()
+    return [tensor.view_as(tensor) if id(tensor) in seen or seen.add(id(tensor)) else tensor for tensor in tensors]
 
+
+class FirstOrder(torch.autograd.Function):
+    """(name, call, arguments...): runs a backward operator, and says in its own backward that there is no second derivative."""
+
+    @staticmethod
+    def forward(name, call, *arguments):
+        return call(*arguments)
+
+    @staticmethod
     def setup_context(ctx, inputs, output):
-        pass
+        ctx.name = inputs[0]
 
+    @staticmethod
     def backward(ctx, *_):
-        raise NotImplementedError(f"{name}: the Triton kernels have no second derivative; use impl='reference'")
-
-    methods = {method.__name__: staticmethod(method) for method in (forward, setup_context, backward)}
-    return type(f"{name}Backward", (KernelFunction,), methods)
+        raise NotImplementedError(f"{ctx.name}: the Triton kernels have no second derivative; use impl='reference'")
 
 
-class KernelFunction(torch.autograd.Function):
-    """An autograd Function over opaque kernels: forward-mode derivatives and vmap raise, and say what to do."""
-
-    @staticmethod
-    def jvp(ctx, *_):
-        raise NotImplementedError("the Triton kernels have no forward-mode derivative (jvp); use impl='reference'")
-
-    @staticmethod
-    def vmap(info, in_dims, *_):
-        raise NotImplementedError("the Triton kernels have no vmap; pass the whole batch, or use impl='reference'")
+def first_order(name: str, call: Callable, *arguments) -> tuple[Tensor, ...]:
+    """``call(*arguments)``, a backward operator, which cannot be differentiated again (compiled code says so by itself)."""
+    return call(*arguments) if torch.compiler.is_compiling() else FirstOrder.apply(name, call, *arguments)

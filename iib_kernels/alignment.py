@@ -13,7 +13,7 @@ from iib_kernels._checks import check_choice, check_device, check_float, check_m
 from iib_kernels._chunks import rows_per_chunk, spans
 from iib_kernels._registration import register
 from iib_kernels._runtime import (
-    KernelFunction, accumulator, choose, compute_dtype, dot_options, first_order, on_device, scalar, slope_precision, uniform_dtype,
+    accumulator, choose, compute_dtype, distinct, dot_options, first_order, on_device, scalar, slope_precision, uniform_dtype,
 )
 from iib_kernels.prototype import check_modalities, without_unseen
 
@@ -70,7 +70,7 @@ def alignment_loss(
     """
     check_choice(reduction, ("mean", "sum", "none"), "reduction")
     features, prototypes, seen = check_modalities(features, prototypes, seen, metric)
-    batch, classes, device = len(features[0]), len(prototypes[0]), features[0].device
+    batch, classes, device = features[0].shape[0], prototypes[0].shape[0], features[0].device
     implementation = choose(impl, *features)
     targets = check_targets(targets, (batch,), classes, ignore_index, replace=implementation == "reference")
     mask = check_mask(mask, (batch, len(features)))
@@ -85,7 +85,7 @@ def alignment_loss(
     check_device(features[0], targets=targets, mask=mask, budgets=budgets)
     if implementation == "triton":
         contrastive, alignment, confidence, counts, _ = AlignmentLossFunction.apply(
-            float(temperature), metric == "cosine", ignore_index, len(features), targets, budgets, mask, *features, *prototypes, *(seen or []))
+            float(temperature), metric == "cosine", ignore_index, len(features), targets, budgets, mask, *distinct([*features, *prototypes, *(seen or [])]))
     else:
         contrastive, alignment, confidence, counts = _in_chunks(
             features, without_unseen(prototypes, seen), targets, budgets, temperature, metric, seen, mask, ignore_index, dtype)
@@ -121,7 +121,7 @@ class _Alignment(torch.autograd.Function):
     def forward(temperature, ignore_index, targets, budgets, seen, mask, *values):
         count = len(values) // 2
         rows, tables = values[:count], values[count:]
-        batch = len(targets)
+        batch = targets.shape[0]
         outputs = [rows[0].new_empty(batch, count) for _ in range(3)] + [targets.new_empty((batch, count), dtype=torch.bool)]
         for start, stop in _spans(rows, tables):
             part = reference.alignment_loss(
@@ -228,14 +228,14 @@ def _options(features, prototypes, cosine, seen, dtype) -> dict:
 
 def _tiled(prototypes) -> bool:
     """Whether the classes need several blocks, and forward keeps its sums for backward."""
-    return len(prototypes[0]) > _tuning.ALIGNMENT_CLASSES
+    return prototypes[0].shape[0] > _tuning.ALIGNMENT_CLASSES
 
 
 def _launch_forward(features, prototypes, targets, budgets, temperature, cosine, seen, mask, ignore_index):
     from iib_kernels._kernels.alignment import alignment_forward
 
     outputs = _forward_fake(features, prototypes, targets, budgets, temperature, cosine, seen, mask, ignore_index)
-    batch, classes = len(targets), len(prototypes[0])
+    batch, classes = targets.shape[0], prototypes[0].shape[0]
     if not batch:
         return outputs
     dtype = compute_dtype(*features)
@@ -260,9 +260,10 @@ def _widest(*groups) -> int:
 
 
 def _forward_fake(features, prototypes, targets, budgets, temperature, cosine, seen, mask, ignore_index):
-    size, dtype = (len(targets), len(features)), compute_dtype(*features)
+    size, dtype = (targets.shape[0], len(features)), compute_dtype(*features)
     like = features[0].new_empty
-    return (*(like(size, dtype=dtype) for _ in range(3)), like(size, dtype=torch.bool), like(len(targets) if _tiled(prototypes) else 0, 2 * size[1], dtype=dtype))
+    statistics = like(targets.shape[0] if _tiled(prototypes) else 0, 2 * size[1], dtype=dtype)
+    return *(like(size, dtype=dtype) for _ in range(3)), like(size, dtype=torch.bool), statistics
 
 
 def _launch_backward(
@@ -270,7 +271,7 @@ def _launch_backward(
 ):
     from iib_kernels._kernels import alignment as kernels
 
-    batch, classes = len(targets), len(prototypes[0])
+    batch, classes = targets.shape[0], prototypes[0].shape[0]
     gradients = [values.new_empty(values.shape) for values in features]
     if not batch:
         return gradients
@@ -326,10 +327,8 @@ def _call_backward(temperature, cosine, ignore_index, count, targets, budgets, m
                            grad_contrastive, grad_alignment))
 
 
-_AlignmentLossBackward = first_order("AlignmentLoss", _call_backward)
 
-
-class AlignmentLossFunction(KernelFunction):
+class AlignmentLossFunction(torch.autograd.Function):
     """(temperature, cosine, ignore_index, M, targets [B], budgets [M], mask, M features, M prototypes, M seen or none) -> C, A, q(y) and which rows count,
     each [B, M], and what backward needs. See :func:`alignment_loss`, which checks."""
 
@@ -350,6 +349,7 @@ class AlignmentLossFunction(KernelFunction):
     def backward(ctx, grad_contrastive, grad_alignment, *_):
         gradients = ()
         if grad_contrastive is not None or grad_alignment is not None:
-            gradients = _AlignmentLossBackward.apply(*ctx.constants, *ctx.saved_tensors[:5], grad_contrastive, grad_alignment, *ctx.saved_tensors[5:])
+            saved = ctx.saved_tensors
+            gradients = first_order("alignment_loss", _call_backward, *ctx.constants, *saved[:5], grad_contrastive, grad_alignment, *saved[5:])
         needed = (value if need else None for value, need in zip(gradients, ctx.needs_input_grad[7:]))
         return (None,) * 7 + tuple(needed) + (None,) * (len(ctx.needs_input_grad) - 7 - len(gradients))

@@ -10,7 +10,7 @@ from torch import Tensor
 from iib_kernels import _tuning, reference
 from iib_kernels._checks import check_choice, check_device, check_float, check_mask, check_shape, check_targets, describe, tensor_list
 from iib_kernels._registration import register
-from iib_kernels._runtime import KernelFunction, accumulator, choose, compute_dtype, first_order, on_device, scalar
+from iib_kernels._runtime import accumulator, choose, compute_dtype, distinct, first_order, on_device, scalar
 
 
 class FusionOutput(NamedTuple):
@@ -181,7 +181,9 @@ def _flat(logits: list[Tensor], log_prior, gate_logits, temperature, uncertainty
     numbers = [1.0 if isinstance(value, Tensor) else float(value) for value in given]
     tensors = [value if isinstance(value, Tensor) else None for value in given]
     rows = [None if value is None else value.reshape(-1, count) for value in (mask, gate_logits)]
-    return numbers, rows[0], log_prior, rows[1], *tensors, *(values.reshape(-1, values.shape[-1]) for values in logits)
+    parameters = iter(distinct([value for value in (log_prior, rows[1], *tensors, *logits) if value is not None]))
+    log_prior, gate, *tensors = (None if value is None else next(parameters) for value in (log_prior, rows[1], *tensors))
+    return numbers, rows[0], log_prior, gate, *tensors, *(values.reshape(-1, values.shape[-1]) for values in parameters)
 
 
 # ----- Triton: launchers, operators, autograd Functions
@@ -212,7 +214,7 @@ def _sizes(logits: Sequence[Tensor]) -> tuple[int, int, int]:
 def _statistics_size(logits: Sequence[Tensor], cross_entropy: bool) -> tuple[int, ...]:
     """Shape of what forward keeps for backward: nothing where one block holds all classes."""
     batch, classes, count = _sizes(logits)
-    return (batch if classes > _tuning.FUSION_CLASSES else 0, 2 * count + 1)
+    return (batch if classes > _tuning.FUSION_CLASSES else 0, 3 * count + 2)
 
 
 def _forward(logits, log_prior, gate_logits, temperature, uncertainty_weight, scale, numbers, mask, targets, ignore_index, outputs) -> None:
@@ -353,8 +355,6 @@ def _call_backward(numbers, ignore_index, needs, mask, targets, temperature, unc
     return gate, rest, *grads
 
 
-_FusionBackward = first_order("GatedFusion", _call_backward)
-
 
 def _save(ctx, numbers, ignore_index, targets, mask, log_prior, gate_logits, parameters, weights, statistics, logits) -> None:
     """What backward needs, and which gradients it is asked for later."""
@@ -371,7 +371,8 @@ def _gradients(ctx, first, second, third, needs: Sequence[bool]) -> tuple:
     if first is None and second is None and third is None:
         return (None,) * len(needs)
     asked = (any(needs[5:]), any((needs[0], *needs[2:5])), ctx.gate_dtype if needs[1] else None)
-    gate, rest, *logits = _FusionBackward.apply(ctx.numbers, ctx.ignore_index, asked, *ctx.saved_tensors[:7], first, second, third, *ctx.saved_tensors[7:])
+    saved, name = ctx.saved_tensors, "gated_fusion" if ctx.saved_tensors[1] is None else "fusion_cross_entropy"
+    gate, rest, *logits = first_order(name, _call_backward, ctx.numbers, ctx.ignore_index, asked, *saved[:7], first, second, third, *saved[7:])
     found = []
     for place, (kind, need) in enumerate(zip(ctx.kinds, (needs[0], *needs[2:5]))):
         start = {0: 0, 1: 2 * count, 2: count, 3: 3 * count}[place]
@@ -381,7 +382,7 @@ def _gradients(ctx, first, second, third, needs: Sequence[bool]) -> tuple:
     return found[0], gate if needs[1] else None, *found[1:], *(value if need else None for value, need in zip(logits, needs[5:]))
 
 
-class GatedFusionFunction(KernelFunction):
+class GatedFusionFunction(torch.autograd.Function):
     """(numbers, mask, log_prior, gate_logits, temperature, uncertainty_weight, scale, M logits [B, K]) -> fused logits, weights, uncertainty, and what
     backward needs. ``numbers`` stands for temperature, uncertainty_weight and scale where these are None. See :func:`gated_fusion`, which checks."""
 
@@ -401,7 +402,7 @@ class GatedFusionFunction(KernelFunction):
         return None, None, *_gradients(ctx, grad_fused, grad_weights, grad_uncertainty, ctx.needs_input_grad[2:])
 
 
-class FusionCrossEntropyFunction(KernelFunction):
+class FusionCrossEntropyFunction(torch.autograd.Function):
     """(ignore_index, targets [B], and the arguments of :class:`GatedFusionFunction`) -> cross-entropies [B] of the fused logits and [B, M] of each
     modality's, weights [B, M], which of them count [B, M + 1], and what backward needs. See :func:`fusion_cross_entropy`, which checks."""
 

@@ -12,7 +12,7 @@ from iib_kernels._checks import check_choice, check_device, check_float, check_i
 from iib_kernels._chunks import rows_per_chunk, spans
 from iib_kernels._registration import register
 from iib_kernels._runtime import (
-    KernelFunction, accumulator, choose, compute_dtype, dot_options, eager_on_cpu, first_order, on_device, scalar, slope_precision, uniform_dtype,
+    accumulator, choose, compute_dtype, distinct, dot_options, eager_on_cpu, first_order, on_device, scalar, slope_precision, uniform_dtype,
 )
 
 METRICS = ("cosine", "sqeuclidean")
@@ -49,8 +49,8 @@ def prototype_distance(features: Tensor, prototypes: Tensor, *, metric: str = "c
     check_device(features, prototypes=prototypes)
     if choose(impl, features, prototypes) == "triton":
         keep = metric == "cosine" and torch.is_grad_enabled() and (features.requires_grad or prototypes.requires_grad)
-        distance = PrototypeDistanceFunction.apply(features.reshape(-1, features.shape[-1]), prototypes, metric == "cosine", keep)[0]
-        return distance.reshape(*features.shape[:-1], len(prototypes))
+        distance = PrototypeDistanceFunction.apply(*distinct([features.flatten(0, -2) if features.dim() > 1 else features[None], prototypes]), metric == "cosine", keep)[0]
+        return distance.reshape(*features.shape[:-1], prototypes.shape[0])
     dtype = compute_dtype(features, prototypes)
     with torch.autocast(features.device.type, enabled=False):
         return reference.prototype_distance(features.to(dtype), prototypes.to(dtype), metric).to(features.dtype)
@@ -79,7 +79,7 @@ def nearest_prototype(
     """
     features, prototypes, seen = check_modalities(features, prototypes, seen, metric)
     if choose(impl, *features) == "triton":
-        return NearestOutput(*NearestPrototypeFunction.apply(metric == "cosine", len(features), *features, *prototypes, *(seen or [])))
+        return NearestOutput(*NearestPrototypeFunction.apply(metric == "cosine", len(features), *distinct([*features, *prototypes, *(seen or [])])))
     prototypes = without_unseen(prototypes, seen)
     dtype = compute_dtype(*features)
     distances, indices = [], []
@@ -127,11 +127,25 @@ def update_prototypes(
     if choose(impl, features) == "triton":
         check_choice(metric, METRICS, "metric")
         _check_moving(prototypes, momentum, counts=counts)
-        targets = check_targets(targets, features.shape[:1], len(prototypes), ignore_index, replace=False)
+        targets = check_targets(targets, features.shape[:1], prototypes.shape[0], ignore_index, replace=False)
         check_device(prototypes, counts=counts, features=features, targets=targets)
         return UpdatePrototypesFunction.apply(prototypes, counts, features, targets, momentum, metric == "cosine", ignore_index)
     sums, batch_counts = class_sums(features, targets, len(prototypes), metric=metric, ignore_index=ignore_index, impl="reference")
     return ema_from_sums(prototypes, counts, sums, batch_counts, momentum=momentum, metric=metric)
+
+
+def snapshot(prototypes: Tensor) -> Tensor:
+    """A copy [K, D] of prototypes for a loss, where the same compiled forward also moves them.
+
+    ``torch.compile`` with inductor (seen with torch 2.13, plain matrix products included) lets backward read a buffer in place of its ``clone()``, after the
+    forward has written new values into it: the gradients are wrong, silently. This copy is one that it cannot undo. No gradient; errors name the argument.
+
+    >>> table = torch.eye(2)
+    >>> kept = snapshot(table)
+    >>> bool((table.zero_() == 0).all()), kept.trace()
+    (True, tensor(2.))
+    """
+    return _SNAPSHOT(check_float(prototypes, "prototypes").detach())
 
 
 @torch.no_grad()
@@ -237,7 +251,7 @@ def check_modalities(features, prototypes, seen, metric: str) -> tuple[list[Tens
         raise ValueError(f"prototypes[0]: expected at least one class, got {describe(first)}")
     for index, (rows, table) in enumerate(zip(features, prototypes)):
         check_shape(table, (len(first), None), f"prototypes[{index}]", f"[K, D_{index}]")
-        check_shape(rows, (len(features[0]) if features[0].dim() else None, table.shape[1]), f"features[{index}]", f"[B, D_{index}]")
+        check_shape(rows, (features[0].shape[0] if features[0].dim() else None, table.shape[1]), f"features[{index}]", f"[B, D_{index}]")
         check_device(features[0], **{f"features[{index}]": rows, f"prototypes[{index}]": table})
     if seen is not None:
         if not isinstance(seen, (Tensor, Sequence)):
@@ -269,8 +283,8 @@ def _blocks(size: int, block: int) -> int:
 def _distance(features, prototypes, cosine, keep):
     from iib_kernels._kernels.prototype import distance_forward
 
-    distance, squares, prototype_squares = outputs = _distance_fake(features, prototypes, cosine, keep)
-    (batch, width), classes = features.shape, len(prototypes)
+    distance, squares, prototype_squares, exact = outputs = _distance_fake(features, prototypes, cosine, keep)
+    (batch, width), classes = features.shape, prototypes.shape[0]
     if not batch * classes:
         return outputs
     dtype = compute_dtype(features, prototypes)
@@ -278,8 +292,8 @@ def _distance(features, prototypes, cosine, keep):
 
     def launch(config: _tuning.Launch) -> None:
         distance_forward[(_blocks(batch, config.blocks["BLOCK_B"]), _blocks(classes, config.blocks["BLOCK_K"]))](
-            features, *features.stride(), prototypes, *prototypes.stride(), distance, squares if keep else None, prototype_squares if keep else None,
-            batch, classes, width, COSINE=cosine, ACC=accumulator(dtype), **dot_options(features, prototypes), **config.options(),
+            features, *features.stride(), prototypes, *prototypes.stride(), distance, exact if exact.numel() else None,
+            squares if keep else None, prototype_squares if keep else None, batch, classes, width, COSINE=cosine, ACC=accumulator(dtype), **dot_options(features, prototypes), **config.options(),
         )
 
     with on_device(features):
@@ -289,8 +303,10 @@ def _distance(features, prototypes, cosine, keep):
 
 def _distance_fake(features, prototypes, cosine, keep):
     dtype = compute_dtype(features, prototypes)
-    sizes = (len(features), len(prototypes)) if keep else (0, 0)
-    return features.new_empty(len(features), len(prototypes)), *(features.new_empty(size, dtype=dtype) for size in sizes)
+    batch, classes = features.shape[0], prototypes.shape[0]
+    exact = (batch, classes) if keep and features.dtype != dtype else (0, 0)  # the gradient of the cosine takes them before rounding
+    sizes = ((batch,), (classes,), exact) if keep else ((0,), (0,), exact)
+    return features.new_empty(batch, classes), *(features.new_empty(size, dtype=dtype) for size in sizes)
 
 
 def _distance_backward(features, prototypes, cosine, squares, prototype_squares, distance, grad, need_features, need_prototypes):
@@ -298,7 +314,7 @@ def _distance_backward(features, prototypes, cosine, squares, prototype_squares,
 
     grad_features, grad_prototypes = outputs = _distance_backward_fake(
         features, prototypes, cosine, squares, prototype_squares, distance, grad, need_features, need_prototypes)
-    (batch, width), classes = features.shape, len(prototypes)
+    (batch, width), classes = features.shape, prototypes.shape[0]
     if not batch * classes:
         return tuple(output.zero_() for output in outputs)
     if not width:
@@ -338,7 +354,7 @@ def _nearest(features, prototypes, cosine, seen):
     from iib_kernels._kernels.prototype import nearest_forward
 
     distance, index = outputs = _nearest_fake(features, prototypes, cosine, seen)
-    batch, classes, count = len(features[0]), len(prototypes[0]), len(features)
+    batch, classes, count = features[0].shape[0], prototypes[0].shape[0], len(features)
     if not batch:
         return outputs
     dtype = compute_dtype(*features)
@@ -359,14 +375,14 @@ def _nearest(features, prototypes, cosine, seen):
 
 
 def _nearest_fake(features, prototypes, cosine, seen):
-    size = (len(features[0]), len(features))
+    size = (features[0].shape[0], len(features))
     return features[0].new_empty(size, dtype=compute_dtype(*features)), features[0].new_empty(size, dtype=torch.int64)
 
 
 def _nearest_backward(features, prototypes, cosine, index, grad):
     from iib_kernels._kernels.prototype import nearest_backward
 
-    kinds, batch, count = [values.dtype for values in features], len(features[0]), len(features)
+    kinds, batch, count = [values.dtype for values in features], features[0].shape[0], len(features)
     dtype = compute_dtype(*features)
     features, prototypes = uniform_dtype(features), uniform_dtype(prototypes)
     gradients = [values.new_empty(values.shape) for values in features]
@@ -397,11 +413,11 @@ def _gather(prototypes, counts, features, targets, momentum, cosine, ignore_inde
     batch, width = features.shape
     move = prototypes is not None
     dtype = compute_dtype(features, prototypes) if move else compute_dtype(features)
-    if not len(counts_out):
+    if not counts_out.shape[0]:
         return
 
     def launch(config: _tuning.Launch) -> None:
-        prototype_update[(len(counts_out),)](
+        prototype_update[(counts_out.shape[0],)](
             prototypes, *(prototypes.stride() if move else (0, 0)), counts, counts.stride(0) if move else 0, features, *features.stride(),
             targets, targets.stride(0), ignore_index, scalar(momentum, dtype, features.device), prototypes_out, counts_out, batch, width,
             MOVE=move, COSINE=cosine, NUMBER_POINTER=dtype == torch.float64, ACC=accumulator(dtype), ONE_BLOCK=width <= config.blocks["BLOCK_D"],
@@ -409,7 +425,7 @@ def _gather(prototypes, counts, features, targets, momentum, cosine, ignore_inde
         )
 
     with on_device(features):
-        _tuning.run(("update", batch, width, len(counts_out), features.dtype), _tuning.update(width), launch)
+        _tuning.run(("update", batch, width, counts_out.shape[0], features.dtype), _tuning.update(width), launch)
 
 
 def _update(prototypes, counts, features, targets, momentum, cosine, ignore_index):
@@ -433,7 +449,8 @@ def _sums_fake(features, targets, num_classes, cosine, ignore_index):
     return like(num_classes, features.shape[1], dtype=compute_dtype(features)), like(num_classes, dtype=torch.int64)
 
 
-_DISTANCE = register("prototype_distance(Tensor features, Tensor prototypes, bool cosine, bool keep) -> (Tensor, Tensor, Tensor)", _distance, _distance_fake)
+_SNAPSHOT = register("snapshot(Tensor values) -> Tensor", lambda values: values.clone(), torch.empty_like)
+_DISTANCE = register("prototype_distance(Tensor features, Tensor prototypes, bool cosine, bool keep) -> (Tensor, Tensor, Tensor, Tensor)", _distance, _distance_fake)
 _DISTANCE_BACKWARD = register(
     "prototype_distance_backward(Tensor features, Tensor prototypes, bool cosine, Tensor squares, Tensor prototype_squares, Tensor distance, Tensor grad, "
     "bool need_features, bool need_prototypes) -> (Tensor, Tensor)", _distance_backward, _distance_backward_fake)
@@ -448,15 +465,7 @@ _CLASS_SUMS = register(
     "class_sums(Tensor features, Tensor targets, int num_classes, bool cosine, int ignore_index) -> (Tensor, Tensor)", _sums, _sums_fake)
 
 
-def _call_distance_backward(*arguments):
-    """The backward operator."""
-    return _DISTANCE_BACKWARD(*arguments)
-
-
-_PrototypeDistanceBackward = first_order("PrototypeDistance", _call_distance_backward)
-
-
-class PrototypeDistanceFunction(KernelFunction):
+class PrototypeDistanceFunction(torch.autograd.Function):
     """(features [B, D], prototypes [K, D], cosine, keep) -> squared distances [B, K] and, with ``keep``, what backward of the cosine needs.
     See :func:`prototype_distance`, which checks."""
 
@@ -475,9 +484,11 @@ class PrototypeDistanceFunction(KernelFunction):
     def backward(ctx, grad, *_):
         if grad is None:
             return (None,) * 4
-        features, prototypes, distance, squares, prototype_squares = ctx.saved_tensors
+        features, prototypes, distance, squares, prototype_squares, exact = ctx.saved_tensors
+        distance = distance if features.dtype == squares.dtype else exact
         needs = ctx.needs_input_grad[:2]
-        gradients = _PrototypeDistanceBackward.apply(features, prototypes, ctx.cosine, squares, prototype_squares, distance, grad, *needs)
+        gradients = first_order(
+            "prototype_distance", _DISTANCE_BACKWARD, features, prototypes, ctx.cosine, squares, prototype_squares, distance, grad, *needs)
         return *(value if need else None for value, need in zip(gradients, needs)), None, None
 
 
@@ -486,10 +497,8 @@ def _call_nearest_backward(cosine, count, index, grad, *tables):
     return tuple(_NEAREST_BACKWARD(tables[:count], tables[count:], cosine, index, grad))
 
 
-_NearestPrototypeBackward = first_order("NearestPrototype", _call_nearest_backward)
 
-
-class NearestPrototypeFunction(KernelFunction):
+class NearestPrototypeFunction(torch.autograd.Function):
     """(cosine, M, M features, M prototypes, M seen or none) -> squared distance and index of the nearest prototype, [B, M].
     See :func:`nearest_prototype`, which checks."""
 
@@ -509,12 +518,12 @@ class NearestPrototypeFunction(KernelFunction):
         gradients = ()
         if grad is not None:
             index, *tables = ctx.saved_tensors
-            gradients = _NearestPrototypeBackward.apply(ctx.cosine, ctx.count, index, grad, *tables)
+            gradients = first_order("nearest_prototype", _call_nearest_backward, ctx.cosine, ctx.count, index, grad, *tables)
         needed = (value if need else None for value, need in zip(gradients, ctx.needs_input_grad[2:]))
         return None, None, *needed, *(None,) * (len(ctx.needs_input_grad) - 2 - len(gradients))
 
 
-class UpdatePrototypesFunction(KernelFunction):
+class UpdatePrototypesFunction(torch.autograd.Function):
     """(prototypes, counts, features, targets, momentum, cosine, ignore_index) -> new prototypes and counts, which carry no gradient.
     See :func:`update_prototypes`, which checks."""
 

@@ -119,7 +119,7 @@ class IIBalanceHead(nn.Module):
         if targets is None:
             return self._fuse(logits, embeddings, mask)
         parts = self.objective(
-            logits, targets, embeddings=embeddings, prototypes=[values.clone() for values in self.prototypes.prototypes],
+            logits, targets, embeddings=embeddings, prototypes=[iib_kernels.snapshot(values) for values in self.prototypes.prototypes],
             seen=list(self.prototypes.seen), budgets=self.budgets, mask=mask, progress=progress,
         )
         if self.training:

@@ -141,8 +141,9 @@ def _nearest(dtype, modalities, classes):
 def _distance(dtype, classes):
     """Forward and backward of the distances, with both gradients."""
     (features,), (prototypes,) = _tables(dtype, 1, classes)
-    distance, squares, others = torch.ops.iib.prototype_distance(features, prototypes, True, True)
-    torch.ops.iib.prototype_distance_backward(features, prototypes, True, squares, others, distance, distance, True, True)
+    distance, squares, others, exact = torch.ops.iib.prototype_distance(features, prototypes, True, True)
+    exact = exact if exact.numel() else distance
+    torch.ops.iib.prototype_distance_backward(features, prototypes, True, squares, others, exact, distance, True, True)
 
 
 def _update(dtype, classes):

@@ -47,14 +47,14 @@ def fusion_case(batch, classes, modalities, dtype=torch.float32, mask=True):
 def fusion_rows(batch, classes, modalities, dtype=torch.float32):
     """(operator, mode, bytes, least) of the fusion operators."""
     logits, gate, mask, targets = fusion_case(batch, classes, modalities, dtype)
-    kept = size(torch.empty(batch if classes > 1024 else 0, 2 * modalities + 1))  # beyond one block backward is given these sums
+    kept = size(torch.empty(batch if classes > 1024 else 0, 3 * modalities + 2))  # beyond one block backward is given these sums
     out = []
     fused = gated_fusion(logits, gate_logits=gate, mask=mask, impl="triton")
     moved, launches = traffic(lambda: gated_fusion(logits, gate_logits=gate, mask=mask, impl="triton"))
-    out.append(("gated_fusion", "forward", moved, size(logits, gate, mask, fused) + kept * 2 * modalities // (2 * modalities + 1), launches))
+    out.append(("gated_fusion", "forward", moved, size(logits, gate, mask, fused) + kept * 3 * modalities // (3 * modalities + 2), launches))
     grads = [torch.randn_like(fused.logits), torch.randn(batch, modalities), torch.randn(batch, modalities)]
     moved, launches = traffic(once(fused, logits, grads))
-    out.append(("gated_fusion", "backward", moved, size(logits, mask, fused.weights, grads, logits) + kept * 2 * modalities // (2 * modalities + 1), launches))
+    out.append(("gated_fusion", "backward", moved, size(logits, mask, fused.weights, grads, logits) + kept * 3 * modalities // (3 * modalities + 2), launches))
     call = lambda: fusion_cross_entropy(logits, targets, gate_logits=gate, mask=mask, reduction="none", impl="triton")
     loss = call()
     moved, launches = traffic(call)
@@ -88,10 +88,10 @@ def prototype_rows(batch, classes, width, modalities, dtype=torch.float32, metri
     distance = call()
     kept = size(torch.empty(batch)) if metric == "cosine" else 0
     moved, launches = traffic(call)
-    kept_too = size(torch.empty(classes)) if metric == "cosine" else 0
+    kept_too = size(torch.empty(classes)) + (0 if dtype == torch.float32 else distance.numel() * 4) if metric == "cosine" else 0
     out.append(("prototype_distance", "forward", moved, size(features[0], distance) + kept + kept_too, launches))
     moved, launches = traffic(once([distance], features[:1]))
-    given = size(distance) if metric == "cosine" else 0  # the distances give the cosines again
+    given = distance.numel() * 4 if metric == "cosine" else 0  # the distances, before rounding to half precision, give the cosines again
     out.append(("prototype_distance", "backward", moved, size(features[0], distance, features[0]) + given + kept, launches))
     counts = torch.ones(classes, dtype=torch.int64)
     moved, launches = traffic(lambda: update_prototypes(tables[0], counts, features[0].detach(), targets, metric=metric, impl="triton"), {"targets"})

@@ -169,7 +169,8 @@ def alignment_forward(
 def _slope(scores, log_total, anchor_scores, anchor_log_total, share, contrast, align, target, column):
     """Gradient of the loss by one modality's scores, [rows, columns]: q (c + a sum q_a) - a q_a - c 1_y, with q_a on the classes it has seen."""
     posterior = tl.exp(scores - log_total[:, None])
-    evidence = tl.where(scores > float("-inf"), tl.exp(anchor_scores - anchor_log_total[:, None]), 0.0)
+    evidence = tl.where((scores > float("-inf")) & (align != 0.0)[:, None], tl.exp(anchor_scores - anchor_log_total[:, None]), 0.0)
+    share = tl.where(align == 0.0, 0.0, share)
     slope = posterior * (contrast + align * share)[:, None] - align[:, None] * evidence
     slope -= tl.where(column[None, :] == target[:, None], contrast[:, None], 0.0)
     idle = (contrast == 0.0) & (align == 0.0)  # what stands in a row that does not count must not become NaN

@@ -106,8 +106,8 @@ def fusion_forward(
 ):
     """Logits of M modalities -> weights and uncertainty, with the fused logits or (targets given) with all cross-entropies.
 
-    `statistics_out` [B, 2 M + 1] keeps, where the classes do not fit one block, what backward would need a reading for: log-sum-exp and uncertainty of
-    every modality, and the log-sum-exp of the fused logits.
+    `statistics_out` [B, 3 M + 2] keeps, where the classes do not fit one block, what backward would need a reading for: the log of the sum of exp(t - max)
+    of every modality, its uncertainty, that log of the fused logits, and the maxima. The two parts are apart because their sum would lose digits.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     inside = row < batch
@@ -140,7 +140,7 @@ def fusion_forward(
             if targets is not None:
                 mine = column[None, :] == target[:, None]
                 own = tl.sum(tl.where(mine, tl.where(out, float("-inf"), values), 0.0), 1)
-                loss = tl.where(counted & available[m], tl.log(total) + top - own, 0.0)
+                loss = tl.where(counted & available[m], tl.log(total) + (top - own), 0.0)
                 tl.store(unimodal_out + row * M + m, loss, mask=inside)
     else:
         for m in tl.static_range(M):
@@ -158,11 +158,11 @@ def fusion_forward(
                     own += tl.sum(tl.where(mine, tl.where(out, float("-inf"), values), 0.0), 1)
             entropy = (tl.log(total) - moment / total) / log_classes
             uncertainty = uncertainty + (entropy,)
-            log_total = tl.log(total) + top
-            tl.store(statistics_out + row * (2 * M + 1) + m, log_total, mask=inside)
-            tl.store(statistics_out + row * (2 * M + 1) + M + m, entropy, mask=inside)
+            tl.store(statistics_out + row * (3 * M + 2) + m, tl.log(total), mask=inside)
+            tl.store(statistics_out + row * (3 * M + 2) + 2 * M + 1 + m, top, mask=inside)
+            tl.store(statistics_out + row * (3 * M + 2) + M + m, entropy, mask=inside)
             if targets is not None:
-                tl.store(unimodal_out + row * M + m, tl.where(counted & available[m], log_total - own, 0.0), mask=inside)
+                tl.store(unimodal_out + row * M + m, tl.where(counted & available[m], tl.log(total) + (top - own), 0.0), mask=inside)
 
     weights = _gate(
         uncertainty, available, log_prior, prior_stride, gate, gate_stride, gate_step, kappa, kappa_stride, kappa_number, row, inside, M, ACC
@@ -181,7 +181,7 @@ def fusion_forward(
             mass, total, shifted, top = _softmax(fused, never | beyond)
             mine = column[None, :] == target[:, None]
             own = tl.sum(tl.where(mine, tl.where(never, float("-inf"), fused), 0.0), 1)
-            tl.store(nll_out + row, tl.where(counted, tl.log(total) + top - own, 0.0), mask=inside)
+            tl.store(nll_out + row, tl.where(counted, tl.log(total) + (top - own), 0.0), mask=inside)
     else:
         top = tl.full((BLOCK_B,), FLOOR, ACC)
         total = tl.zeros((BLOCK_B,), ACC)
@@ -205,25 +205,25 @@ def fusion_forward(
                 mine = column[None, :] == target[:, None]
                 own += tl.sum(tl.where(mine, tl.where(never, float("-inf"), fused), 0.0), 1)
         if targets is not None:
-            log_total = tl.log(total) + top
-            tl.store(nll_out + row, tl.where(counted, log_total - own, 0.0), mask=inside)
-            tl.store(statistics_out + row * (2 * M + 1) + 2 * M, log_total, mask=inside)
+            tl.store(nll_out + row, tl.where(counted, tl.log(total) + (top - own), 0.0), mask=inside)
+            tl.store(statistics_out + row * (3 * M + 2) + 2 * M, tl.log(total), mask=inside)
+            tl.store(statistics_out + row * (3 * M + 2) + 3 * M + 1, top, mask=inside)
 
 
 @triton.jit
 def _output_slope(
-    fused, never, beyond, log_total, target, column, row, inside, grad_fused, grad_fused_stride, grad_fused_step, grad_nll, classes,
+    shifted, never, beyond, log_total, target, column, row, inside, grad_fused, grad_fused_stride, grad_fused_step, grad_nll, classes,
     CROSS_ENTROPY: tl.constexpr, ACC: tl.constexpr,
 ):
-    """Gradient of the fused logits, [rows, columns]; 0 where they are ruled out."""
+    """Gradient of the fused logits, [rows, columns], 0 where they are ruled out, from the logits less their maximum."""
     if CROSS_ENTROPY:
-        probability = tl.where(never | beyond, 0.0, tl.exp(fused - log_total[:, None]))
+        probability = tl.where(never | beyond, 0.0, tl.exp(shifted - log_total[:, None]))
         slope = grad_nll[:, None] * (probability - tl.where(column[None, :] == target[:, None], 1.0, 0.0))
         slope = tl.where(grad_nll[:, None] == 0.0, 0.0, slope)  # rows that do not count may hold anything
         slope = tl.where(beyond, 0.0, slope)
     else:
         if grad_fused is None:
-            slope = tl.zeros_like(fused)
+            slope = tl.zeros_like(shifted)
         else:
             slope = load_tile(grad_fused, row, grad_fused_stride, inside, column, grad_fused_step, column < classes).to(ACC)
     return tl.where(never, 0.0, slope)
@@ -231,11 +231,11 @@ def _output_slope(
 
 @triton.jit
 def _logit_slope(
-    finite, ruled_out, beyond, log_total, entropy, slope, weight, gamma, grad_entropy, grad_unimodal, target, column, CROSS_ENTROPY: tl.constexpr,
+    shifted, ruled_out, beyond, log_total, entropy, slope, weight, gamma, grad_entropy, grad_unimodal, target, column, CROSS_ENTROPY: tl.constexpr,
 ):
-    """Gradient of one modality's scaled logits, from the sum, from its entropy (nats) and from its own cross-entropy."""
+    """Gradient of one modality's scaled logits (given less their maximum) from the sum, from its entropy (nats) and from its own cross-entropy."""
     excluded = ruled_out | beyond
-    log_probability = tl.where(excluded, 0.0, finite - log_total[:, None])
+    log_probability = tl.where(excluded, 0.0, shifted - log_total[:, None])
     probability = tl.where(excluded, 0.0, tl.exp(log_probability))
     result = (gamma * weight)[:, None] * slope
     result -= tl.where(grad_entropy == 0.0, 0.0, grad_entropy)[:, None] * probability * (log_probability + entropy[:, None])
@@ -277,6 +277,7 @@ def fusion_backward(
     finite = ()
     ruled_out = ()
     log_totals = ()
+    shifts = ()
     entropies = ()
     for m in tl.static_range(M):
         present = _available(mask, mask_stride, mask_step, row, inside, m)
@@ -298,26 +299,32 @@ def fusion_backward(
             finite = finite + (values,)
             ruled_out = ruled_out + (out,)
             mass, total, shifted, top = _softmax(values, out | beyond)
-            log_totals = log_totals + (tl.log(total) + top,)
+            log_totals = log_totals + (tl.log(total),)
+            shifts = shifts + (top,)
             entropies = entropies + (tl.log(total) - tl.sum(mass * shifted, 1) / total,)
         fused, never = _fuse(finite, ruled_out, weight, gamma, M)
         fused_total = tl.zeros((BLOCK_B,), ACC)
+        fused_top = tl.zeros((BLOCK_B,), ACC)
         if CROSS_ENTROPY:
             mass, total, shifted, top = _softmax(fused, never | beyond)
-            fused_total = tl.log(total) + top
+            fused_total = tl.log(total)
+            fused_top = top
         slope = _output_slope(
-            fused, never, beyond, fused_total, target, column, row, inside, grad_fused, grad_fused_stride, grad_fused_step, nll_slope, classes,
-            CROSS_ENTROPY, ACC,
+            fused - fused_top[:, None], never, beyond, fused_total, target, column, row, inside, grad_fused, grad_fused_stride, grad_fused_step, nll_slope,
+            classes, CROSS_ENTROPY, ACC,
         )
         for m in tl.static_range(M):
             aligned = aligned + (tl.sum(slope * finite[m], 1),)
     else:
         fused_total = tl.zeros((BLOCK_B,), ACC)
+        fused_top = tl.zeros((BLOCK_B,), ACC)
         if CROSS_ENTROPY:
-            fused_total = tl.load(statistics + row * (2 * M + 1) + 2 * M, mask=inside, other=0.0)
+            fused_total = tl.load(statistics + row * (3 * M + 2) + 2 * M, mask=inside, other=0.0)
+            fused_top = tl.load(statistics + row * (3 * M + 2) + 3 * M + 1, mask=inside, other=0.0)
         for m in tl.static_range(M):
-            log_totals = log_totals + (tl.load(statistics + row * (2 * M + 1) + m, mask=inside, other=0.0),)
-            entropies = entropies + (tl.load(statistics + row * (2 * M + 1) + M + m, mask=inside, other=0.0) * log_classes,)
+            shifts = shifts + (tl.load(statistics + row * (3 * M + 2) + 2 * M + 1 + m, mask=inside, other=0.0),)
+            log_totals = log_totals + (tl.load(statistics + row * (3 * M + 2) + m, mask=inside, other=0.0),)
+            entropies = entropies + (tl.load(statistics + row * (3 * M + 2) + M + m, mask=inside, other=0.0) * log_classes,)
             aligned = aligned + (tl.zeros((BLOCK_B,), ACC),)
         for start in range(0, classes, BLOCK_K):
             column = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
@@ -330,8 +337,8 @@ def fusion_backward(
                 outs = outs + (out,)
             fused, never = _fuse(tile, outs, weight, gamma, M)
             slope = _output_slope(
-                fused, never, (column >= classes)[None, :], fused_total, target, column, row, inside, grad_fused, grad_fused_stride, grad_fused_step,
-                nll_slope, classes, CROSS_ENTROPY, ACC,
+                fused - fused_top[:, None], never, (column >= classes)[None, :], fused_total, target, column, row, inside, grad_fused, grad_fused_stride,
+                grad_fused_step, nll_slope, classes, CROSS_ENTROPY, ACC,
             )
             sums = ()
             for m in tl.static_range(M):
@@ -370,8 +377,8 @@ def fusion_backward(
         for m in tl.static_range(M):
             t = _parameter(temperature, temperature_stride, m, temperature_number, ACC)
             change = _logit_slope(
-                finite[m], ruled_out[m], beyond, log_totals[m], entropies[m], slope, weight[m], gamma, entropy_slopes[m], unimodal_slope[m],
-                target, column, CROSS_ENTROPY,
+                finite[m] - shifts[m][:, None], ruled_out[m], beyond, log_totals[m], entropies[m], slope, weight[m], gamma, entropy_slopes[m],
+                unimodal_slope[m], target, column, CROSS_ENTROPY,
             )
             change = tl.where(available[m][:, None], change, 0.0) / t
             if grad_logits is not None:
@@ -394,14 +401,14 @@ def fusion_backward(
                 outs = outs + (out,)
             fused, never = _fuse(tile, outs, weight, gamma, M)
             slope = _output_slope(
-                fused, never, beyond, fused_total, target, column, row, inside, grad_fused, grad_fused_stride, grad_fused_step, nll_slope, classes,
-                CROSS_ENTROPY, ACC,
+                fused - fused_top[:, None], never, beyond, fused_total, target, column, row, inside, grad_fused, grad_fused_stride, grad_fused_step, nll_slope,
+                classes, CROSS_ENTROPY, ACC,
             )
             sums = ()
             for m in tl.static_range(M):
                 t = _parameter(temperature, temperature_stride, m, temperature_number, ACC)
                 tile_slope = _logit_slope(
-                    tile[m], outs[m], beyond, log_totals[m], entropies[m], slope, weight[m], gamma, entropy_slopes[m], unimodal_slope[m],
+                    tile[m] - shifts[m][:, None], outs[m], beyond, log_totals[m], entropies[m], slope, weight[m], gamma, entropy_slopes[m], unimodal_slope[m],
                     target, column, CROSS_ENTROPY,
                 )
                 tile_slope = tl.where(available[m][:, None], tile_slope, 0.0) / t

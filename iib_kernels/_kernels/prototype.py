@@ -7,11 +7,11 @@ from iib_kernels._kernels.tiles import inverse_length, load_tile, number, pick, 
 
 @triton.jit
 def distance_forward(
-    features, feature_stride, feature_step, prototypes, prototype_stride, prototype_step, distance_out, squares_out, prototype_squares_out, batch, classes,
-    width, COSINE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    features, feature_stride, feature_step, prototypes, prototype_stride, prototype_step, distance_out, exact_out, squares_out, prototype_squares_out, batch,
+    classes, width, COSINE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """One tile of squared distances; the first tile of each row and of each column keeps its squared length for backward."""
+    """One tile of squared distances. For backward: as they were before rounding to half precision, and each row's and column's squared length."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     column = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = row < batch
@@ -21,7 +21,10 @@ def distance_forward(
         BLOCK_B, BLOCK_K, BLOCK_D,
     )
     distance = squared_distance(dots, zz, pp, COSINE)
-    tl.store(distance_out + row[:, None] * classes + column[None, :], distance, mask=inside[:, None] & within[None, :])
+    place = row[:, None] * classes + column[None, :]
+    tl.store(distance_out + place, distance, mask=inside[:, None] & within[None, :])
+    if exact_out is not None:
+        tl.store(exact_out + place, distance, mask=inside[:, None] & within[None, :])
     if squares_out is not None:
         if tl.program_id(1) == 0:
             tl.store(squares_out + row, zz, mask=inside)
