@@ -127,8 +127,7 @@ def gated_fusion(
 def entropy(logits: Tensor) -> Tensor:
     """H(softmax(logits)) over the last dimension, nats; 0 log 0 = 0."""
     log_p = logits.log_softmax(-1)
-    gone = log_p == NEVER  # not "not above": NaN stays
-    return -torch.where(gone, 0.0, log_p.exp() * torch.where(gone, 0.0, log_p)).sum(-1)
+    return -torch.where(log_p > NEVER, log_p.exp() * torch.where(log_p > NEVER, log_p, 0.0), 0.0).sum(-1)
 
 
 def class_sums(features: Tensor, targets: Tensor, num_classes: int, metric: str = "cosine", ignore_index: int = -100) -> tuple[Tensor, Tensor]:

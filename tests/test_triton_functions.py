@@ -125,6 +125,20 @@ def test_what_the_kernels_do_not_differentiate_raises(name):
         torch.autograd.forward_ad.unpack_dual(call(torch.autograd.forward_ad.make_dual(leaf.detach(), torch.ones_like(leaf))))
 
 
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("classes", [4, 1030])
+def test_whatever_stands_in_an_ignored_row_reaches_no_gradient(garbage, classes):
+    logits, prior, gate, temperature, kappa, scale, mask, targets = fusion_inputs(classes=classes)
+    leaves, results = [prior, gate, temperature, kappa, scale, *logits], []
+    for value in (1.0, garbage):
+        with torch.no_grad():
+            for table in logits:
+                table[1] = value
+        out = fusion_cross_entropy(logits, targets, prior, gate_logits=gate, temperature=temperature, uncertainty_weight=kappa, scale=scale, impl="triton")
+        results.append([out.fused, out.unimodal, *torch.autograd.grad(out.fused + out.unimodal.sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results)) and results[0][3][1].abs().sum() == 0
+
+
 # ----- the operators
 
 

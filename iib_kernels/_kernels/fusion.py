@@ -266,8 +266,11 @@ def fusion_backward(
     target = tl.zeros((BLOCK_B,), tl.int64)
     nll_slope = tl.zeros((BLOCK_B,), ACC)
     counted = inside
+    active = inside
     if CROSS_ENTROPY:
         target, counted = valid_targets(targets, target_stride, ignored, row, inside, classes)
+        if grad_weights is None:
+            active = counted  # nothing comes from the other rows, whatever stands in them
         if grad_nll is not None:
             nll_slope = tl.load(grad_nll + row * grad_nll_stride, mask=counted, other=0.0).to(ACC)
 
@@ -358,7 +361,7 @@ def fusion_backward(
         scale_slope += weight[m] * aligned[m]
     entropy_slopes = ()
     for m in tl.static_range(M):
-        score_slope = weight[m] * (weight_slopes[m] - mean_slope)
+        score_slope = tl.where(active, weight[m] * (weight_slopes[m] - mean_slope), 0.0)
         if grad_gate is not None:
             tl.store(grad_gate + row * M + m, score_slope, mask=inside)
         change = -_parameter(kappa, kappa_stride, m, kappa_number, ACC) * score_slope
@@ -367,10 +370,10 @@ def fusion_backward(
         uncertainty = tl.where(classes == 1, 0.0, entropies[m] / log_classes)
         entropy_slopes = entropy_slopes + (tl.where(classes == 1, 0.0, change / log_classes),)
         if partial is not None:
-            tl.store(partial + program * (3 * M + 1) + m, tl.sum(tl.where(inside, score_slope, 0.0), 0))
-            tl.store(partial + program * (3 * M + 1) + M + m, tl.sum(tl.where(inside, -uncertainty * score_slope, 0.0), 0))
+            tl.store(partial + program * (3 * M + 1) + m, tl.sum(score_slope, 0))
+            tl.store(partial + program * (3 * M + 1) + M + m, tl.sum(tl.where(active, -uncertainty * score_slope, 0.0), 0))
     if partial is not None:
-        tl.store(partial + program * (3 * M + 1) + 3 * M, tl.sum(tl.where(inside, scale_slope, 0.0), 0))
+        tl.store(partial + program * (3 * M + 1) + 3 * M, tl.sum(tl.where(active, scale_slope, 0.0), 0))
 
     # To the logits
     if ONE_BLOCK:
@@ -380,11 +383,11 @@ def fusion_backward(
                 finite[m] - shifts[m][:, None], ruled_out[m], beyond, log_totals[m], entropies[m], slope, weight[m], gamma, entropy_slopes[m],
                 unimodal_slope[m], target, column, CROSS_ENTROPY,
             )
-            change = tl.where(available[m][:, None], change, 0.0) / t
+            change = tl.where((available[m] & active)[:, None], change, 0.0) / t
             if grad_logits is not None:
                 tl.store(grad_logits[m] + row[:, None] * classes + column[None, :], change, mask=inside[:, None] & (column < classes)[None, :])
             if partial is not None:
-                tl.store(partial + program * (3 * M + 1) + 2 * M + m, -tl.sum(tl.sum(change * finite[m], 1), 0))
+                tl.store(partial + program * (3 * M + 1) + 2 * M + m, -tl.sum(tl.where(active, tl.sum(change * finite[m], 1), 0.0), 0))
     else:
         sharpness = ()
         for m in tl.static_range(M):
@@ -411,11 +414,11 @@ def fusion_backward(
                     tile[m] - shifts[m][:, None], outs[m], beyond, log_totals[m], entropies[m], slope, weight[m], gamma, entropy_slopes[m], unimodal_slope[m],
                     target, column, CROSS_ENTROPY,
                 )
-                tile_slope = tl.where(available[m][:, None], tile_slope, 0.0) / t
+                tile_slope = tl.where((available[m] & active)[:, None], tile_slope, 0.0) / t
                 sums = sums + (sharpness[m] - tl.sum(tile_slope * tile[m], 1),)
                 if grad_logits is not None:
                     tl.store(grad_logits[m] + row[:, None] * classes + column[None, :], tile_slope, mask=inside[:, None] & (column < classes)[None, :])
             sharpness = sums
         if partial is not None:
             for m in tl.static_range(M):
-                tl.store(partial + program * (3 * M + 1) + 2 * M + m, tl.sum(tl.where(inside, sharpness[m], 0.0), 0))
+                tl.store(partial + program * (3 * M + 1) + 2 * M + m, tl.sum(tl.where(active, sharpness[m], 0.0), 0))
