@@ -52,7 +52,7 @@ def fusion(classes: int, modalities: int, wide: bool) -> list[Launch]:
     columns = power_of_two(min(classes, FUSION_CLASSES))
     if classes > FUSION_CLASSES and modalities > 3:
         columns //= 2
-    rows = max(1, min(32, (2048 if wide else 4096) // (columns * power_of_two(modalities))))
+    rows = max(1, min(32, (1024 if wide else 2048) // (columns * power_of_two(modalities))))
     warps = 8 if columns * modalities >= (2048 if wide else 4096) else 4
     return [Launch({"BLOCK_B": count, "BLOCK_K": columns}, warps) for count in dict.fromkeys((rows, max(1, rows // 2), rows * 2))]
 
@@ -60,7 +60,7 @@ def fusion(classes: int, modalities: int, wide: bool) -> list[Launch]:
 def alignment(classes: int, width: int, modalities: int, itemsize: int) -> list[Launch]:
     """Rows, classes and components of a tile of scores; all modalities' tiles are held at once."""
     columns = tile(classes, ALIGNMENT_CLASSES if classes <= ALIGNMENT_CLASSES else 64)
-    warps = 8 if (modalities > 3 or columns > 64) and not hip() else 4
+    warps = 8 if (modalities > 3 or columns > 64 or (columns > 32 and itemsize > 2)) and not hip() else 4
     return [Launch({"BLOCK_B": 16, "BLOCK_K": columns, "BLOCK_D": depth(width, itemsize)}, warps)]
 
 
@@ -71,13 +71,13 @@ def alignment_tiled(width: int, itemsize: int) -> list[Launch]:
 
 def distance(batch: int, classes: int, width: int, itemsize: int) -> list[Launch]:
     """Tile of distances."""
-    columns, rows = tile(classes, 128 if itemsize <= 4 else 64), tile(batch, 64 if batch >= 1024 else 16)
+    columns, rows = tile(classes, 128 if itemsize <= 4 else 32), tile(batch, 64 if batch >= 1024 and itemsize <= 4 else 16)
     return [Launch({"BLOCK_B": rows, "BLOCK_K": columns, "BLOCK_D": depth(width, itemsize)}, 8 if itemsize > 2 else 4)]
 
 
 def distance_backward(batch: int, classes: int, width: int, itemsize: int) -> list[Launch]:
     """Tile of the distances' gradient, and CHUNK components at a time."""
-    columns, rows = tile(classes, 32 if itemsize > 4 else 64 if hip() else 128), tile(batch, 32)
+    columns, rows = tile(classes, 32 if itemsize > 4 else 64 if hip() else 128), tile(batch, 32 if itemsize <= 4 else 16)
     return [Launch({"BLOCK_B": rows, "BLOCK_K": columns, "CHUNK": tile(width, 64 if itemsize <= 4 else 32)}, 8)]
 
 

@@ -1,4 +1,4 @@
-"""Compile what the launchers launch, for GPUs that are not here, and read what it uses: ``python tests/aot.py OUTPUT.json [--quick]``.
+"""Compile what the launchers launch, for GPUs that are not here, and read what it uses: ``python tests/aot.py OUTPUT.json [--quick] [OPERATOR ...]``.
 
 The public operators run on CPU tensors with Triton's launch replaced by a recorder, so that each variant is compiled with the signature, constants and
 block sizes that a GPU would get. Needs TRITON_INTERPRET unset; the interpreter and the compiler cannot share a process.
@@ -32,7 +32,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 PAIRS = {"bf16, fp32": (torch.bfloat16, torch.float32), "tf32": (torch.float32, torch.float32)}  # features and prototypes; products in TF32 where it exists
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64", torch.int32: "i32", torch.bool: "i1"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -98,10 +98,15 @@ def resources(compiled) -> dict:
     return {"registers": read("vgpr_count"), "spills": read("vgpr_spill_count"), "shared": compiled.metadata.shared}
 
 
-def _fusion(dtype, modalities, classes, loss):
+def _matrix(rows, columns, dtype, layout):
+    """An uninitialised matrix, ``"usual"`` or ``"transposed"``; ``"ones"`` is usual, and every size of the call is 1 (which Triton takes for a constant)."""
+    return torch.empty(columns, rows, dtype=dtype).T if layout == "transposed" else torch.empty(rows, columns, dtype=dtype)
+
+
+def _fusion(dtype, modalities, classes, loss, layout="usual"):
     """Forward and backward of a fusion operator with everything that can be given."""
-    batch = 64
-    logits = [torch.empty(batch, classes, dtype=dtype) for _ in range(modalities)]
+    batch = 1 if layout == "ones" else 64
+    logits = [_matrix(batch, classes, dtype, layout) for _ in range(modalities)]
     vector, table = torch.empty(modalities), torch.empty(batch, modalities)
     mask, scale = torch.empty(batch, modalities, dtype=torch.bool), torch.empty(())
     parameters = (vector, vector, scale, [1.0, 1.0, 1.0], mask)
@@ -115,41 +120,45 @@ def _fusion(dtype, modalities, classes, loss):
         torch.ops.iib.gated_fusion_backward(logits, *parameters, weights, statistics, fused, weights, uncertainty, True, True, torch.float32)
 
 
-def _tables(dtype, modalities, classes):
+def _tables(dtype, modalities, classes, layout):
     """Features and prototypes [., 512] of every modality; ``dtype`` of both, or one of each."""
     dtype, other = dtype if isinstance(dtype, tuple) else (dtype, dtype)
-    return ([torch.empty(64, 512, dtype=dtype) for _ in range(modalities)], [torch.empty(classes, 512, dtype=other) for _ in range(modalities)])
+    batch, width = (1, 1) if layout == "ones" else (64, 512)
+    layouts = ["usual", layout] * modalities  # of several modalities not all are alike
+    features = [_matrix(batch, width, dtype, kind) for kind in layouts[:modalities]]
+    return features, [_matrix(classes, width, other, kind) for kind in layouts[:modalities]]
 
 
-def _alignment(dtype, modalities, classes):
+def _alignment(dtype, modalities, classes, layout="usual"):
     """Forward and backward of the alignment loss with seen classes and a mask."""
-    features, prototypes = _tables(dtype, modalities, classes)
+    features, prototypes = _tables(dtype, modalities, classes, layout)
+    batch = len(features[0])
     seen = [torch.empty(classes, dtype=torch.bool)] * modalities
-    shared = (features, prototypes, torch.empty(64, dtype=torch.int64), torch.empty(modalities), 0.2, True, seen,
-              torch.empty(64, modalities, dtype=torch.bool), -100)
+    shared = (features, prototypes, torch.empty(batch, dtype=torch.int64), torch.empty(modalities), 0.2, True, seen,
+              torch.empty(batch, modalities, dtype=torch.bool), -100)
     contrastive, alignment, confidence, _, statistics = torch.ops.iib.alignment_loss(*shared)
     torch.ops.iib.alignment_loss_backward(*shared, confidence, statistics, contrastive, alignment)
 
 
-def _nearest(dtype, modalities, classes):
+def _nearest(dtype, modalities, classes, layout="usual"):
     """Forward and backward of the nearest prototype."""
-    features, prototypes = _tables(dtype, modalities, classes)
+    features, prototypes = _tables(dtype, modalities, classes, layout)
     distance, index = torch.ops.iib.nearest_prototype(features, prototypes, True, [torch.empty(classes, dtype=torch.bool)] * modalities)
     torch.ops.iib.nearest_prototype_backward(features, prototypes, True, index, distance)
 
 
-def _distance(dtype, classes):
+def _distance(dtype, classes, layout="usual"):
     """Forward and backward of the distances, with both gradients."""
-    (features,), (prototypes,) = _tables(dtype, 1, classes)
+    (*_, features), (*_, prototypes) = _tables(dtype, 2, classes, layout)
     distance, squares, others, exact = torch.ops.iib.prototype_distance(features, prototypes, True, True)
     exact = exact if exact.numel() else distance
     torch.ops.iib.prototype_distance_backward(features, prototypes, True, squares, others, exact, distance, True, True)
 
 
-def _update(dtype, classes):
+def _update(dtype, classes, layout="usual"):
     """Moving average and class sums."""
-    (features,), (prototypes,) = _tables(dtype, 1, classes)
-    targets = torch.empty(64, dtype=torch.int64)
+    (*_, features), (*_, prototypes) = _tables(dtype, 2, classes, layout)
+    targets = torch.empty(len(features), dtype=torch.int64)
     torch.ops.iib.update_prototypes(prototypes, torch.empty(classes, dtype=torch.int64), features, targets, 0.9, True, -100)
     torch.ops.iib.class_sums(features, targets, classes, True, -100)
 
@@ -157,19 +166,19 @@ def _update(dtype, classes):
 def variants(quick: bool) -> list[tuple[str, tuple]]:
     """(name, arguments) of every operator call to compile."""
     found = []
-    for name, dtype in DTYPES.items():
-        if quick and name == "fp16":
-            continue
+    for name in ("bf16", "fp32") if quick else ("bf16", "fp16", "fp32"):
         for modalities in (2,) if quick else (1, 2, 3, 6):
-            for loss in (False, True):
-                found.append(("fusion", (name, modalities, 1000, loss)))
+            found += [("fusion", (name, modalities, 1000, loss)) for loss in (False, True)]
             found += [("alignment", (name, modalities, classes)) for classes in (31, 309)]
             found.append(("nearest", (name, modalities, 309)))
-        for loss in (False, True):
-            found.append(("fusion", (name, 2, 4000, loss)))
+        found += [("fusion", (name, 2, 4000, loss)) for loss in (False, True)]
         found += [("distance", (name, 309)), ("update", (name, 309))]
-    for name in PAIRS:
-        found += [("alignment", (name, 2, 31)), ("alignment", (name, 2, 309)), ("nearest", (name, 2, 309)), ("distance", (name, 309)), ("update", (name, 309))]
+    for name, classes, layout in (("bf16, fp32", 309, "usual"), ("tf32", 309, "usual"), ("fp64", 309, "usual"), ("fp32", 309, "transposed"), ("fp32", 1, "ones")):
+        modalities = 1 if layout == "ones" else 2
+        found += [("alignment", (name, modalities, size, layout)) for size in dict.fromkeys((min(31, classes), classes))]
+        found += [("nearest", (name, modalities, classes, layout)), ("distance", (name, classes, layout)), ("update", (name, classes, layout))]
+        if name in DTYPES:
+            found += [("fusion", (name, modalities, size, loss, layout)) for loss in (False, True) for size in {classes, 1 if classes == 1 else 4000}]
     return found
 
 
@@ -201,6 +210,7 @@ def compile_variant(variant: tuple[str, tuple], targets: tuple[str, ...]) -> lis
 def main() -> None:
     """Compile every variant on two processes and write the rows; what the compiler prints about a failure is in its row."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os.nice(19)  # the test suite runs meanwhile
     output, quick = Path(sys.argv[1]), "--quick" in sys.argv
     chosen = [argument for argument in sys.argv[2:] if not argument.startswith("--")]
     targets = tuple(TARGETS)

@@ -2,6 +2,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning cost several times the work on a shared machine
@@ -23,5 +28,35 @@ def data_folder() -> Path:
     return folder
 
 
+COMPILATION = pytest.StashKey[tuple]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin the ahead-of-time compilation, minutes of work on cores that the other tests leave idle; its tests come last and wait for it."""
+    if session.config.option.collectonly or not any(item.path.name == "test_triton_aot.py" for item in session.items):
+        return
+    root = Path(__file__).resolve().parents[1]
+    output = Path(tempfile.mkdtemp()) / "rows.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "tests/aot.py", str(output)]
+    process = subprocess.Popen(command, cwd=root, env={**environment, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    session.config.stash[COMPILATION] = process, output
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if COMPILATION in session.config.stash:
+        process, output = session.config.stash[COMPILATION]
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        shutil.rmtree(output.parent, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def compilation(pytestconfig) -> tuple[subprocess.Popen, Path]:
+    """The process that compiles all kernels ahead of time, and the file it writes in the end."""
+    return pytestconfig.stash[COMPILATION]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)  # stable: the order within each half stays
+    waits = lambda item: item.path.name == "test_triton_aot.py"
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, waits(item)))  # stable: the order within each part stays

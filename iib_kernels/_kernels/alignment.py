@@ -5,7 +5,7 @@ Scores are s_m(i, k) = -d2_m(i, k) / tau. Tiles of [BLOCK_B, BLOCK_K] scores of 
 import triton
 import triton.language as tl
 
-from iib_kernels._kernels.tiles import inverse_length, load_tile, number, pick, products, seen_classes, squared_distance, valid_targets
+from iib_kernels._kernels.tiles import inverse_length, load_tile, multiply, number, pick, products, seen_classes, squared_distance, valid_targets
 
 FLOOR = tl.constexpr(-1e38)  # where a running maximum begins: finite, so that differences of it are
 
@@ -278,7 +278,7 @@ def alignment_backward_block(
             component = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
             within = component < widths[m]
             table = load_tile(prototypes[m], column, prototype_strides[m], known, component, prototype_steps[m], within)
-            change = tl.dot(weights, table.to(ACC), input_precision=SLOPE_PRECISION, out_dtype=ACC)
+            change = multiply(weights, table.to(ACC), tl.zeros((BLOCK_B, BLOCK_D), ACC), SLOPE_PRECISION, ACC)
             if COSINE:
                 values = load_tile(features[m], row, feature_strides[m], counts[m], component, feature_steps[m], within).to(ACC)
                 change = _finish(change, values, along, squares[m], sharpness, COSINE)
@@ -359,7 +359,7 @@ def alignment_backward_tiled(
             along += tl.sum(slope * 0.5 * (lengths + tl.where(known[None, :], scores, 0.0) / sharpness), 1)
             slope = slope * inverse_length(prototype_squares)[None, :]
         table = load_tile(own_prototypes, column, own_prototype_stride, known, component, own_prototype_step, within)
-        accumulated = tl.dot(slope, table.to(ACC), accumulated, input_precision=SLOPE_PRECISION, out_dtype=ACC)
+        accumulated = multiply(slope, table.to(ACC), accumulated, SLOPE_PRECISION, ACC)
     values = accumulated
     if COSINE:
         values = load_tile(own_features, row, own_stride, counted, component, own_step, within).to(ACC)

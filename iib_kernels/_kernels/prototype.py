@@ -2,7 +2,7 @@
 import triton
 import triton.language as tl
 
-from iib_kernels._kernels.tiles import inverse_length, load_tile, number, pick, products, seen_classes, squared_distance
+from iib_kernels._kernels.tiles import inverse_length, load_tile, multiply, number, pick, products, seen_classes, squared_distance
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def _distance_slopes(
                 if COSINE:
                     slopes = slopes * inverse_length(tl.load(y_squares + other, mask=there, other=0.0))[None, :]
             values = load_tile(y, other, y_stride, there, component, y_step, within).to(ACC)
-            pulled = tl.dot(slopes, values, pulled, input_precision=PRECISION, out_dtype=ACC)
+            pulled = multiply(slopes, values, pulled, PRECISION, ACC)
         own = load_tile(x, row, x_stride, inside, component, x_step, within).to(ACC)
         change = (2.0 * inverse)[:, None] * (own * (along * inverse)[:, None] - pulled)
         tl.store(output + row[:, None] * width + component[None, :], change, mask=inside[:, None] & within[None, :])

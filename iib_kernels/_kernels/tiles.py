@@ -11,6 +11,15 @@ def load_tile(pointer, row, row_stride, row_inside, column, column_stride, colum
 
 
 @triton.jit
+def multiply(a, b, total, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """total + a @ b. In float64, which Triton's products compile for some GPUs only, by sums of products."""
+    if ACC == tl.float64:
+        return total + tl.sum(a[:, :, None] * b[None, :, :], 1)
+    else:
+        return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
 def products(
     x, x_stride, x_step, x_row, x_inside, y, y_stride, y_step, y_row, y_inside, width, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -28,9 +37,9 @@ def products(
         xx += tl.sum(wide_a * wide_a, 1)
         yy += tl.sum(wide_b * wide_b, 1)
         if UPCAST:
-            dots = tl.dot(wide_a, tl.trans(wide_b), dots, input_precision=PRECISION, out_dtype=ACC)
+            dots = multiply(wide_a, tl.trans(wide_b), dots, PRECISION, ACC)
         else:
-            dots = tl.dot(a, tl.trans(b), dots, input_precision=PRECISION, out_dtype=ACC)
+            dots = multiply(a, tl.trans(b), dots, PRECISION, ACC)
     return dots, xx, yy
 
 
