@@ -35,5 +35,5 @@ def test_every_option_that_is_named_exists():
     for command in ("evaluate", "predict", "budgets"):
         known |= set(re.findall(r"--[a-z_.]+", subprocess.run([sys.executable, "-m", "iibalance", command, "--help"], capture_output=True, text=True,
                                                               timeout=120, check=True).stdout))
-    named = set(re.findall(r"(--[a-z_]+(?:\.[a-z_]+)*)", README)) - {"--num_processes", "--nproc_per_node"}  # of accelerate and torchrun
+    named = set(re.findall(r"(--[a-z_]+(?:\.[a-z_]+)*)", README)) - {"--num_processes", "--nproc_per_node", "--benchmark", "--output"}  # of accelerate, torchrun, pytest-benchmark
     assert not named - known, named - known
