@@ -12,7 +12,19 @@ from torch import Tensor
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 
-@functools.cache
+def _constant(function: Callable) -> Callable:
+    """Cached, and for torch.compile a constant (``torch.compiler.assume_constant_result`` would import dynamo, which imports Triton)."""
+    cached = functools.cache(function)
+
+    @functools.wraps(function)
+    def call():
+        return cached()
+
+    call._dynamo_marked_constant = True
+    return call
+
+
+@_constant
 def triton_missing() -> str | None:
     """Why Triton cannot be imported, or None."""
     try:
@@ -22,7 +34,7 @@ def triton_missing() -> str | None:
     return None
 
 
-@functools.cache
+@_constant
 def interpreting() -> bool:
     """Whether Triton was imported with TRITON_INTERPRET=1: kernels then run on the CPU, slowly."""
     if triton_missing():
@@ -51,16 +63,50 @@ def choose(impl: str, *tensors: Tensor) -> str:
             raise RuntimeError(f"impl='triton' cannot run: {reason}; or use impl='auto' or impl='reference'")
         _warn_slow(reason)
         return "reference"
-    if not torch.compiler.is_compiling():
-        _check_transforms()
+    _check_transforms(tensors)
     return "triton"
 
 
-def _check_transforms() -> None:
-    """NotImplementedError inside a function transform that opaque kernels cannot follow."""
+def _unfollowed() -> str:
+    """The function transform around this call that opaque kernels cannot follow, or "" (for torch.compile a constant, as found while tracing)."""
     for level in torch._C._functorch.get_interpreter_stack() or ():
         if level.key() in (torch._C._functorch.TransformType.Vmap, torch._C._functorch.TransformType.Jvp):
-            raise NotImplementedError(f"the Triton kernels have no {level.key().name.lower()} (batching rule or forward-mode derivative); use impl='reference'")
+            return level.key().name.lower()
+    return ""
+
+
+def _gradients_asked() -> int:
+    """How many ``torch.func.grad`` are around this call."""
+    return sum(level.key() == torch._C._functorch.TransformType.Grad for level in torch._C._functorch.get_interpreter_stack() or ())
+
+
+_unfollowed._dynamo_marked_constant = _gradients_asked._dynamo_marked_constant = True
+
+
+def _check_transforms(tensors: Sequence[Tensor]) -> None:
+    """NotImplementedError where a derivative or a transform is asked for that opaque kernels do not have."""
+    dual = torch.autograd.forward_ad
+    name = _unfollowed()
+    if not name and not torch.compiler.is_compiling() and dual._current_level >= 0 and any(dual.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        name = "jvp"
+    if name:
+        raise NotImplementedError(f"the Triton kernels have no {name} (batching rule or forward-mode derivative); use impl='reference'")
+    if torch.compiler.is_compiling() and _gradients_asked() > 1:
+        raise NotImplementedError("the Triton kernels have no second derivative; use impl='reference'")
+
+
+def apply(function: type[torch.autograd.Function], *arguments):
+    """``function.apply(*arguments)``, in the forms that torch.compile follows.
+
+    Where nothing asks for a gradient it would inline ``forward`` and stumble over its variable arguments; inside ``torch.func.grad`` it finds only
+    intermediate tensors to ask for one.
+    """
+    if torch.compiler.is_compiling():
+        if _gradients_asked():
+            arguments = tuple(value.view_as(value) if isinstance(value, Tensor) else value for value in arguments)
+        if not (torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in arguments)):
+            return function.forward(*arguments)
+    return function.apply(*arguments)
 
 
 @functools.cache
@@ -125,8 +171,11 @@ def uniform_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors, with a view in place of each that was there before: torch.compile takes no tensor twice in one autograd Function."""
-    seen: set[int] = set()
-    return [tensor.view_as(tensor) if id(tensor) in seen or seen.add(id(tensor)) else tensor for tensor in tensors]
+    found: list[Tensor] = []
+    for tensor in tensors:
+        repeated = any([tensor is other for other in found])  # not by id(), which compiled code would be bound to
+        found.append(tensor.view_as(tensor) if repeated else tensor)
+    return found
 
 
 class FirstOrder(torch.autograd.Function):

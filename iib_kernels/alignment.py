@@ -13,7 +13,7 @@ from iib_kernels._checks import check_choice, check_device, check_float, check_m
 from iib_kernels._chunks import rows_per_chunk, spans
 from iib_kernels._registration import register
 from iib_kernels._runtime import (
-    accumulator, choose, compute_dtype, distinct, dot_options, first_order, on_device, scalar, slope_precision, uniform_dtype,
+    accumulator, apply, choose, compute_dtype, distinct, dot_options, first_order, on_device, scalar, slope_precision, uniform_dtype,
 )
 from iib_kernels.prototype import check_modalities, without_unseen
 
@@ -84,8 +84,9 @@ def alignment_loss(
         raise ValueError(f"temperature: expected a number above 0 and finite, got {temperature}")
     check_device(features[0], targets=targets, mask=mask, budgets=budgets)
     if implementation == "triton":
-        contrastive, alignment, confidence, counts, _ = AlignmentLossFunction.apply(
-            float(temperature), metric == "cosine", ignore_index, len(features), targets, budgets, mask, *distinct([*features, *prototypes, *(seen or [])]))
+        contrastive, alignment, confidence, counts, _ = apply(
+            AlignmentLossFunction, float(temperature), metric == "cosine", ignore_index, len(features), targets, budgets, mask,
+            *distinct([*features, *prototypes, *(seen or [])]))
     else:
         contrastive, alignment, confidence, counts = _in_chunks(
             features, without_unseen(prototypes, seen), targets, budgets, temperature, metric, seen, mask, ignore_index, dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 from iib_kernels import _tuning, reference
 from iib_kernels._checks import check_choice, check_device, check_float, check_mask, check_shape, check_targets, describe, tensor_list
 from iib_kernels._registration import register
-from iib_kernels._runtime import accumulator, choose, compute_dtype, distinct, first_order, on_device, scalar
+from iib_kernels._runtime import accumulator, apply, choose, compute_dtype, distinct, first_order, on_device, scalar
 
 
 class FusionOutput(NamedTuple):
@@ -65,7 +65,7 @@ def gated_fusion(
     logits, arguments, dtype = _prepare(logits, log_prior, gate_logits, temperature, uncertainty_weight, scale, mask)
     if choose(impl, *logits) == "triton":
         leading, count = logits[0].shape[:-1], len(logits)
-        fused, weights, uncertainty, _ = GatedFusionFunction.apply(*_flat(logits, **arguments))
+        fused, weights, uncertainty, _ = apply(GatedFusionFunction, *_flat(logits, **arguments))
         return FusionOutput(fused.reshape(logits[0].shape), weights.reshape(*leading, count), uncertainty.reshape(*leading, count))
     arguments = _raised(logits, arguments)
     with torch.autocast(logits[0].device.type, enabled=False):
@@ -102,7 +102,7 @@ def fusion_cross_entropy(
     targets = check_targets(targets, leading, logits[0].shape[-1], ignore_index, replace=implementation == "reference")
     check_device(logits[0], targets=targets)
     if implementation == "triton":
-        fused, unimodal, weights, counts, _ = FusionCrossEntropyFunction.apply(ignore_index, targets.reshape(-1), *_flat(logits, **arguments))
+        fused, unimodal, weights, counts, _ = apply(FusionCrossEntropyFunction, ignore_index, targets.reshape(-1), *_flat(logits, **arguments))
         if reduction == "none":
             return FusionLossOutput(fused.reshape(leading), unimodal.reshape(*leading, count), weights.reshape(*leading, count))
         divisors = counts.sum(0).clamp_min(1) if reduction == "mean" else counts.new_ones(count + 1, dtype=torch.int64)
@@ -180,10 +180,10 @@ def _flat(logits: list[Tensor], log_prior, gate_logits, temperature, uncertainty
     count, given = len(logits), (temperature, uncertainty_weight, scale)
     numbers = [1.0 if isinstance(value, Tensor) else float(value) for value in given]
     tensors = [value if isinstance(value, Tensor) else None for value in given]
-    rows = [None if value is None else value.reshape(-1, count) for value in (mask, gate_logits)]
-    parameters = iter(distinct([value for value in (log_prior, rows[1], *tensors, *logits) if value is not None]))
-    log_prior, gate, *tensors = (None if value is None else next(parameters) for value in (log_prior, rows[1], *tensors))
-    return numbers, rows[0], log_prior, gate, *tensors, *(values.reshape(-1, values.shape[-1]) for values in parameters)
+    parameters = iter(distinct([value for value in (log_prior, gate_logits, *tensors, *logits) if value is not None]))
+    log_prior, gate, *tensors = (None if value is None else next(parameters) for value in (log_prior, gate_logits, *tensors))
+    mask, gate = (None if value is None else value.reshape(-1, count) for value in (mask, gate))
+    return numbers, mask, log_prior, gate, *tensors, *(values.reshape(-1, values.shape[-1]) for values in parameters)
 
 
 # ----- Triton: launchers, operators, autograd Functions
@@ -371,7 +371,8 @@ def _gradients(ctx, first, second, third, needs: Sequence[bool]) -> tuple:
     if first is None and second is None and third is None:
         return (None,) * len(needs)
     asked = (any(needs[5:]), any((needs[0], *needs[2:5])), ctx.gate_dtype if needs[1] else None)
-    saved, name = ctx.saved_tensors, "gated_fusion" if ctx.saved_tensors[1] is None else "fusion_cross_entropy"
+    saved = ctx.saved_tensors  # once: checkpointing unpacks each tensor once
+    name = "gated_fusion" if saved[1] is None else "fusion_cross_entropy"
     gate, rest, *logits = first_order(name, _call_backward, ctx.numbers, ctx.ignore_index, asked, *saved[:7], first, second, third, *saved[7:])
     found = []
     for place, (kind, need) in enumerate(zip(ctx.kinds, (needs[0], *needs[2:5]))):

@@ -12,7 +12,7 @@ from iib_kernels._checks import check_choice, check_device, check_float, check_i
 from iib_kernels._chunks import rows_per_chunk, spans
 from iib_kernels._registration import register
 from iib_kernels._runtime import (
-    accumulator, choose, compute_dtype, distinct, dot_options, eager_on_cpu, first_order, on_device, scalar, slope_precision, uniform_dtype,
+    accumulator, apply, choose, compute_dtype, distinct, dot_options, eager_on_cpu, first_order, on_device, scalar, slope_precision, uniform_dtype,
 )
 
 METRICS = ("cosine", "sqeuclidean")
@@ -48,8 +48,10 @@ def prototype_distance(features: Tensor, prototypes: Tensor, *, metric: str = "c
         raise ValueError(f"features: expected shape [..., D] with D = {prototypes.shape[1]} as in prototypes, got {describe(features)}")
     check_device(features, prototypes=prototypes)
     if choose(impl, features, prototypes) == "triton":
-        keep = metric == "cosine" and torch.is_grad_enabled() and (features.requires_grad or prototypes.requires_grad)
-        distance = PrototypeDistanceFunction.apply(*distinct([features.flatten(0, -2) if features.dim() > 1 else features[None], prototypes]), metric == "cosine", keep)[0]
+        asked = torch.compiler.is_compiling() or features.requires_grad or prototypes.requires_grad  # compiled code does not know inside func.grad
+        keep = metric == "cosine" and torch.is_grad_enabled() and asked
+        rows, table = distinct([features, prototypes])
+        distance = apply(PrototypeDistanceFunction, rows.flatten(0, -2) if rows.dim() > 1 else rows[None], table, metric == "cosine", keep)[0]
         return distance.reshape(*features.shape[:-1], prototypes.shape[0])
     dtype = compute_dtype(features, prototypes)
     with torch.autocast(features.device.type, enabled=False):
@@ -79,7 +81,8 @@ def nearest_prototype(
     """
     features, prototypes, seen = check_modalities(features, prototypes, seen, metric)
     if choose(impl, *features) == "triton":
-        return NearestOutput(*NearestPrototypeFunction.apply(metric == "cosine", len(features), *distinct([*features, *prototypes, *(seen or [])])))
+        tables = distinct([*features, *prototypes, *(seen or [])])
+        return NearestOutput(*apply(NearestPrototypeFunction, metric == "cosine", len(features), *tables))
     prototypes = without_unseen(prototypes, seen)
     dtype = compute_dtype(*features)
     distances, indices = [], []
@@ -129,7 +132,7 @@ def update_prototypes(
         _check_moving(prototypes, momentum, counts=counts)
         targets = check_targets(targets, features.shape[:1], prototypes.shape[0], ignore_index, replace=False)
         check_device(prototypes, counts=counts, features=features, targets=targets)
-        return UpdatePrototypesFunction.apply(prototypes, counts, features, targets, momentum, metric == "cosine", ignore_index)
+        return apply(UpdatePrototypesFunction, *distinct([prototypes, counts, features, targets]), momentum, metric == "cosine", ignore_index)
     sums, batch_counts = class_sums(features, targets, len(prototypes), metric=metric, ignore_index=ignore_index, impl="reference")
     return ema_from_sums(prototypes, counts, sums, batch_counts, momentum=momentum, metric=metric)
 
@@ -293,7 +296,8 @@ def _distance(features, prototypes, cosine, keep):
     def launch(config: _tuning.Launch) -> None:
         distance_forward[(_blocks(batch, config.blocks["BLOCK_B"]), _blocks(classes, config.blocks["BLOCK_K"]))](
             features, *features.stride(), prototypes, *prototypes.stride(), distance, exact if exact.numel() else None,
-            squares if keep else None, prototype_squares if keep else None, batch, classes, width, COSINE=cosine, ACC=accumulator(dtype), **dot_options(features, prototypes), **config.options(),
+            squares if keep else None, prototype_squares if keep else None, batch, classes, width, COSINE=cosine, ACC=accumulator(dtype),
+            **dot_options(features, prototypes), **config.options(),
         )
 
     with on_device(features):

@@ -204,7 +204,10 @@ def fusion_forward(
                 top, total, moment = _merge(top, total, moment, fused, never | (column >= classes)[None, :])
                 mine = column[None, :] == target[:, None]
                 own += tl.sum(tl.where(mine, tl.where(never, float("-inf"), fused), 0.0), 1)
-        if targets is not None:
+        if targets is None:  # every element of an output is written
+            tl.store(statistics_out + row * (3 * M + 2) + 2 * M, tl.zeros((BLOCK_B,), ACC), mask=inside)
+            tl.store(statistics_out + row * (3 * M + 2) + 3 * M + 1, tl.zeros((BLOCK_B,), ACC), mask=inside)
+        else:
             tl.store(nll_out + row, tl.where(counted, tl.log(total) + (top - own), 0.0), mask=inside)
             tl.store(statistics_out + row * (3 * M + 2) + 2 * M, tl.log(total), mask=inside)
             tl.store(statistics_out + row * (3 * M + 2) + 3 * M + 1, top, mask=inside)

@@ -117,13 +117,14 @@ def _member_sum(
     count = tl.full((), 0, tl.int64)
     for outer in range(0, batch, SEARCH):
         candidate = (outer + tl.arange(0, SEARCH)).to(tl.int64)
-        label = tl.load(targets + candidate * target_stride, mask=candidate < batch, other=-1)
-        found = tl.sum(((label == own) & (own != ignored)).to(tl.int64), 0)
+        label = tl.load(targets + candidate * target_stride, mask=candidate < batch, other=0).to(tl.int64)
+        found = tl.where(own == ignored, 0, tl.sum(((label == own) & (candidate < batch)).to(tl.int64), 0))
         count += found
         if found > 0:
             for inner in range(0, SEARCH, BLOCK_B):
                 row = (outer + inner + tl.arange(0, BLOCK_B)).to(tl.int64)
-                member = tl.load(targets + row * target_stride, mask=row < batch, other=-1) == own
+                label = tl.load(targets + row * target_stride, mask=row < batch, other=0).to(tl.int64)
+                member = (label == own) & (row < batch)
                 values = load_tile(features, row, feature_stride, member, component, feature_step, component < width).to(ACC)
                 if COSINE:
                     if ONE_BLOCK:
