@@ -201,7 +201,9 @@ def test_bad_configuration_files(tmp_path, refuse):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton may run here")
-def test_kernels_that_cannot_run_here(tmp_path, refuse):
+def test_kernels_that_cannot_run_here(tmp_path, refuse, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("iib_kernels._runtime.interpreting", lambda: False)
     refuse("train", *options(synthetic.write(tmp_path / "clips.npz"), "--kernels", "triton"), words=("kernels", "triton", "cpu"))
 
 

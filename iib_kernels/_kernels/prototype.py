@@ -123,8 +123,8 @@ def _member_sum(
         if found > 0:
             for inner in range(0, SEARCH, BLOCK_B):
                 row = (outer + inner + tl.arange(0, BLOCK_B)).to(tl.int64)
-                label = tl.load(targets + row * target_stride, mask=row < batch, other=0).to(tl.int64)
-                member = (label == own) & (row < batch)
+                class_of_row = tl.load(targets + row * target_stride, mask=row < batch, other=0).to(tl.int64)
+                member = (class_of_row == own) & (row < batch)
                 values = load_tile(features, row, feature_stride, member, component, feature_step, component < width).to(ACC)
                 if COSINE:
                     if ONE_BLOCK:
