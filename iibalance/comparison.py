@@ -28,10 +28,12 @@ def summarise(folder: Path, config, sets: Mapping[str, MultimodalData], cells: S
 
     ``results`` has, for each data set and method, ``conditions`` -> metric -> [mean, standard error, values by seed], ``heads`` (each modality's accuracy on clean
     input, and ``utilisation``: over that of the same encoder trained alone with the same seed), the chosen setting and the step's seconds. ``ranks``: average rank over data sets
-    by kind of condition, accuracy and NLL. ``bootstrap``: the focus against the best of the others on each data set and kind.
+    by kind of condition, accuracy and NLL, of all methods but the focus's ablations, which ``ablations`` sets beside it. ``bootstrap``: the focus against the best of the others
+    on each data set and kind.
     """
     from iibalance.compare import CLEAN, REFERENCE, cell_files
 
+    focus = _focus(config)
     results: dict = {}
     for cell in cells:
         numbers, predictions = cell_files(folder, cell)
@@ -62,11 +64,12 @@ def summarise(folder: Path, config, sets: Mapping[str, MultimodalData], cells: S
             times = seconds.get(name, {}).get(method, [])
             entry["seconds_a_step"] = _spread(dict(enumerate(times)))
     return {
-        "focus": config.focus, "seeds": config.seeds, "epochs": {name: data.epochs or config.epochs for name, data in config.data.items()},
+        "focus": focus, "seeds": config.seeds, "epochs": {name: data.epochs or config.epochs for name, data in config.data.items()},
         "trials": [{"data": data, "method": method_class(method).name, "tried": rows} for (data, method), rows in searched.items()],
         "samples": {name: {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)} for name, data in sets.items()},
         "modalities": {name: list(data.modalities) for name, data in sets.items()},
-        "results": results, "ranks": ranks(results),
+        "results": results, "ranks": ranks({name: {method: entry for method, entry in methods.items() if not is_ablation(method, focus)} for name, methods in results.items()}),
+        "ablations": ablations(results, focus),
         "bootstrap": {name: {kind: found for kind in GROUPS if (found := _bootstrap(folder, config, cells, results, name, kind))} for name in results},
         "failures": dict(failures),
     }
@@ -97,6 +100,24 @@ def ranks(results: Mapping) -> dict:
                    for metric, rows in by_metric.items()} for kind, by_metric in table.items()}
 
 
+def ablations(results: Mapping, focus: str) -> dict:
+    """kind -> metric -> ablation -> spread over seeds of (ablation - focus), averaged over the data sets: below 0 in accuracy and above 0 in NLL, the piece helps."""
+    table: dict = {}
+    for method in dict.fromkeys(method for methods in results.values() for method in methods if is_ablation(method, focus)):
+        for metric in METRICS:
+            by_seed: dict[str, dict[int, list[float]]] = {}
+            for methods in results.values():
+                if focus in methods and method in methods:
+                    ours, theirs = (group_means(methods[name], metric) for name in (focus, method))
+                    for kind in ours.keys() & theirs.keys():
+                        for seed in ours[kind].keys() & theirs[kind].keys():
+                            by_seed.setdefault(kind, {}).setdefault(seed, []).append(theirs[kind][seed] - ours[kind][seed])
+            for kind, found in by_seed.items():
+                full = max(map(len, found.values()))  # seeds that have every set
+                table.setdefault(kind, {}).setdefault(metric, {})[method] = _spread({seed: sum(values) / full for seed, values in found.items() if len(values) == full})
+    return table
+
+
 def paired_bootstrap(first: np.ndarray, second: np.ndarray, *, resamples: int, seed: int = 0) -> dict[str, float]:
     """Mean difference of two methods' values [seeds, samples] with its 95 % interval and two-sided p, resampling seeds and test samples with replacement,
     the same ones for both methods.
@@ -118,7 +139,7 @@ def paired_bootstrap(first: np.ndarray, second: np.ndarray, *, resamples: int, s
 
 def _bootstrap(folder: Path, config, cells: Sequence, results: Mapping, name: str, kind: str) -> dict:
     """The focus against the best other method by mean accuracy, and by mean NLL."""
-    methods, focus = results[name], method_class(config.focus).name if ":" in config.focus else config.focus
+    methods, focus = results[name], _focus(config)
     if focus not in methods:
         return {}
     found = {}
@@ -134,6 +155,10 @@ def _bootstrap(folder: Path, config, cells: Sequence, results: Mapping, name: st
         if seeds:
             found[metric] = {"against": best, **paired_bootstrap(np.stack([ours[seed] for seed in seeds]), np.stack([theirs[seed] for seed in seeds]), resamples=config.bootstrap)}
     return found
+
+
+def _focus(config) -> str:
+    return method_class(config.focus).name if ":" in config.focus else config.focus
 
 
 def is_ablation(method: str, focus: str) -> bool:
@@ -205,6 +230,13 @@ def markdown(result: Mapping) -> str:
                 best = min(other["rank"] for other in result["ranks"][kind][metric].values())
                 cells.append("-" if row is None else f"**{row['rank']:.2f}**" if row["rank"] == best else f"{row['rank']:.2f}")
         lines.append(f"| {method} | {count} | " + " | ".join(cells) + " |")
+    if result["ablations"]:
+        kinds = [kind for kind in GROUPS if kind in result["ablations"]]
+        lines += ["", f"## Ablations of {focus}", "", f"Each less {focus}, averaged over the data sets: accuracy in points (below 0: the piece helps) / NLL in nats (above 0: it helps).", "",
+                  "| | " + " | ".join(kinds) + " |", "|---|" + "---|" * len(kinds)]
+        for method in dict.fromkeys(method for kind in kinds for method in result["ablations"][kind]["nll"]):
+            rows = [[result["ablations"][kind][metric].get(method) for metric in ("accuracy", "nll")] for kind in kinds]
+            lines.append(f"| {method} | " + " | ".join(f"{_cell(accuracy, 100, sign='+')} / {_cell(nll, 1, 3, sign='+')}" for accuracy, nll in rows) + " |")
     lines += ["", f"## {focus} against the best other method", "", "Paired bootstrap over seeds and test samples: difference, 95 % interval, p. Accuracy in points (more is better), NLL in nats (less is better).",
               "", "| data | condition | accuracy: against | difference | p | NLL: against | difference | p |", "|---|---|---|---|---|---|---|---|"]
     for name, by_kind in result["bootstrap"].items():
@@ -247,11 +279,11 @@ def markdown(result: Mapping) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(spread: Mapping | None, scale: float, digits: int = 1) -> str:
+def _cell(spread: Mapping | None, scale: float, digits: int = 1, *, sign: str = "") -> str:
     if spread is None:
         return "-"
     error = "" if spread["error"] is None else f" +- {scale * spread['error']:.{digits}f}"
-    return f"{scale * spread['mean']:.{digits}f}{error}"
+    return f"{scale * spread['mean']:{sign}.{digits}f}{error}"
 
 
 def picture(result: Mapping) -> Figure:
@@ -270,7 +302,7 @@ def picture(result: Mapping) -> Figure:
                 if method not in accuracy:
                     continue
                 ours = method == focus
-                colour = PALETTE[1] if ours else GREY if is_ablation(method, focus) else PALETTE[0]
+                colour = PALETTE[1] if ours else PALETTE[0]
                 axis.scatter(accuracy[method]["rank"], nll[method]["rank"], s=40 if ours else 16, color=colour, marker=MARKERS[3] if ours else MARKERS[0], zorder=3)
                 axis.annotate(method, (accuracy[method]["rank"], nll[method]["rank"]), xytext=(3, 3 if number % 2 else -7), textcoords="offset points", fontsize=5.5,
                               color=INK if ours else GREY)

@@ -32,17 +32,17 @@ class ModelConfig:
 class ObjectiveConfig:
     """Weights of the training objective; see ``iibalance.objective.IIBalanceLoss``."""
 
-    fused_weight: float = 0.0
-    """Weight of the fused prediction's cross-entropy (README, "Departures", has the measurement behind the default)."""
+    fused_weight: float = 1.0
+    """Weight of the cross-entropy of the modalities' summed logits."""
     alpha: float = 1.0
     """Weight of the prototype contrastive loss."""
-    beta: float = 5.0
+    beta: float = 1.0
     """Weight of the budget-conditioned relative alignment."""
     temperature: float = 0.2
     """Temperature of the prototype softmax."""
-    warmup: float = 0.1
+    warmup: float = 0.02
     """Share of training before the prototype terms begin."""
-    ramp: float = 0.3
+    ramp: float = 0.1
     """Share of training over which they rise linearly to full weight."""
     momentum: float = 0.9
     """Momentum of the prototypes' moving average."""

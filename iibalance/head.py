@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-import iib_kernels
+from iibalance import batched
 from iibalance.budgets import Budgets
 from iibalance.gate import Gate
 from iibalance.names import as_sequence, check_names
@@ -116,6 +117,8 @@ class IIBalanceHead(nn.Module):
         of the training that is done, drives the schedule of the prototype terms.
         """
         embeddings = self._present(embeddings, mask)
+        if self.training and targets is not None and mask is None and self._plain(embeddings, targets):
+            return self._step(embeddings, targets, progress)
         logits = self._heads(embeddings, mask)
         if targets is None:
             return self._fuse(logits, embeddings, mask)
@@ -129,6 +132,29 @@ class IIBalanceHead(nn.Module):
             return HeadOutput(fused, None, None, tuple(logits), parts.total, parts)
         with torch.no_grad():
             return self._fuse(logits, embeddings, mask)._replace(loss=parts.total, parts=parts)
+
+    def _plain(self, embeddings: list[Tensor], targets: Tensor) -> bool:
+        """Whether nothing stands in the way of the CPU's fast path: one process, classes all seen, plain linear classifiers and the objective as it is."""
+        objective, linear = self.objective, list(self.classifiers)
+        if not batched.takes(objective.impl, targets, self.num_classes, embeddings, [classifier.weight for classifier in linear]):
+            return False
+        if dist.is_available() and dist.is_initialized() or type(objective) is not IIBalanceLoss or type(self)._heads is not IIBalanceHead._heads:
+            return False
+        if objective.metric != "cosine" or self.prototypes.metric != "cosine" or self.prototypes.impl != "auto" or not self.prototypes.complete:
+            return False
+        if any(type(classifier) is not nn.Linear or classifier.bias is None for classifier in linear):
+            return False
+        return not any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks for part in (objective, *linear))
+
+    def _step(self, embeddings: list[Tensor], targets: Tensor, progress: float) -> HeadOutput:
+        objective, strength = self.objective, self.objective.strength(progress)
+        out = batched.step(
+            embeddings, [classifier.weight for classifier in self.classifiers], [classifier.bias for classifier in self.classifiers], targets,
+            self.prototypes.prototypes, self.budgets, objective.temperature,
+            batched.Weights(objective.fused_weight, objective.unimodal_weight, strength * objective.alpha, strength * objective.beta),
+        )
+        self.prototypes.update_rows(out.rows, targets)
+        return HeadOutput(out.summed, None, None, tuple(out.logits.unbind()), out.total, LossOutput(*out[:5]))
 
 
 def _fill_missing(values: Sequence[Tensor], mask: Tensor) -> list[Tensor]:

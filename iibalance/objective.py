@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 import iib_kernels
-from iibalance import batched
 
 
 class LossOutput(NamedTuple):
@@ -46,8 +45,8 @@ class IIBalanceLoss(nn.Module):
     """
 
     def __init__(
-        self, *, fused_weight: float = 1.0, unimodal_weight: float = 1.0, alpha: float = 1.0, beta: float = 5.0, temperature: float = 0.2,
-        warmup: float = 0.1, ramp: float = 0.3, metric: str = "cosine", impl: str = "auto",
+        self, *, fused_weight: float = 1.0, unimodal_weight: float = 1.0, alpha: float = 1.0, beta: float = 1.0, temperature: float = 0.2,
+        warmup: float = 0.02, ramp: float = 0.1, metric: str = "cosine", impl: str = "auto",
     ):
         super().__init__()
         for name, value in dict(fused_weight=fused_weight, unimodal_weight=unimodal_weight, alpha=alpha, beta=beta, warmup=warmup, ramp=ramp).items():
@@ -72,10 +71,6 @@ class IIBalanceLoss(nn.Module):
         mask [B, M] bool, True = present; progress in [0, 1] drives the schedule.
         """
         count = len(logits)
-        if not self.fused_weight and mask is None and gate_logits is None and self.metric == "cosine" and batched.takes(self.impl, targets, logits[0].shape[-1], logits):
-            found = self._batched(logits, targets, embeddings, prototypes, seen, budgets, self.strength(progress))
-            if found is not None:
-                return found
         entropies = iib_kernels.fusion_cross_entropy(
             logits, targets, gate_logits=None if gate_logits is None else gate_logits.detach(), uncertainty_weight=0.0, scale=float(count), mask=mask,
             impl=self.impl,
@@ -96,17 +91,3 @@ class IIBalanceLoss(nn.Module):
             )
             total = total + strength * (self.alpha * contrastive.sum() + self.beta * alignment.sum())
         return LossOutput(total, fused, entropies.unimodal, contrastive, alignment)
-
-    def _batched(self, logits, targets, embeddings, prototypes, seen, budgets, strength: float) -> LossOutput | None:
-        """The CPU's fast path for the default objective, without the fused loss; None where it does not apply."""
-        fused = torch.nn.functional.cross_entropy(sum(values.detach() for values in logits), targets)  # reported only
-        if embeddings is None or strength == 0 or not (self.alpha or self.beta):
-            unimodal = batched.cross_entropies(logits, targets)
-            zeros = torch.zeros_like(unimodal)
-            return LossOutput(self.unimodal_weight * unimodal.sum(), fused, unimodal, zeros, zeros)
-        if not batched.takes(self.impl, targets, logits[0].shape[-1], logits, embeddings) or seen is not None and not torch.stack(list(seen)).all():
-            return None
-        budgets = torch.ones(len(logits)) if budgets is None else budgets
-        unimodal, contrastive, alignment = batched.losses(logits, targets, embeddings, prototypes, budgets, self.temperature)
-        total = self.unimodal_weight * unimodal + (strength * self.alpha) * contrastive + (strength * self.beta) * alignment
-        return LossOutput(total.sum(), fused, unimodal, contrastive, alignment)

@@ -11,6 +11,8 @@ import iib_kernels
 from iibalance import batched
 from iibalance.names import as_sequence
 
+USUAL = 2.0  # standard deviations: a new subject's clean samples lie a little farther out than those the spread was measured on, and are no surprise
+
 
 class PrototypeBank(nn.Module):
     """Class prototypes of every modality, as buffers that move, save and load with the model.
@@ -82,8 +84,7 @@ class PrototypeBank(nn.Module):
         if not shared and mask is None and self.metric == "cosine" and ignore_index == -100:
             tables = self.prototypes
             if batched.takes(self.impl, targets, self.num_classes, tables, embeddings) and tables[0].shape[1] == embeddings[0].shape[1]:
-                batched.update(tables, [getattr(self, f"counts_{index}") for index in range(len(self.modalities))], embeddings, targets, self.momentum,
-                               self.complete)
+                self.update_rows(batched.unit(torch.stack([values.detach() for values in embeddings]))[0], targets)
                 return
         for index, embedding in enumerate(embeddings):
             rows = targets if mask is None else targets.masked_fill(~mask[:, index], ignore_index)
@@ -100,6 +101,10 @@ class PrototypeBank(nn.Module):
             getattr(self, f"prototypes_{index}").copy_(prototypes)
             getattr(self, f"counts_{index}").copy_(total)
 
+    def update_rows(self, rows: Tensor, targets: Tensor) -> None:
+        """The CPU's fast path of :meth:`update`, in one process: embeddings at unit length [M, B, D], of one size, all present, and targets [B] in [0, K)."""
+        batched.update(self.prototypes, [getattr(self, f"counts_{index}") for index in range(len(self.modalities))], rows, targets, self.momentum, self.complete)
+
     def nearest(self, embeddings: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
         """Squared distance to the nearest prototype of a seen class, [B, M] (section 4)."""
         embeddings = as_sequence(embeddings, self.modalities, "embeddings")
@@ -112,7 +117,7 @@ class PrototypeBank(nn.Module):
         return torch.stack([self.nearest(embeddings).float(), lengths], -1)
 
     def surprise(self, embeddings: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
-        """[B, M] >= 0: by how many standard deviations more than one a sample is farther from every prototype, or shorter or longer, than held-out samples are.
+        """[B, M] >= 0: by how many standard deviations more than two a sample is farther from every prototype, or shorter or longer, than held-out samples are.
 
         0 for most clean samples. What is usual is set by :meth:`set_usual`; see :func:`surprise`.
         """
@@ -138,11 +143,11 @@ def usual_novelty(novelty: Tensor, mask: Tensor | None = None) -> tuple[Tensor, 
 
 
 def surprise(novelty: Tensor, usual: Tensor, spread: Tensor) -> Tensor:
-    """[B, M]: max(0, max(z, |v|) - 1) with z and v the novelty's two columns standardised: farther than usual counts, nearer does not; length counts both ways.
+    """[B, M]: max(0, max(z, |v|) - 2) with z and v the novelty's two columns standardised: farther than usual counts, nearer does not; length counts both ways.
 
     >>> novelty = torch.tensor([[[0.5, 1.0]], [[0.5, 4.0]], [[0.1, 1.0]]])  # the second is unusually long, the third unusually near
     >>> surprise(novelty, torch.tensor([[0.4, 1.0]]), torch.tensor([[0.1, 1.0]])).squeeze(1)
-    tensor([0., 2., 0.])
+    tensor([0., 1., 0.])
     """
     distance, length = ((novelty - usual) / spread).unbind(-1)
-    return (torch.maximum(distance, length.abs()) - 1).clamp_min(0)
+    return (torch.maximum(distance, length.abs()) - USUAL).clamp_min(0)

@@ -1,60 +1,113 @@
 """The CPU's fast path computes what the general path computes, and steps aside where it does not apply."""
+import copy
+
 import pytest
 import torch
+from torch import nn
+from torch.func import functional_call, grad
 from torch.nn import functional as F
 
 from iibalance import IIBalanceHead, IIBalanceLoss, PrototypeBank, batched
 
+SHAPES = [(1, 8, 3, 4), (2, 64, 26, 128), (3, 8, 4, 6), (6, 64, 10, 32)]  # modalities, batch, classes, size
+
 
 def draw(count, batch, classes, size, seed=0):
+    """Embeddings (the first has no direction), targets that hold every class, and a head that has seen them all."""
     generator = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=generator)
-    embeddings = [torch.relu(normal(batch, size)) for _ in range(count)]
-    embeddings[0][0] = 0  # no direction
-    return ([3 * normal(batch, classes) for _ in range(count)], embeddings, [F.normalize(normal(classes, size), dim=1) for _ in range(count)],
-            torch.randint(classes, (batch,), generator=generator), 0.8 + 0.2 * torch.rand(count, generator=generator))
+    embeddings = [torch.relu(torch.randn(batch, size, generator=generator)) for _ in range(count)]
+    embeddings[0][0] = 0
+    targets = torch.cat([torch.arange(classes), torch.randint(classes, (batch - classes,), generator=generator)])
+    torch.manual_seed(seed)
+    head = IIBalanceHead([size] * count, classes, budgets=(0.8 + 0.2 * torch.rand(count, generator=generator)).tolist(),
+                         objective=IIBalanceLoss(fused_weight=0.6, unimodal_weight=1.3, alpha=0.7, beta=3.0, warmup=0.0, ramp=1.0))
+    head(embeddings, targets)
+    return head, embeddings, targets
 
 
-def objective(impl, logits, targets, embeddings, prototypes, budgets, **options):
-    leaves = [value.clone().requires_grad_() for value in (*logits, *embeddings)]
-    count = len(logits)
-    seen = [torch.ones(len(table), dtype=torch.bool) for table in prototypes]
-    criterion = IIBalanceLoss(**{"fused_weight": 0.0, "alpha": 0.7, "beta": 3.0, "impl": impl, **options})
-    out = criterion(leaves[:count], targets, embeddings=leaves[count:], prototypes=prototypes, seen=seen, budgets=budgets, progress=0.9)
-    return out, leaves
+def reference(head):
+    """The same head, by ``impl="reference"``."""
+    twin = copy.deepcopy(head)
+    twin.objective.impl = twin.prototypes.impl = "reference"
+    return twin
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 3, 4), (2, 64, 26, 128), (3, 5, 4, 6), (6, 64, 10, 32)])
-def test_losses_and_gradients_are_the_references(shape, monkeypatch):
-    logits, embeddings, prototypes, targets, budgets = draw(*shape)
-    used = []
-    original = batched.losses
-    monkeypatch.setattr(batched, "losses", lambda *arguments: used.append(1) or original(*arguments))
-    results = []
-    for impl in ("auto", "reference"):
-        out, leaves = objective(impl, logits, targets, embeddings, prototypes, budgets)
-        weight = torch.linspace(0.5, 2, shape[0])  # each part's own gradient, not only the sum's
-        gradients = torch.autograd.grad(out.total + (weight * out.contrastive).sum() + (weight * out.unimodal).sum() + (weight * out.alignment).sum(), leaves)
-        results.append([out.total, out.fused, out.unimodal, out.contrastive, out.alignment, *gradients])
-    assert used == [1]
-    for fast, slow in zip(*results):
-        torch.testing.assert_close(fast, slow, atol=2e-6, rtol=1e-5)
-    assert results[0][4].abs().sum() > 0 or shape[0] == 1
+@pytest.fixture
+def steps(monkeypatch):
+    """How often the fast path was taken."""
+    taken, original = [], batched.step
+    monkeypatch.setattr(batched, "step", lambda *arguments: taken.append(1) or original(*arguments))
+    return taken
 
 
-def test_before_the_prototypes_begin_only_cross_entropies_count():
-    logits, embeddings, prototypes, targets, budgets = draw(2, 16, 4, 8)
-    leaves = [value.clone().requires_grad_() for value in logits]
-    out = IIBalanceLoss(fused_weight=0.0)(leaves, targets, embeddings=embeddings, prototypes=prototypes, budgets=budgets, progress=0.0)
-    expected = torch.stack([F.cross_entropy(value, targets) for value in logits])
-    torch.testing.assert_close(out.unimodal, expected)
-    torch.testing.assert_close(out.total, expected.sum())
-    out.total.backward()
-    torch.testing.assert_close(leaves[1].grad, (logits[1].softmax(1) - F.one_hot(targets, 4)) / 16)
+def run(head, embeddings, targets, scalar, progress=0.9):
+    """Outputs, gradients of a scalar of them by embeddings and parameters, and the prototypes after the step."""
+    leaves = [value.clone().requires_grad_() for value in embeddings]
+    out = head(leaves, targets, progress=progress)
+    gradients = torch.autograd.grad(scalar(out), [*leaves, *head.classifiers.parameters()])
+    return [out.logits, *out.modality_logits, out.loss, *out.parts, *gradients, *head.prototypes.prototypes, head.prototypes.counts]
 
 
-def test_prototypes_move_as_in_the_general_path():
-    fast, slow = (PrototypeBank({"a": 6, "b": 6}, 5, impl=impl) for impl in ("auto", "reference"))
+@pytest.mark.parametrize("what", ["loss", "every part", "logits"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_step_is_the_references(shape, what, steps):
+    head, embeddings, targets = draw(*shape)
+    weight = torch.linspace(0.5, 2, shape[0])
+
+    def scalar(out):
+        if what == "loss":
+            return out.loss
+        if what == "logits":
+            return sum(values.square().mean() for values in out.modality_logits)
+        return 0.3 * out.loss + out.parts.fused + sum((weight * part).sum() for part in out.parts[2:])
+
+    slow = run(reference(head), embeddings, targets, scalar)
+    assert not steps
+    fast = run(head, embeddings, targets, scalar)
+    assert steps == [1] and len(fast) == len(slow)
+    for number, (one, other) in enumerate(zip(fast, slow)):
+        torch.testing.assert_close(one, other, atol=3e-6, rtol=2e-5, msg=lambda text: f"{number}: {text}")
+    assert shape[0] == 1 or slow[shape[0] + 5].sum() > 0  # the alignment acts
+
+
+def test_before_the_prototypes_begin_only_cross_entropies_count(steps):
+    head, embeddings, targets = draw(2, 16, 4, 8)
+    leaves = [value.clone().requires_grad_() for value in embeddings]
+    out = head(leaves, targets, progress=0.0)
+    assert steps == [1]
+    logits = [classifier(value) for classifier, value in zip(head.classifiers, embeddings)]
+    torch.testing.assert_close(out.loss, 0.6 * F.cross_entropy(sum(logits), targets) + 1.3 * sum(F.cross_entropy(value, targets) for value in logits))
+    out.loss.backward()
+    one_hot = F.one_hot(targets, 4)
+    by_logits = (1.3 * (logits[1].softmax(1) - one_hot) + 0.6 * (sum(logits).softmax(1) - one_hot)) / 16
+    torch.testing.assert_close(leaves[1].grad, by_logits @ head.classifiers[1].weight)
+
+
+def test_gradients_add_up_over_steps():
+    head, embeddings, targets = draw(2, 16, 4, 8)
+    twin = reference(head)
+    for one in (head, twin):
+        for _ in range(3):
+            one(embeddings, targets).loss.backward()
+    for one, other in zip(head.classifiers.parameters(), twin.classifiers.parameters()):
+        torch.testing.assert_close(one.grad, other.grad, atol=3e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("budgets", [[0.0, 0.0], [0.5, 0.5], [0.9, 0.0]])
+def test_budgets_at_their_limits(budgets, steps):
+    head, embeddings, targets = draw(2, 16, 4, 8)
+    head.set_budgets(budgets)
+    slow = run(reference(head), embeddings, targets, lambda out: out.loss)
+    for one, other in zip(run(head, embeddings, targets, lambda out: out.loss), slow):
+        torch.testing.assert_close(one, other, atol=3e-6, rtol=2e-5)
+    assert steps == [1]
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_prototypes_move_as_in_the_general_path(momentum):
+    fast, slow = (PrototypeBank({"a": 6, "b": 6}, 5, impl=impl, momentum=momentum) for impl in ("auto", "reference"))
+    for bank in (fast, slow):
+        bank.prototypes_1[4] = 1.0  # whatever stands there before the class is seen does not count
     generator = torch.Generator().manual_seed(0)
     for step in range(5):
         targets = torch.randint(5 if step else 3, (7,), generator=generator)  # some classes come later
@@ -71,40 +124,77 @@ def test_prototypes_move_as_in_the_general_path():
     assert not fast.complete
 
 
-@pytest.mark.parametrize("what", ["mask", "ignored", "sizes", "dtype", "autocast", "sqeuclidean", "fused", "reference", "unseen"])
-def test_everything_else_takes_the_general_path(what, monkeypatch):
-    logits, embeddings, prototypes, targets, budgets = draw(2, 16, 4, 8)
-    monkeypatch.setattr(batched, "losses", lambda *_: pytest.fail("the fast path was taken"))
-    criterion = IIBalanceLoss(fused_weight=1.0 if what == "fused" else 0.0, metric="sqeuclidean" if what == "sqeuclidean" else "cosine",
-                              impl="reference" if what == "reference" else "auto")
-    seen, mask = [torch.ones(4, dtype=torch.bool)] * 2, None
+class Halved(IIBalanceLoss):
+    def forward(self, *arguments, **options):
+        out = super().forward(*arguments, **options)
+        return out._replace(total=out.total / 2)
+
+
+@pytest.mark.parametrize("what", ["mask", "ignored", "sizes", "dtype", "autocast", "sqeuclidean", "reference", "unseen", "objective", "classifier", "no bias", "hook",
+                                  "objective's hook", "evaluation"])
+def test_everything_else_takes_the_general_path(what, steps):
+    head, embeddings, targets = draw(2, 16, 4, 8)
+    mask, called = None, []
     if what == "mask":
         mask = torch.ones(16, 2, dtype=torch.bool)
     if what == "ignored":
         targets[3] = -100
     if what == "sizes":
-        embeddings[1], prototypes[1] = embeddings[1][:, :5], prototypes[1][:, :5]
+        head, embeddings = IIBalanceHead([8, 5], 4), [embeddings[0], embeddings[1][:, :5]]
+        head(embeddings, targets)
     if what == "dtype":
-        logits, embeddings, prototypes = ([value.double() for value in group] for group in (logits, embeddings, prototypes))
+        head, embeddings = head.double(), [value.double() for value in embeddings]
+    if what == "sqeuclidean":
+        head = IIBalanceHead([8, 8], 4, metric="sqeuclidean")
+        head(embeddings, targets)
+    if what == "reference":
+        head = reference(head)
     if what == "unseen":
-        seen[1] = torch.tensor([True, True, True, False])
+        head = IIBalanceHead([8, 8], 5)
+        head(embeddings, targets)
+    if what == "objective":
+        head.objective = Halved()
+    if what == "classifier":
+        head.classifiers[1] = nn.Sequential(nn.Linear(8, 4))
+        head.classifiers[1].weight, head.classifiers[1].bias = head.classifiers[1][0].weight, head.classifiers[1][0].bias
+    if what == "no bias":
+        head.classifiers[1] = nn.Linear(8, 4, bias=False)
+    if what == "hook":
+        head.classifiers[1].register_forward_hook(lambda *_: called.append(1))
+    if what == "objective's hook":
+        head.objective.register_forward_hook(lambda *_: called.append(1))
+    if what == "evaluation":
+        head.eval()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=what == "autocast"):
-        out = criterion(logits, targets, embeddings=embeddings, prototypes=prototypes, seen=seen, budgets=budgets, mask=mask, progress=0.9)
-    assert out.total.isfinite()
+        out = head(embeddings, targets, mask=mask)
+    assert out.loss.isfinite() and not steps and bool(called) == ("hook" in what)
+
+
+def test_function_transforms_take_the_general_path(steps):
+    head, embeddings, targets = draw(2, 16, 4, 8)
+    parameters, buffers = dict(head.named_parameters()), {name: value.clone() for name, value in head.named_buffers()}
+    loss = lambda parameters, buffers: functional_call(head, (parameters, buffers), (embeddings, targets)).loss
+    gradients = grad(loss)(parameters, buffers)
+    assert not steps
+    head(embeddings, targets).loss.backward()
+    assert steps == [1]
+    torch.testing.assert_close(gradients["classifiers.1.weight"], head.classifiers[1].weight.grad, atol=3e-6, rtol=2e-5)
 
 
 def test_a_target_out_of_range_is_still_an_error_that_says_so():
-    head = IIBalanceHead([4, 4], 3, objective=IIBalanceLoss(fused_weight=0.0))
+    head, embeddings, targets = draw(2, 16, 4, 8)
+    targets[5] = 4
     with pytest.raises(ValueError, match="targets"):
-        head([torch.randn(2, 4)] * 2, torch.tensor([0, 3]))
+        head(embeddings, targets)
 
 
 def test_a_second_derivative_is_refused_and_the_reference_has_it():
-    logits, embeddings, prototypes, targets, budgets = draw(2, 6, 3, 4)
-    out, leaves = objective("auto", logits, targets, embeddings, prototypes, budgets)
+    head, embeddings, targets = draw(2, 16, 4, 8)
+    weight = head.classifiers[0].weight
     with pytest.raises(RuntimeError, match='impl="reference"'):
-        torch.autograd.grad(out.total, leaves[2:3], create_graph=True)
-    out, leaves = objective("reference", logits, targets, embeddings, prototypes, budgets)
-    gradient, = torch.autograd.grad(out.total, leaves[2:3], create_graph=True)
+        torch.autograd.grad(head(embeddings, targets).loss, weight, create_graph=True)
+    head = reference(head)
+    weight = head.classifiers[0].weight
+    gradient, = torch.autograd.grad(head(embeddings, targets).loss, weight, create_graph=True)
     gradient.square().sum().backward()
-    assert leaves[2].grad.isfinite().all()
+    assert weight.grad.isfinite().all()

@@ -13,7 +13,7 @@ import torch
 from iibalance import InputError
 from iibalance.cli import run as cli
 from iibalance.compare import Cell, CompareConfig, CompareData, _settings, _run_config, cell_files, compare, run_cell
-from iibalance.comparison import group_means, is_ablation, paired_bootstrap, ranks
+from iibalance.comparison import METRICS, ablations, group_means, is_ablation, paired_bootstrap, ranks
 from iibalance.config import ModelConfig
 from iibalance.methods import ABLATIONS, METHODS, make_method
 
@@ -249,6 +249,26 @@ def test_the_bootstrap_covers_what_it_should():
     base = generator.normal(size=(5, 100))
     found = paired_bootstrap(base + 0.3 + 0.1 * generator.normal(size=(5, 100)), base, resamples=500)
     assert found["low"] > 0.2 and found["p"] < 0.01 and found["difference"] == pytest.approx(0.3, abs=0.03)
+
+
+def test_ablations_are_set_beside_the_whole_and_take_no_rank(done):
+    def entry(*values):
+        return {"conditions": {"clean": {metric: {"values": dict(enumerate(values))} for metric in METRICS}}}
+
+    table = ablations({"one": {"m": entry(0.5, 0.6), "m_less": entry(0.4, 0.7), "other": entry(0.9, 0.9)}, "two": {"m": entry(0.5, 0.5), "m_less": entry(0.2, 0.5)}}, "m")
+    assert set(table) == {"clean"} and set(table["clean"]["accuracy"]) == {"m_less"}
+    found = table["clean"]["accuracy"]["m_less"]
+    assert found["values"] == pytest.approx({0: -0.2, 1: 0.05}) and found["mean"] == pytest.approx(-0.075) and found["error"] == pytest.approx(0.125)
+    partial = ablations({"one": {"m": entry(0.5, 0.6), "m_less": entry(0.4, 0.7)}, "two": {"m": entry(0.5), "m_less": entry(0.2)}}, "m")
+    assert partial["clean"]["nll"]["m_less"]["values"] == pytest.approx({0: -0.2})  # a seed that one set does not have yet would be another average
+    folder, result = done
+    assert set(result["ranks"]["clean"]["nll"]) == {"unimodal", "concat", "iibalance", "ensemble", "ogm_ge"}
+    assert set(result["ablations"]["noise"]["accuracy"]) == {"iibalance_no_prior"}
+    conditions = {name: result["results"]["two"][name]["conditions"] for name in ("iibalance", "iibalance_no_prior")}
+    expected = [sum(conditions["iibalance_no_prior"][f"{m} noise"]["nll"]["values"][seed] - conditions["iibalance"][f"{m} noise"]["nll"]["values"][seed]
+                    for m in ("weak", "strong")) / 2 for seed in (0, 1)]
+    assert list(result["ablations"]["noise"]["nll"]["iibalance_no_prior"]["values"].values()) == pytest.approx(expected)
+    assert "## Ablations of iibalance" in (folder / "comparison.md").read_text()
 
 
 def test_what_an_ablation_is():

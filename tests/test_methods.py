@@ -270,11 +270,9 @@ def test_iibalance_passes_budgets_on():
     assert model.head.budgets.tolist() == pytest.approx([0.2, 0.6]) and model.head.log_prior.exp().tolist() == pytest.approx([0.25, 0.75])
 
 
-def test_each_modality_keeps_its_own_epoch_unless_the_fused_loss_ties_them():
+def test_each_modality_keeps_its_own_epoch():
     names = [f"m{index}" for index in range(12)]  # index 1 is not index 11
-    config = RunConfig()
-    config.objective.fused_weight = 0.0
-    method = make_method("iibalance", config)
+    method = make_method("iibalance", RunConfig())
     model = MultimodalClassifier({name: nn.Linear(2, 3) for name in names}, head=method.head(dict.fromkeys(names, 3), 2))
     groups = method.groups(model)
     for key in model.state_dict():
@@ -282,8 +280,7 @@ def test_each_modality_keeps_its_own_epoch_unless_the_fused_loss_ties_them():
         index = re.search(r"encoders\.(\d+)\.|classifiers\.(\d+)\.|prototypes\.\w+_(\d+)$", key)
         expected = [] if index is None else [f"validation.nll.m{next(filter(None, index.groups()))}"]
         assert owners == expected, key
-    config.objective.fused_weight = 0.5
-    assert list(make_method("iibalance", config).groups(model).values()) == ["validation.nll"]
+    assert list(make_method("qmf", RunConfig()).groups(model).values()) == ["validation.nll"]
 
 
 def test_after_calibration_a_noisy_modality_loses_its_say():

@@ -20,7 +20,7 @@ class IIBalance(Method):
 
     name = "iibalance"
     needs_budgets = True
-    search = {"objective.alpha": (1.0, 0.3, 2.0)}
+    search = {"objective.alpha": (1.0, 3.0, 0.3)}
 
     def objective(self) -> dict[str, float]:
         """The weights of the objective, by name."""
@@ -43,8 +43,8 @@ class IIBalance(Method):
 
     @property
     def one_epoch(self) -> bool:
-        """Nothing but the detached alignment ties a modality's weights to the others', so each keeps its own best epoch; the fused loss ties them all."""
-        return bool(self.config.objective.fused_weight)
+        """Each modality keeps its own best epoch: encoders share no weights, and what the fused loss ties together the calibration sets right again."""
+        return False
 
     def calibrate(self, model: MultimodalClassifier, train: Split, validation: Split, out_of_fold: HeldOut | None, seed: int) -> None:
         self.fit_gate(model.head, out_of_fold, collect(model, validation, self.config.calibration, seed=seed))
