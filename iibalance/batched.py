@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,14 +42,15 @@ class StepOutput(NamedTuple):
 
 def takes(impl: str, targets: Tensor, classes: int, *groups: Sequence[Tensor]) -> bool:
     """Whether the fast path applies: ``impl="auto"``, every target one of the ``classes`` and, within each group, float32 CPU tensors of one shape."""
-    if torch.compiler.is_compiling() or impl != "auto" or targets.device.type != "cpu" or targets.dtype != torch.int64 or not len(targets):
+    if torch.compiler.is_compiling() or impl != "auto" or not targets.is_cpu or targets.dtype != torch.int64 or not len(targets):
         return False
     if torch.is_autocast_enabled("cpu") or _in_transform():
         return False
     for group in groups:
-        first = group[0]
-        if any(values.dtype != torch.float32 or values.device.type != "cpu" or values.shape != first.shape for values in group):
-            return False
+        shape = group[0].shape
+        for values in group:
+            if values.dtype != torch.float32 or not values.is_cpu or values.shape != shape:
+                return False
     low, high = torch.aminmax(targets)
     return int(low) >= 0 and int(high) < classes
 
@@ -64,8 +67,7 @@ def step(
     values = budgets.tolist()
     anchor = max(range(len(values)), key=values.__getitem__)
     relative = torch.tensor([[value / values[anchor] if values[anchor] > 0 else 1.0] for value in values])
-    constants = targets, torch.stack(list(prototypes)), relative, anchor, 2 / temperature, terms, len(embeddings)
-    return StepOutput(*_Step.apply(*constants, *embeddings, *weights, *biases))
+    return StepOutput(*_Step.apply(targets, relative, anchor, 2 / temperature, terms, len(embeddings), *embeddings, *weights, *biases, *prototypes))
 
 
 @torch.no_grad()
@@ -80,7 +82,9 @@ def update(prototypes: Sequence[Tensor], counts: Sequence[Tensor], rows: Tensor,
     moved = old.lerp(mean, 1 - momentum)
     if not complete:
         moved = torch.where((torch.stack(list(counts)) > 0)[..., None], moved, mean)
-    moved = torch.where((fresh > 0)[:, None], unit(moved)[0], old)
+    moved = unit(moved)[0]
+    if not int(fresh.min()):
+        moved = torch.where((fresh > 0)[:, None], moved, old)
     torch._foreach_copy_(list(prototypes), list(moved.unbind()))
     torch._foreach_add_(list(counts), [fresh] * len(counts))
 
@@ -88,59 +92,64 @@ def update(prototypes: Sequence[Tensor], counts: Sequence[Tensor], rows: Tensor,
 def unit(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows at unit length and the inverses of their lengths; a zero row stays zero and has inverse 0."""
     length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    inverse = length.reciprocal().masked_fill_(length <= EPS, 0.0)
+    inverse = torch.threshold_(length, EPS, math.inf).reciprocal_()
     return rows * inverse, inverse
 
 
 class _Step(torch.autograd.Function):
+    # Heads and prototypes are one table [M, 2K, D], so that one product gives both kinds of scores, and one softmax all distributions:
+    # M heads, M prototype posteriors and the fused one. What counts here is the number of operations, not their size.
     @staticmethod
-    def forward(ctx, targets, prototypes, relative, anchor, scale, terms, count, *tensors):
-        inputs, weights, biases = torch.stack(tensors[:count]), torch.stack(tensors[count:2 * count]), torch.stack(tensors[2 * count:])
-        index = targets.expand(count + 1, -1)[..., None]  # [M + 1, B, 1]
-        logits = torch.baddbmm(biases[:, None], inputs, weights.mT)
-        summed = logits.sum(0)
-        log_p = torch.cat([logits, summed[None]]).log_softmax(-1)
-        entropies = log_p.gather(2, index).squeeze(2).mean(1).neg_()
-        unimodal, fused = entropies.split([count, 1])
+    def forward(ctx, targets, relative, anchor, scale, terms, count, *tensors):
+        weights, biases, prototypes = tensors[count:2 * count], tensors[2 * count:3 * count], tensors[3 * count:]
+        classes, size = weights[0].shape
+        inputs = torch.stack(tensors[:count])
+        table = torch.cat([part for pair in zip(weights, prototypes) for part in pair]).view(count, 2 * classes, size)
+        both = torch.bmm(table, inputs.mT)  # [M, 2K, B]: softmax is many times faster along a middle dimension than along a short last one
         rows, inverse = unit(inputs)
-        log_q = torch.bmm(rows, prototypes.mT).mul_(scale).log_softmax(-1)
-        log_true = log_q.gather(2, index[:count]).squeeze(2)  # [M, B]
-        confidence = log_true.exp()
-        deviation = (relative * confidence[anchor]).sub_(confidence).clamp_min_(0)
-        log_anchor = log_q[anchor]
-        divergence = (log_anchor - log_q).mul_(log_anchor.exp()).sum(-1)
-        contrastive, alignment = log_true.mean(1).neg_(), (deviation * divergence).mean(1)
-        total = terms.fused * fused.squeeze(0) + terms.unimodal * unimodal.sum() + (terms.alpha * contrastive + terms.beta * alignment).sum()
+        logits = both[:, :classes] + torch.stack(biases)[..., None]
+        summed = logits.sum(0)
+        log_p = torch.cat([logits, (both[:, classes:] * inverse.mT).mul_(scale), summed[None]]).log_softmax(1)  # [2M + 1, K, B]
+        error = log_p.exp()  # p, and in the end p less the target's one: the gradient of a cross-entropy by its scores
+        index = targets.expand(2 * count + 1, 1, -1)
+        log_true = log_p.gather(1, index).squeeze(1)  # [2M + 1, B]
+        entropies = log_true.mean(1).neg_()
+        confidence = log_true[count:2 * count].exp()
+        deviation = (relative * confidence[anchor]).sub_(confidence).clamp_min_(0)  # [M, B]
+        log_q = log_p[count:2 * count]
+        divergence = (log_q[anchor] - log_q).mul_(error[count + anchor]).sum(1)
+        alignment = divergence.mul_(deviation).mean(1)
+        share = torch.tensor([terms.unimodal] * count + [terms.alpha] * count + [terms.fused] + [terms.beta] * count)
+        total = torch.dot(torch.cat([entropies, alignment]), share)
+        error.scatter_add_(1, index, error.new_full((), -1.0).expand(index.shape))
         ctx.anchor, ctx.scale, ctx.terms, ctx.count = anchor, scale, terms, count
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(summed, rows)
-        ctx.save_for_backward(targets, prototypes, rows, inputs, weights, log_p, inverse, log_q, deviation)
-        return total, fused.squeeze(0), unimodal, contrastive, alignment, logits, summed, rows
+        ctx.save_for_backward(table, inputs, inverse, log_p, error, deviation, share)
+        unimodal, contrastive, fused = entropies.split([count, count, 1])
+        return total, fused.squeeze(0), unimodal, contrastive, alignment, logits.mT, summed.mT, rows
 
     @staticmethod
     def backward(ctx, total, fused, unimodal, contrastive, alignment, by_logits, *_):
         if torch.is_grad_enabled():  # create_graph=True: without this the second-order terms would be missing silently
             raise RuntimeError('IIBalanceHead: its fast path on the CPU has first derivatives only; for second ones give impl="reference"')
-        targets, prototypes, rows, inputs, weights, log_p, inverse, log_q, deviation = ctx.saved_tensors
-        count, batch, terms = ctx.count, len(targets), ctx.terms
-        index = targets.expand(count + 1, -1)[..., None]
-        total = 0.0 if total is None else total / batch
-        plus = lambda weight, gradient: total * weight if gradient is None else total * weight + gradient / batch
-        vector = inverse.new_empty(count + 1)
-        vector[:count], vector[count] = plus(terms.unimodal, unimodal), plus(terms.fused, fused)
-        upstream = vector[:, None, None]
-        entropies = log_p.exp().mul_(upstream).scatter_add_(2, index, -upstream.expand(index.shape))
-        by_heads = entropies[:count].add_(entropies[count])
+        table, inputs, inverse, log_p, error, deviation, share = ctx.saved_tensors
+        count, batch = ctx.count, error.shape[2]
+        upstream = share * (0.0 if total is None else float(total) / batch)  # of the entropies, then of the alignment
+        for gradient, start, stop in (unimodal, 0, count), (contrastive, count, 2 * count), (fused, 2 * count, 2 * count + 1), (alignment, 2 * count + 1, None):
+            if gradient is not None:
+                upstream[start:stop].add_(gradient / batch)
+        cross, pulled = upstream.split([2 * count + 1, count])
+        by_heads, by_distances, by_fused = (error * cross[:, None, None]).split([count, count, 1])
+        by_heads.add_(by_fused)
+        if ctx.terms.beta or alignment is not None:
+            off = error[count:2 * count]
+            by_distances.addcmul_(off - off[ctx.anchor], (deviation * pulled[:, None])[:, None])  # KL(q_a || q) by the scores: q - q_a
         if by_logits is not None:
-            by_heads = by_heads + by_logits
-        pull, pulled = inverse.new_empty(2, count, 1).unbind()
-        pull[:, 0], pulled[:, 0] = plus(terms.alpha, contrastive), plus(terms.beta, alignment)
-        pulled = pulled * deviation  # [M, B]; KL(q_a || q) by the scores: q - q_a
-        by_scores = log_q.exp()
-        anchor = by_scores[ctx.anchor].clone()
-        by_scores.mul_((pull + pulled)[..., None]).sub_(pulled[..., None] * anchor)
-        by_scores.scatter_add_(2, index[:count], -pull[..., None].expand(count, batch, 1))
-        by_rows = torch.bmm(by_scores.mul_(ctx.scale), prototypes)
-        by_rows.sub_(rows * (rows * by_rows).sum(-1, keepdim=True)).mul_(inverse)
-        by_inputs = by_rows.baddbmm_(by_heads, weights)
-        return (None,) * 7 + (*by_inputs.unbind(), *torch.bmm(by_heads.mT, inputs).unbind(), *by_heads.sum(1).unbind())
+            by_heads.add_(by_logits.mT)
+        # Through the unit length: less the part along the row. by_distances sums to 0 over the classes, so log_q serves for the scores
+        along = (by_distances * log_p[count:2 * count]).sum(1)[..., None].mul_(inverse).mul_(inverse)  # [M, B, 1]
+        joined = torch.cat([by_heads, (by_distances * inverse.mT).mul_(ctx.scale)], 1)
+        by_inputs = torch.bmm(joined.mT, table).addcmul_(inputs, along, value=-1)
+        by_weights, by_biases = torch.bmm(by_heads, inputs), by_heads.sum(2)
+        return (None,) * 6 + (*by_inputs.unbind(), *by_weights.unbind(), *by_biases.unbind()) + (None,) * count

@@ -117,8 +117,10 @@ class IIBalanceHead(nn.Module):
         of the training that is done, drives the schedule of the prototype terms.
         """
         embeddings = self._present(embeddings, mask)
-        if self.training and targets is not None and mask is None and self._plain(embeddings, targets):
-            return self._step(embeddings, targets, progress)
+        if self.training and targets is not None and mask is None:
+            linear = self._plain(embeddings, targets)
+            if linear:
+                return self._step(embeddings, targets, progress, *linear)
         logits = self._heads(embeddings, mask)
         if targets is None:
             return self._fuse(logits, embeddings, mask)
@@ -133,28 +135,33 @@ class IIBalanceHead(nn.Module):
         with torch.no_grad():
             return self._fuse(logits, embeddings, mask)._replace(loss=parts.total, parts=parts)
 
-    def _plain(self, embeddings: list[Tensor], targets: Tensor) -> bool:
-        """Whether nothing stands in the way of the CPU's fast path: one process, classes all seen, plain linear classifiers and the objective as it is."""
-        objective, linear = self.objective, list(self.classifiers)
-        if not batched.takes(objective.impl, targets, self.num_classes, embeddings, [classifier.weight for classifier in linear]):
-            return False
+    def _plain(self, embeddings: list[Tensor], targets: Tensor) -> tuple[list[Tensor], list[Tensor]] | None:
+        """The classifiers' weights and biases if nothing stands in the way of the CPU's fast path: one process, classes all seen, the objective as it is."""
+        if torch.compiler.is_compiling():
+            return None
+        objective, prototypes, linear = self.objective, self.prototypes, list(self.classifiers)
         if dist.is_available() and dist.is_initialized() or type(objective) is not IIBalanceLoss or type(self)._heads is not IIBalanceHead._heads:
-            return False
-        if objective.metric != "cosine" or self.prototypes.metric != "cosine" or self.prototypes.impl != "auto" or not self.prototypes.complete:
-            return False
-        if any(type(classifier) is not nn.Linear or classifier.bias is None for classifier in linear):
-            return False
-        return not any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks for part in (objective, *linear))
+            return None
+        if objective.metric != "cosine" or prototypes.metric != "cosine" or prototypes.impl != "auto" or not prototypes.complete:
+            return None
+        for part in (objective, *linear):
+            if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+                return None
+        if any(type(classifier) is not nn.Linear for classifier in linear):
+            return None
+        weights, biases = [classifier.weight for classifier in linear], [classifier.bias for classifier in linear]
+        if any(bias is None for bias in biases) or not batched.takes(objective.impl, targets, self.num_classes, embeddings, weights):
+            return None
+        return weights, biases
 
-    def _step(self, embeddings: list[Tensor], targets: Tensor, progress: float) -> HeadOutput:
+    def _step(self, embeddings: list[Tensor], targets: Tensor, progress: float, weights: list[Tensor], biases: list[Tensor]) -> HeadOutput:
         objective, strength = self.objective, self.objective.strength(progress)
         out = batched.step(
-            embeddings, [classifier.weight for classifier in self.classifiers], [classifier.bias for classifier in self.classifiers], targets,
-            self.prototypes.prototypes, self.budgets, objective.temperature,
+            embeddings, weights, biases, targets, self.prototypes.prototypes, self.budgets, objective.temperature,
             batched.Weights(objective.fused_weight, objective.unimodal_weight, strength * objective.alpha, strength * objective.beta),
         )
         self.prototypes.update_rows(out.rows, targets)
-        return HeadOutput(out.summed, None, None, tuple(out.logits.unbind()), out.total, LossOutput(*out[:5]))
+        return HeadOutput(out.summed, None, None, out.logits.unbind(), out.total, LossOutput(*out[:5]))
 
 
 def _fill_missing(values: Sequence[Tensor], mask: Tensor) -> list[Tensor]:

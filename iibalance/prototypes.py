@@ -55,7 +55,7 @@ class PrototypeBank(nn.Module):
     @property
     def prototypes(self) -> list[Tensor]:
         """The prototypes, [K, D_m] float32 a modality."""
-        return [getattr(self, f"prototypes_{index}") for index in range(len(self.modalities))]
+        return [self._buffers[f"prototypes_{index}"] for index in range(len(self.modalities))]
 
     @property
     def counts(self) -> Tensor:
@@ -103,7 +103,7 @@ class PrototypeBank(nn.Module):
 
     def update_rows(self, rows: Tensor, targets: Tensor) -> None:
         """The CPU's fast path of :meth:`update`, in one process: embeddings at unit length [M, B, D], of one size, all present, and targets [B] in [0, K)."""
-        batched.update(self.prototypes, [getattr(self, f"counts_{index}") for index in range(len(self.modalities))], rows, targets, self.momentum, self.complete)
+        batched.update(self.prototypes, [self._buffers[f"counts_{index}"] for index in range(len(self.modalities))], rows, targets, self.momentum, self.complete)
 
     def nearest(self, embeddings: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
         """Squared distance to the nearest prototype of a seen class, [B, M] (section 4)."""
