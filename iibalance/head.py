@@ -16,6 +16,9 @@ from iibalance.objective import IIBalanceLoss, LossOutput
 from iibalance.prototypes import PrototypeBank
 
 
+_DISTRIBUTED = dist.is_available()
+
+
 class HeadOutput(NamedTuple):
     """What a head returns. Rows are samples; columns of [B, M] follow the order of the modalities."""
 
@@ -140,7 +143,7 @@ class IIBalanceHead(nn.Module):
         if torch.compiler.is_compiling():
             return None
         objective, prototypes, linear = self.objective, self.prototypes, list(self.classifiers)
-        if dist.is_available() and dist.is_initialized() or type(objective) is not IIBalanceLoss or type(self)._heads is not IIBalanceHead._heads:
+        if _DISTRIBUTED and dist.is_initialized() or type(objective) is not IIBalanceLoss or type(self)._heads is not IIBalanceHead._heads:
             return None
         if objective.metric != "cosine" or prototypes.metric != "cosine" or prototypes.impl != "auto" or not prototypes.complete:
             return None

@@ -47,6 +47,7 @@ class PrototypeBank(nn.Module):
         for index, size in enumerate(embedding_dims.values()):
             self.register_buffer(f"prototypes_{index}", torch.zeros(num_classes, size))
             self.register_buffer(f"counts_{index}", torch.zeros(num_classes, dtype=torch.int64))
+        self._names = [f"prototypes_{index}" for index in range(len(self.modalities))], [f"counts_{index}" for index in range(len(self.modalities))]
         self._complete = False  # all classes seen by all modalities: then they stay so
         self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "_complete", False))
         self.register_buffer("usual", torch.zeros(len(self.modalities), 2))  # mean of the novelty of held-out samples,
@@ -55,7 +56,7 @@ class PrototypeBank(nn.Module):
     @property
     def prototypes(self) -> list[Tensor]:
         """The prototypes, [K, D_m] float32 a modality."""
-        return [self._buffers[f"prototypes_{index}"] for index in range(len(self.modalities))]
+        return [self._buffers[name] for name in self._names[0]]
 
     @property
     def counts(self) -> Tensor:
@@ -70,7 +71,8 @@ class PrototypeBank(nn.Module):
     @property
     def complete(self) -> bool:
         """Whether every class has a prototype in every modality."""
-        self._complete = self._complete or bool(self.seen.all())
+        if not self._complete and bool(self.seen.all()):
+            self._complete = True
         return self._complete
 
     @torch.no_grad()
@@ -103,7 +105,8 @@ class PrototypeBank(nn.Module):
 
     def update_rows(self, rows: Tensor, targets: Tensor) -> None:
         """The CPU's fast path of :meth:`update`, in one process: embeddings at unit length [M, B, D], of one size, all present, and targets [B] in [0, K)."""
-        batched.update(self.prototypes, [self._buffers[f"counts_{index}"] for index in range(len(self.modalities))], rows, targets, self.momentum, self.complete)
+        prototypes, counts = ([self._buffers[name] for name in names] for names in self._names)
+        batched.update(prototypes, counts, rows, targets, self.momentum, self.complete)
 
     def nearest(self, embeddings: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
         """Squared distance to the nearest prototype of a seen class, [B, M] (section 4)."""

@@ -67,6 +67,8 @@ def test_a_step_is_the_references(shape, what, steps):
     assert steps == [1] and len(fast) == len(slow)
     for number, (one, other) in enumerate(zip(fast, slow)):
         torch.testing.assert_close(one, other, atol=3e-6, rtol=2e-5, msg=lambda text: f"{number}: {text}")
+    assert not fast[0].requires_grad and fast[1].requires_grad  # the fused logits carry none, in either path
+    assert not slow[0].requires_grad and slow[1].requires_grad
     assert shape[0] == 1 or slow[shape[0] + 5].sum() > 0  # the alignment acts
 
 
