@@ -41,7 +41,7 @@ from iibalance.stages import Stages, make_accelerator, only
 from iibalance.training import Run, check_options, versions
 
 CLEAN = "clean"
-FREE = ("methods", "seeds", "low_data_seeds", "bootstrap", "workers", "output", "focus")  # may change when a comparison is gone on with: more seeds, more methods
+FREE = ("methods", "seeds", "low_data_seeds", "bootstrap", "workers", "output", "focus", "timing_steps")  # may change when a comparison is gone on with
 REFERENCE = "unimodal"  # whose heads are the encoders trained alone: every comparison has it
 
 
@@ -84,7 +84,7 @@ class CompareConfig:
     """Seeds of the low-data condition; all of them by default."""
     bootstrap: int = 2000
     """Resamples of the paired bootstrap."""
-    timing_steps: int = 10
+    timing_steps: int = 30
     """Training steps that are timed of every method, one after the other at the end, in one thread with nothing else running; 0 = none."""
     timing_batch: int = 64
     """Samples a timed step."""
@@ -360,22 +360,24 @@ def _choose(folder: Path, trials: Sequence[Cell], settings: dict) -> tuple[dict,
 def _time_steps(folder: Path, config: CompareConfig, sets: dict[str, MultimodalData], defined: dict[str, list[str]]) -> dict:
     """Seconds a training step at ``timing_batch`` samples, [steps] by data set and method: methods take turns in one thread, nothing else running."""
     path = folder / "seconds.json"
-    if path.exists():
-        return read_json(path)
-    threads, found = torch.get_num_threads(), {}
+    found = read_json(path) if path.exists() else {}
+    late = [name for name in sets if any(len(found.get(name, {}).get(method, ())) != config.timing_steps for method in defined[name])]
+    if not late:
+        return found
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for name, data in tqdm(sets.items(), desc="timing", unit="set", disable=None if config.training.progress else not sys.stderr.isatty()):
-            steps = {method: _stepper(config, name, method, data) for method in defined[name]}
+        for name in tqdm(late, desc="timing", unit="set", disable=None if config.training.progress else not sys.stderr.isatty()):
+            steps = {method: _stepper(config, name, method, sets[name]) for method in defined[name]}
             found[name] = {method: [] for method in steps}
             for turn in range(config.timing_steps + 3):
                 for method, step in steps.items():
                     seconds = step()
                     if turn >= 3:
                         found[name][method].append(seconds)
+            write_json(path, found)
     finally:
         torch.set_num_threads(threads)
-    write_json(path, found)
     return found
 
 

@@ -102,6 +102,7 @@ class Run:
                  stages: Stages | None = None):
         self.config, self.data, self.method, self.folder, self.accelerator = config, data, method, folder, accelerator
         self.given, self.folds = given, folds
+        self.fold_models: list[MultimodalClassifier] = []  # what the budget stage trained, for the joint training to start from
         self.stages = stages or Stages(config.training, seed=config.seed, accelerator=accelerator, folder=folder)
         m = config.model
         builtin = lambda name: lambda: build_encoder(
@@ -159,9 +160,9 @@ class Run:
             if source == "probe":
                 logits = probe_logits(train.inputs, train.targets, folds, train.mask)
             else:
-                models = cross_fit(
+                models = self.fold_models = cross_fit(
                     self.stages, self.encoders, train, folds, num_classes=self.data.num_classes, epochs=config.budgets.epochs or max(1, config.epochs // 2),
-                    alpha=config.objective.alpha, impl=config.kernels,
+                    alpha=self.method.budget_alpha, impl=config.kernels,
                 )
                 logits = out_of_fold_logits(models, train, folds)
                 out_of_fold = merge(
@@ -198,6 +199,8 @@ class Run:
             model = self.build()
             if budgets is not None:
                 self.method.set_budgets(model, budgets)
+            if self.fold_models:
+                self.method.initialise(model, self.fold_models)
             return model
 
         def on_epoch(row: dict, model: MultimodalClassifier, outputs: Outputs, before: list[dict]) -> dict:

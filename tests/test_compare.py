@@ -151,6 +151,21 @@ def test_a_users_own_method(npz, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_method_that_comes_later_is_timed_beside_the_others_and_more_steps_are_timed_anew(npz, tmp_path):
+    options = dict(seeds=1, trials=1, low_data=0.0, folder=tmp_path)
+
+    def seconds(methods, steps):
+        results = compare(config(npz, methods=methods, timing_steps=steps, **options))["results"]["two"]
+        return {method: entry["seconds_a_step"]["values"] for method, entry in results.items() if method in methods.split(",")}
+
+    first = seconds("concat,iibalance", 2)
+    assert seconds("concat,iibalance", 2) == first
+    later = seconds("concat,iibalance,sum", 2)
+    assert set(later) == {"concat", "iibalance", "sum"} and all(len(values) == 2 for values in later.values()) and later["concat"] != first["concat"]
+    assert all(len(values) == 3 for values in seconds("concat,iibalance,sum", 3).values())
+
+
+@pytest.mark.slow
 def test_two_workers_give_what_one_gives(npz, tmp_path):
     options = dict(methods="concat,ensemble,iibalance", seeds=1, trials=1, timing_steps=0, low_data=0.0)
     one, two = (compare(config(npz, tmp_path / str(workers), workers=workers, **options)) for workers in (1, 2))

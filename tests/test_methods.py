@@ -270,6 +270,62 @@ def test_iibalance_passes_budgets_on():
     assert model.head.budgets.tolist() == pytest.approx([0.2, 0.6]) and model.head.log_prior.exp().tolist() == pytest.approx([0.25, 0.75])
 
 
+def trained_and_new(name="iibalance", **options):
+    """A method, two "trained" fold models, a new model and a copy of its weights; encoders with batch statistics."""
+    def model():
+        encoders = {m: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)) for m in DIMS}
+        return MultimodalClassifier(encoders, head=method.head(dict.fromkeys(DIMS, 6), 4))
+
+    method = make_method(name, RunConfig(method_options=options))
+    torch.manual_seed(0)
+    folds, new = [model(), model()], model()
+    for fold in folds:
+        fold.train()
+        fold(draw(100).inputs, draw(100).targets)  # prototypes and batch statistics
+        with torch.no_grad():
+            for value in fold.parameters():
+                value.add_(torch.randn_like(value))
+    return method, folds, new, {key: value.clone() for key, value in new.state_dict().items()}
+
+
+@pytest.mark.parametrize(("name", "options", "share"), [("iibalance", {}, 0.5), ("iibalance", {"warm_start": 0.25}, 0.25), ("iibalance", {"warm_start": 1}, 1.0)])
+def test_the_warm_start_is_between_the_first_folds_weights_and_new_ones(name, options, share):
+    method, folds, model, new = trained_and_new(name, **options)
+    method.set_budgets(model, Budgets.given({"weak": 0.2, "strong": 0.6}))
+    method.initialise(model, folds)
+    now, trained = model.state_dict(), folds[0].state_dict()
+    blended = [f"encoders.{m}.0.weight" for m in range(2)] + [f"head.classifiers.{m}.weight" for m in range(2)]
+    for key in blended:
+        torch.testing.assert_close(now[key], share * trained[key] + (1 - share) * new[key])
+    taken = [f"encoders.{m}.{part}" for m in range(2) for part in ("0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked")]
+    taken += [f"head.{part}" for m in range(2) for part in (f"classifiers.{m}.bias", f"prototypes.prototypes_{m}", f"prototypes.counts_{m}")]
+    for key in taken:
+        assert torch.equal(now[key], trained[key]) and (share == 1 or not torch.equal(now[key], new[key])), key
+    assert model.head.budgets.tolist() == pytest.approx([0.2, 0.6])  # not the fold's
+    rest = set(now) - {*blended, *taken, "head.budgets", "head.log_prior"}
+    assert all(torch.equal(now[key], new[key]) for key in rest) and all(key.startswith(("head.gate", "head.prototypes.usual", "head.prototypes.spread")) for key in rest)
+
+
+def test_without_warm_start_all_weights_are_new():
+    for name, options in (("iibalance_no_warm_start", {}), ("iibalance", {"warm_start": 0}), ("sum", {})):
+        method, folds, model, new = trained_and_new(name, **options)
+        method.initialise(model, folds)
+        assert all(torch.equal(value, new[key]) for key, value in model.state_dict().items())
+
+
+def test_a_warm_start_is_a_share():
+    for value in (1.5, -0.1, "half"):
+        with pytest.raises(InputError, match=f"method_options: .*warm_start is {value!r}"):
+            make_method("iibalance", RunConfig(method_options={"warm_start": value}))
+
+
+def test_no_prototypes_means_none_in_the_budget_stage_either():
+    config = RunConfig()
+    config.objective.alpha = 0.7
+    assert make_method("iibalance", config).budget_alpha == make_method("ensemble_gated", config).budget_alpha == 0.7
+    assert make_method("iibalance_no_prototypes", config).budget_alpha == 0
+
+
 def test_each_modality_keeps_its_own_epoch():
     names = [f"m{index}" for index in range(12)]  # index 1 is not index 11
     method = make_method("iibalance", RunConfig())

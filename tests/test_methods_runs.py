@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import iibalance
-from iibalance import InputError, RunConfig, loop
-from iibalance.config import DataConfig, ModelConfig, TrainingConfig
+from iibalance import InputError, RunConfig, loop, training
+from iibalance.config import BudgetConfig, DataConfig, ModelConfig, TrainingConfig
 from iibalance.methods import METHODS
 from iibalance.training import train
 
@@ -64,6 +64,35 @@ def test_stopped_in_the_middle_it_ends_with_the_same_numbers(npz, tmp_path, name
         train(config(npz, tmp_path / "stopped", name))
     monkeypatch.setattr(loop, "_train_epoch", original)
     assert train(config(npz, tmp_path / "stopped", name), resume=True) == whole
+
+
+def test_training_starts_from_the_models_of_the_budget_stage(npz, tmp_path, monkeypatch):
+    """From that stage's own first model, only where it trained one, and again after a stop."""
+    seen = []
+    original = METHODS["iibalance"].initialise
+    monkeypatch.setattr(METHODS["iibalance"], "initialise", lambda self, model, folds: (seen.append((model, folds)), original(self, model, folds))[1])
+    still = dict(budgets=BudgetConfig(epochs=2))
+
+    def run(name, resume=False, **more):
+        options = config(npz, tmp_path / name, "iibalance", method_options={"warm_start": 1.0}, **{**still, **more})
+        options.epochs, options.training.learning_rate = 1, 1e-30  # what it starts from is what it ends with
+        train(options, resume=resume)
+        return iibalance.load(tmp_path / name)
+
+    model = run("whole")
+    (_, folds), = seen
+    assert len(folds) == 3 and folds[0].modalities == ("a", "b")
+    for one, other in ((0, 0), (1, 1)):
+        assert torch.equal(next(model.encoders[one].parameters()), next(folds[0].encoders[other].parameters()))
+        assert not torch.equal(next(model.encoders[one].parameters()), next(folds[1].encoders[other].parameters()))
+    run("probe", budgets=BudgetConfig(source="probe"))
+    assert len(seen) == 1
+    monkeypatch.setattr(training.Run, "train_joint", lambda self, budgets: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped")
+    monkeypatch.undo()
+    resumed = run("stopped", resume=True)
+    assert all(torch.equal(value, other) for value, other in zip(model.state_dict().values(), resumed.state_dict().values()))
 
 
 def test_method_options_reach_the_method_and_wrong_ones_are_refused(npz, tmp_path):

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -85,6 +85,15 @@ class Method:
 
     def set_budgets(self, model: MultimodalClassifier, budgets: Budgets) -> None:
         """Called before training and whenever budgets change, where ``needs_budgets``."""
+
+    @property
+    def budget_alpha(self) -> float:
+        """Weight of the prototype contrastive loss in the trainings that the budgets come from, where ``needs_budgets``."""
+        return self.config.objective.alpha
+
+    def initialise(self, model: MultimodalClassifier, folds: Sequence[MultimodalClassifier]) -> None:
+        """Called once before joint training with the new model and those of the budget stage, where it trained any: for each fold, encoders and classifiers
+        trained alone on the other folds. By default the new weights stay as they are."""
 
     def prepare(self, train: Callable, split: Split, seed: int) -> None:
         """Called once before joint training, for methods that must measure something first. ``train(name, loss, split, measure, share)`` trains a new

@@ -1,14 +1,16 @@
 """The method this project is for (method page, all of it)."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from iibalance.budgets import Budgets
 from iibalance.calibration import HeldOut, calibrate, collect
+from iibalance.config import RunConfig
 from iibalance.data.base import Split
+from iibalance.errors import InputError
 from iibalance.head import IIBalanceHead
 from iibalance.methods.base import Method, groups_by_modality
 from iibalance.model import MultimodalClassifier
@@ -16,11 +18,29 @@ from iibalance.objective import IIBalanceLoss
 
 
 class IIBalance(Method):
-    """Unimodal heads, EMA prototypes, budget-conditioned alignment, and a gate calibrated on held-out and corrupted samples."""
+    """Unimodal heads, EMA prototypes, budget-conditioned alignment, and a gate calibrated on held-out and corrupted samples.
+
+    The joint training starts between new weights and those that the budget stage trained for the first fold, each modality alone: every weight matrix is
+    ``warm_start`` times the trained one plus the rest of a new one (biases, norms and prototypes are the trained ones). The blend is that of Ash and Adams, "On
+    Warm-Starting Neural Network Training", NeurIPS 2020, who find that starting from trained weights alone generalises worse; README has our own figures.
+    Budgets that come from no training (given ones, ``probe``, ``online``) leave nothing to start from, and all weights are new.
+
+    Parameters: ``warm_start`` (0.5), in [0, 1]; 0 = new weights.
+
+    >>> IIBalance(warm_start=1.5)
+    Traceback (most recent call last):
+    iibalance.errors.InputError: method_options: warm_start is 1.5; give a share in [0, 1]
+    """
 
     name = "iibalance"
     needs_budgets = True
-    search = {"objective.alpha": (1.0, 3.0, 0.3)}
+    defaults = {"warm_start": 0.5}
+    search = {"objective.alpha": (1.0, 2.0, 0.5)}
+
+    def __init__(self, config: RunConfig | None = None, **options: float):
+        super().__init__(config, **options)
+        if self.options.warm_start > 1:
+            raise InputError(f"method_options: warm_start is {self.options.warm_start}; give a share in [0, 1]")
 
     def objective(self) -> dict[str, float]:
         """The weights of the objective, by name."""
@@ -41,6 +61,20 @@ class IIBalance(Method):
     def set_budgets(self, model: MultimodalClassifier, budgets: Budgets) -> None:
         model.head.set_budgets(budgets)
 
+    @torch.no_grad()
+    def initialise(self, model: MultimodalClassifier, folds: Sequence[MultimodalClassifier]) -> None:
+        share = self.options.warm_start
+        if not share:
+            return
+        trained = folds[0].state_dict()
+        for key, value in model.state_dict().items():
+            if not key.startswith(("encoders.", "head.classifiers.", "head.prototypes.prototypes_", "head.prototypes.counts_")):
+                continue
+            if value.dim() > 1 and value.is_floating_point() and "prototypes" not in key:
+                value.mul_(1 - share).add_(trained[key], alpha=share)
+            else:
+                value.copy_(trained[key])
+
     @property
     def one_epoch(self) -> bool:
         """Each modality keeps its own best epoch: encoders share no weights, and what the fused loss ties together the calibration sets right again."""
@@ -54,7 +88,7 @@ class IIBalance(Method):
         calibrate(head, out_of_fold, validation, self.config.calibration)
 
     def training_key(self) -> dict:
-        return {"method": "iibalance", "objective": self.objective(), "momentum": self.config.objective.momentum}
+        return {"method": "iibalance", "objective": self.objective(), "momentum": self.config.objective.momentum, **vars(self.options)}
 
 
 class NoPrior(IIBalance):
@@ -86,12 +120,24 @@ class NoPrototypes(IIBalance):
     def objective(self) -> dict[str, float]:
         return super().objective() | {"alpha": 0.0, "beta": 0.0}
 
+    @property
+    def budget_alpha(self) -> float:
+        return 0.0
+
     def fit_gate(self, head: IIBalanceHead, out_of_fold: HeldOut | None, validation: HeldOut) -> None:
         calibrate(head, out_of_fold, validation, self.config.calibration, surprise_scale=0.0)
         if head.gate.network is not None:  # these inputs were 0 while it was fitted
             count = len(head.modalities)
             with torch.no_grad():
                 head.gate.network[0].weight[:, count:2 * count] = 0.0
+
+
+class NoWarmStart(IIBalance):
+    """Ablation: the joint training starts from new weights."""
+
+    name = "iibalance_no_warm_start"
+    tuned_as = "iibalance"
+    defaults = {"warm_start": 0.0}
 
 
 class NoGate(IIBalance):
@@ -114,4 +160,4 @@ class FixedGate(IIBalance):
         calibrate(head, out_of_fold, validation, self.config.calibration, fit_gating=False, prior_strength=1.0)
 
 
-ABLATIONS = (NoPrior, NoAlignment, NoPrototypes, NoGate, FixedGate)
+ABLATIONS = (NoPrior, NoAlignment, NoPrototypes, NoWarmStart, NoGate, FixedGate)
