@@ -29,7 +29,7 @@ class Weights(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """What a step gives; gradients flow from all but the last two."""
+    """What a step gives; gradients flow from all but the last."""
 
     total: Tensor  #: []
     fused: Tensor  #: []
@@ -37,7 +37,7 @@ class StepOutput(NamedTuple):
     contrastive: Tensor  #: [M]
     alignment: Tensor  #: [M]
     logits: Tensor  #: [M, B, K]
-    summed: Tensor  #: [B, K]
+    summed: Tensor  #: [B, K] logits
     rows: Tensor  #: [M, B, D] embeddings at unit length
 
 
@@ -136,13 +136,13 @@ class _Step(torch.autograd.Function):
         ctx.anchor, ctx.scale, ctx.terms, ctx.count, ctx.share = anchor, scale, terms, count, share
         ctx.set_materialize_grads(False)
         summed = summed.squeeze(0).mT
-        ctx.mark_non_differentiable(summed, rows)
+        ctx.mark_non_differentiable(rows)
         ctx.save_for_backward(table, inputs, rows, inverse, log_p, error, deviation)
         unimodal, contrastive, fused, alignment = parts.split_with_sizes([count, count, 1, count])
         return total, fused.squeeze(0), unimodal, contrastive, alignment, logits.mT, summed, rows
 
     @staticmethod
-    def backward(ctx, total, fused, unimodal, contrastive, alignment, by_logits, *_):
+    def backward(ctx, total, fused, unimodal, contrastive, alignment, by_logits, by_summed, _):
         if torch.is_grad_enabled():  # create_graph=True: without this the second-order terms would be missing silently
             raise RuntimeError('IIBalanceHead: its fast path on the CPU has first derivatives only; for second ones give impl="reference"')
         table, inputs, rows, inverse, log_p, error, deviation = ctx.saved_tensors
@@ -159,6 +159,8 @@ class _Step(torch.autograd.Function):
             by_distances.addcmul_(off - off[ctx.anchor], (deviation * pulled.unsqueeze(1)).unsqueeze(1))  # KL(q_a || q) by the scores: q - q_a
         if by_logits is not None:
             by_heads.add_(by_logits.mT)
+        if by_summed is not None:
+            by_heads.add_(by_summed.mT)
         # Through the unit length: less the part along the row. by_distances sums to 0 over the classes, so log_q serves for the scores
         along = (by_distances * log_p[count:2 * count]).sum(1).unsqueeze(2).mul_(inverse)  # [M, B, 1]
         joined = torch.cat([by_heads, torch.addcmul(_ZERO, by_distances, inverse.mT, value=ctx.scale)], 1)

@@ -5,7 +5,6 @@ cells run in as many processes as there are workers. Trainings that several meth
 """
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -33,12 +32,12 @@ from iibalance.errors import InputError
 from iibalance.evaluation import degrade
 from iibalance.loop import clip_gradients, derive_seed
 from iibalance.metrics import classification_metrics
-from iibalance.methods import METHODS, Method, make_method, method_class
-from iibalance.model import MultimodalClassifier, embed_split
+from iibalance.methods import METHODS, Method, make_method, method_class, own_source
+from iibalance.model import MultimodalClassifier, embed_split, encoder_size
 from iibalance.objective import IIBalanceLoss
-from iibalance.runs import read_json, write_bytes, write_json, write_text
+from iibalance.runs import fcntl, read_json, write_bytes, write_json, write_text
 from iibalance.stages import Stages, make_accelerator, only
-from iibalance.training import Run, check_options, versions
+from iibalance.training import Run, check_options, code_digest, versions
 
 CLEAN = "clean"
 FREE = ("methods", "seeds", "low_data_seeds", "bootstrap", "workers", "output", "focus", "timing_steps")  # may change when a comparison is gone on with
@@ -69,7 +68,7 @@ class CompareConfig:
     """Training seeds, from 0."""
     trials: int = 3
     """Settings of learning rate, weight decay and the method's own main parameter that every method tries on each data set with seed 0, the defaults being
-    the first; the lowest validation NLL wins."""
+    the first and the parameter's values coming in turn; the lowest validation NLL wins."""
     epochs: int = 20
     """Epochs of every training."""
     workers: Optional[int] = None
@@ -163,13 +162,14 @@ def cell_files(folder: Path, cell: Cell) -> tuple[Path, Path]:
 class SharedStages(Stages):
     """Trainings kept by what determines them, for all the cells that need one; two processes never make the same one."""
 
-    def __init__(self, folder: Path, about: dict, training: TrainingConfig, *, seed: int):
+    def __init__(self, folder: Path, about: dict, training: TrainingConfig, *, seed: int, source: str | None = None):
         super().__init__(training, seed=seed)
-        self.cache, self.about = folder / "stages", about
+        self.cache, self.about, self.source = folder / "stages", about, source
 
     def path(self, name: str, key: dict, epochs: int) -> Path:
         training = {option: value for option, value in asdict(self.training).items() if option not in ("alone", "progress", "checkpoint_seconds")}
-        text = json.dumps([name, key, epochs, self.seed, training, self.about], sort_keys=True, default=str)
+        own = [] if self.source is None or name.startswith(("alone-", "fold-")) else [self.source]  # a user's method changes no training of encoders alone
+        text = json.dumps([name, key, epochs, self.seed, training, self.about, *own], sort_keys=True, default=str)
         return self.cache / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
 
     def fit(self, name: str, build, train: Split, validation: Split | None, *, epochs: int, key: dict | None = None, **options):
@@ -180,24 +180,34 @@ class SharedStages(Stages):
             return super().fit(name, build, train, validation, epochs=epochs, key=key, **options)
 
 
+def _stands(folder: Path, cell: Cell, setting: dict) -> bool:
+    """Whether a cell's results are there, of this setting and, for a user's own method, of its file as it is now."""
+    path = cell_files(folder, cell)[0]
+    if not path.exists():
+        return False
+    found = read_json(path)
+    return found["setting"] == setting and found.get("source") == own_source(cell.method)
+
+
 def run_cell(folder: str, config: CompareConfig, cell: Cell, setting: dict) -> None:
     """Train one cell and write its results; nothing is there until all is."""
     torch.set_num_threads(1)
     folder = Path(folder)
     numbers, predictions = cell_files(folder, cell)
-    if numbers.exists():
+    if _stands(folder, cell, setting):
         return
+    numbers.unlink(missing_ok=True)  # of another setting, or of what a user's file was before
     run_config = _run_config(config, cell, setting)
     data = load_data(run_config.data)
     method = make_method(cell.method, run_config)
     digest = hashlib.sha256(Path(run_config.data.path).expanduser().read_bytes()).hexdigest() if run_config.data.path else None
     about = {"data": asdict(run_config.data), "sha256": digest, "model": asdict(config.model), "budgets": asdict(run_config.budgets)}
-    stages = SharedStages(folder, about, run_config.training, seed=cell.seed)
+    stages = SharedStages(folder, about, run_config.training, seed=cell.seed, source=own_source(cell.method))
     folds = Run.folds_of(method, run_config, data.train)
     started = time.perf_counter()
     model, history, budgets, _ = Run(run_config, data, method, None, make_accelerator(run_config.training), None, None, folds, stages).fit()
     result = {
-        "cell": asdict(cell), "setting": setting, "epochs": len(history), "parameters": sum(value.numel() for value in model.parameters()),
+        "cell": asdict(cell), "setting": setting, "source": own_source(cell.method), "code": code_digest(), "versions": versions(), "epochs": len(history), "parameters": sum(value.numel() for value in model.parameters()),
         "budgets": None if budgets is None else dict(zip(budgets.modalities, budgets.values)),
         "seconds": time.perf_counter() - started,  # beside other workers, and less where trainings were shared: not a benchmark
         "validation": _metrics(model, data.validation)[0],
@@ -249,14 +259,14 @@ def _settings(config: CompareConfig, method: str) -> list[dict]:
     settings = []
     for trial in range(config.trials):
         generator = torch.Generator().manual_seed(derive_seed("settings", trial))
-        draw = torch.rand(3, generator=generator).tolist()
-        rate, decay, place = (0.5, 0.5, 0.0) if trial == 0 else draw
+        draw = torch.rand(2, generator=generator).tolist()
+        rate, decay = (0.5, 0.5) if trial == 0 else draw
         setting = {
             "learning_rate": config.training.learning_rate * 3 ** (2 * rate - 1),  # a third to three times
             "weight_decay": config.training.weight_decay * 10 ** (2 * decay - 1),  # a tenth to ten times
         }
         if parameter is not None:
-            setting[parameter] = values[int(place * len(values))]
+            setting[parameter] = values[trial % len(values)]
         settings.append(setting)
     return settings
 
@@ -298,7 +308,7 @@ def _defined(name: str, data: MultimodalData) -> bool:
 
 def _run_cells(folder: Path, config: CompareConfig, cells: Sequence[tuple[Cell, dict]], name: str) -> dict[str, str]:
     """Run those that have no result yet, in ``workers`` processes; returns what failed, by cell."""
-    waiting = [(cell, setting) for cell, setting in cells if not cell_files(folder, cell)[0].exists()]
+    waiting = [(cell, setting) for cell, setting in cells if not _stands(folder, cell, setting)]
     workers = min(config.workers or os.cpu_count() or 1, max(len(waiting), 1))
     failures: dict[str, str] = {}
     bar = tqdm(total=len(cells), initial=len(cells) - len(waiting), desc=name, unit="cell", disable=None if config.training.progress else not sys.stderr.isatty())
@@ -395,7 +405,9 @@ def _stepper(config: CompareConfig, name: str, method_name: str, data: Multimoda
         for modality in data.modalities:
             split = only(data.train, modality)
             objective = IIBalanceLoss(fused_weight=0.0, alpha=0.0, beta=0.0)
-            alone = MultimodalClassifier({modality: run.encoders[modality]()}, data.num_classes, objective=objective, gate_hidden=0)
+            encoder = run.encoders[modality]()
+            sizes = {modality: encoder_size(encoder, split.inputs[modality][:2])}
+            alone = MultimodalClassifier({modality: encoder}, data.num_classes, embedding_dims=sizes, objective=objective, gate_hidden=0)
             parts.append((alone, Method(replace(run_config, method_options={})), split))
     work = []
     for model, hooks, split in parts:
@@ -428,6 +440,7 @@ def _check(config: CompareConfig) -> None:
         (config.trials >= 1, "trials", config.trials, "at least 1"), (config.epochs >= 1, "epochs", config.epochs, "at least 1"),
         (config.workers is None or config.workers >= 1, "workers", config.workers, "at least 1"), (0 <= config.fraction <= 1, "fraction", config.fraction, "0 to 1"),
         (0 <= config.strength < float("inf"), "strength", config.strength, "a number >= 0"), (0 <= config.low_data < 1, "low_data", config.low_data, "0 to below 1"),
+        (fcntl is not None or config.workers == 1, "workers", config.workers, "1 on this system, which has no file locks"),
         (config.bootstrap >= 1, "bootstrap", config.bootstrap, "at least 1"), (config.timing_steps >= 0, "timing_steps", config.timing_steps, "0 or more"),
         (config.timing_batch >= 2, "timing_batch", config.timing_batch, "at least 2"), (config.budgets.path is None, "budgets.path", config.budgets.path, "none"),
     ]
@@ -474,7 +487,8 @@ def _describe(folder: Path, config: CompareConfig, sets: dict[str, MultimodalDat
 def _locked(path: Path, wait: bool = True) -> Iterator[None]:
     with open(path, "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise InputError(f"output: another process is running the comparison in {path.parent}") from None
         yield

@@ -29,18 +29,21 @@ def summarise(folder: Path, config, sets: Mapping[str, MultimodalData], cells: S
     ``results`` has, for each data set and method, ``conditions`` -> metric -> [mean, standard error, values by seed], ``heads`` (each modality's accuracy on clean
     input, and ``utilisation``: over that of the same encoder trained alone with the same seed), the chosen setting and the step's seconds. ``ranks``: average rank over data sets
     by kind of condition, accuracy and NLL, of all methods but the focus's ablations, which ``ablations`` sets beside it. ``bootstrap``: the focus against the best of the others
-    on each data set and kind.
+    on each data set and kind. ``made_by``: how many of the tested cells each version of this code (a digest of its source) and of its libraries made.
     """
     from iibalance.compare import CLEAN, REFERENCE, cell_files
 
     focus = _focus(config)
     results: dict = {}
+    made: dict[str, int] = {}
     for cell in cells:
         numbers, predictions = cell_files(folder, cell)
         if not numbers.exists():
             continue
         found = read_json(numbers)
         name = method_class(cell.method).name
+        by = ", ".join([f"code {found.get('code', 'not recorded')}", *(f"{package} {number}" for package, number in found.get("versions", {}).items() if number)])
+        made[by] = made.get(by, 0) + 1
         entry = results.setdefault(cell.data, {}).setdefault(name, {"trial": cell.trial, "setting": found["setting"], "conditions": {}, "heads": {}, "seeds": []})
         for condition, metrics in found["test"].items():
             condition = LOW if cell.kind == "low" else condition
@@ -53,6 +56,7 @@ def summarise(folder: Path, config, sets: Mapping[str, MultimodalData], cells: S
                     entry["heads"].setdefault(modality, {})[cell.seed] = None if own is None else own["accuracy"]
     for name, methods in results.items():
         alone = {modality: dict(values) for modality, values in methods.get(REFERENCE, {}).get("heads", {}).items()}
+        timed = {method_class(method).name: times for method, times in seconds.get(name, {}).items()}
         for method, entry in methods.items():
             entry["conditions"] = {condition: {metric: _spread(values) for metric, values in row.items()} for condition, row in entry["conditions"].items()}
             heads = {}
@@ -61,7 +65,7 @@ def summarise(folder: Path, config, sets: Mapping[str, MultimodalData], cells: S
                           if value is not None and alone.get(modality, {}).get(seed)}
                 heads[modality] = {"accuracy": _spread(values), "utilisation": _spread(shares)}
             entry["heads"] = heads
-            times = seconds.get(name, {}).get(method, [])
+            times = timed.get(method, [])
             entry["seconds_a_step"] = _spread(dict(enumerate(times)))
     return {
         "focus": focus, "seeds": config.seeds, "epochs": {name: data.epochs or config.epochs for name, data in config.data.items()},
@@ -71,7 +75,7 @@ def summarise(folder: Path, config, sets: Mapping[str, MultimodalData], cells: S
         "results": results, "ranks": ranks({name: {method: entry for method, entry in methods.items() if not is_ablation(method, focus)} for name, methods in results.items()}),
         "ablations": ablations(results, focus),
         "bootstrap": {name: {kind: found for kind in GROUPS if (found := _bootstrap(folder, config, cells, results, name, kind))} for name in results},
-        "failures": dict(failures),
+        "made_by": made, "failures": dict(failures),
     }
 
 
@@ -218,6 +222,8 @@ def markdown(result: Mapping) -> str:
     lines += [f"{result['seeds']} seeds; mean +- standard error over seeds. Accuracy and F1 in %, NLL in nats. Settings were chosen by validation NLL with seed 0, the same number of trials "
               "for every method; the test split was used once, at the end.", ""]
     kinds = [kind for kind in GROUPS if kind in result["ranks"]]
+    if len(result["made_by"]) > 1:
+        lines += ["Not all of one version: " + "; ".join(f"{count} cells by {by}" for by, count in result["made_by"].items()) + ".", ""]
     lines += ["## Average rank over data sets", "", "| method | sets | " + " | ".join(f"{kind}: accuracy | {kind}: NLL" for kind in kinds) + " |", "|---|---|" + "---|---|" * len(kinds)]
     order = sorted({method for kind in kinds for method in result["ranks"][kind]["nll"]},
                    key=lambda method: sum(result["ranks"][kind][metric].get(method, {"rank": 99})["rank"] for kind in kinds for metric in ("accuracy", "nll")))

@@ -133,8 +133,7 @@ class IIBalanceHead(nn.Module):
         )
         if self.training:
             self.prototypes.update(embeddings, targets, mask)
-            fused = sum(values.detach() for values in logits)
-            return HeadOutput(fused, None, None, tuple(logits), parts.total, parts)
+            return HeadOutput(sum(logits), None, None, tuple(logits), parts.total, parts)
         with torch.no_grad():
             return self._fuse(logits, embeddings, mask)._replace(loss=parts.total, parts=parts)
 

@@ -222,7 +222,8 @@ def _train_epoch(model, loader, optimizer, accelerator, training, seed, epoch, e
             out = model(batch.inputs, batch.targets, mask=batch.mask, progress=progress)
             loss = method.loss(out, model, batch, progress)
             method.backward(loss, model, batch, out, accelerator.backward)
-            method.after_backward(model, batch, out)
+            if accelerator.sync_gradients:  # the gradient of the whole step, once
+                method.after_backward(model, batch, out)
             if accelerator.sync_gradients and training.max_gradient_norm:
                 accelerator.unscale_gradients()
                 clip_gradients(clip_groups, training.max_gradient_norm)

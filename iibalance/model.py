@@ -158,6 +158,16 @@ def embed_split(model: MultimodalClassifier, split: Split, batch_size: int = 256
     return [torch.cat(values).float() for values in zip(*parts)]
 
 
+def encoder_size(encoder: nn.Module, sample: Tensor) -> int:
+    """D of an encoder, from what it returns for a sample batch; InputError if that is not [B, D]."""
+    with torch.no_grad(), evaluating(encoder):
+        embedding = encoder(sample)
+    if not isinstance(embedding, Tensor) or embedding.dim() != 2 or len(embedding) != len(sample):
+        shape = list(embedding.shape) if isinstance(embedding, Tensor) else type(embedding).__name__
+        raise InputError(f"encoders: {type(encoder).__name__} returned {shape} for a batch of {len(sample)}; an encoder must return [B, D]")
+    return embedding.shape[1]
+
+
 def _embedding_dim(name: str, encoder: nn.Module) -> int:
     size = getattr(encoder, "embedding_dim", None)
     if isinstance(size, int):

@@ -15,7 +15,7 @@ from iibalance.config import TrainingConfig
 from iibalance.data.base import Split
 from iibalance.head import IIBalanceHead
 from iibalance.loop import derive_seed, fit
-from iibalance.model import MultimodalClassifier
+from iibalance.model import MultimodalClassifier, encoder_size
 from iibalance.objective import IIBalanceLoss
 from iibalance.runs import RunFolder, read_model, write_model
 
@@ -76,13 +76,15 @@ def fit_alone(
 ) -> tuple[MultimodalClassifier, list[dict]]:
     """Train one modality's encoder alone, with the cross-entropy of its head and ``alpha`` times the prototype contrastive loss."""
     def build() -> MultimodalClassifier:
-        objective = IIBalanceLoss(fused_weight=0.0, alpha=alpha, beta=0.0, impl=impl)
-        return MultimodalClassifier({name: encoder()}, num_classes, objective=objective, gate_hidden=0, impl=impl)
+        part, objective = encoder(), IIBalanceLoss(fused_weight=0.0, alpha=alpha, beta=0.0, impl=impl)
+        sizes = {name: encoder_size(part, own.inputs[name][:2])}
+        return MultimodalClassifier({name: part}, num_classes, embedding_dims=sizes, objective=objective, gate_hidden=0, impl=impl)
 
+    own = only(train, name)
     validation = None if validation is None else only(validation, name)
     index = list(train.inputs).index(name)
     return stages.fit(
-        f"{stage}-{index}", build, only(train, name), validation if validation is not None and len(validation) else None, epochs=epochs, key={"alpha": alpha},
+        f"{stage}-{index}", build, own, validation if validation is not None and len(validation) else None, epochs=epochs, key={"alpha": alpha},
     )
 
 

@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from iibalance.evaluation import evaluate
 from iibalance.loading import save_model
 from iibalance.loop import Outputs, derive_seed
 from iibalance.methods import Method, make_method
-from iibalance.model import MultimodalClassifier, embed_split
+from iibalance.model import MultimodalClassifier, embed_split, encoder_size
 from iibalance.report import write_report
 from iibalance.runs import RunFolder, read_json, write_bytes, write_json
 from iibalance.stages import Factory, Stages, cross_fit, fit_alone, make_accelerator, only
@@ -199,8 +200,9 @@ class Run:
             model = self.build()
             if budgets is not None:
                 self.method.set_budgets(model, budgets)
-            if self.fold_models:
-                self.method.initialise(model, self.fold_models)
+            folds, self.fold_models = self.fold_models, []  # not kept through the training
+            if folds:
+                self.method.initialise(model, folds)
             return model
 
         def on_epoch(row: dict, model: MultimodalClassifier, outputs: Outputs, before: list[dict]) -> dict:
@@ -280,18 +282,6 @@ class Run:
         write_json(path / "metrics.json", metrics)
         shutil.rmtree(path / "stages", ignore_errors=True)
         return metrics
-
-
-def encoder_size(encoder: nn.Module, sample: torch.Tensor) -> int:
-    """D of an encoder, from what it returns for a sample batch; InputError if that is not [B, D]."""
-    training = encoder.training
-    with torch.no_grad():
-        embedding = encoder.eval()(sample)
-    encoder.train(training)
-    if not isinstance(embedding, torch.Tensor) or embedding.dim() != 2 or len(embedding) != len(sample):
-        shape = list(embedding.shape) if isinstance(embedding, torch.Tensor) else type(embedding).__name__
-        raise InputError(f"encoders: {type(encoder).__name__} returned {shape} for a batch of {len(sample)}; an encoder must return [B, D]")
-    return embedding.shape[1]
 
 
 def _alone_accuracy(model: MultimodalClassifier, data: MultimodalData, name: str) -> float | None:
@@ -389,6 +379,16 @@ def _describe(folder: RunFolder, config: RunConfig, data: MultimodalData, resume
     write_json(folder.path / "run.json", {"command": sys.argv, "python": platform.python_version(), "machine": platform.platform(),
                                           "threads": torch.get_num_threads(), "versions": versions(), "data_sha256": digest})
     save_config(folder.config_path, config)  # last: with it the folder is a run
+
+
+@cache
+def code_digest() -> str:
+    """A digest of the two packages' source, to tell results of different versions apart."""
+    digest = hashlib.sha256()
+    for package in (Path(__file__).parent, Path(iib_kernels.__file__).parent):
+        for path in sorted(package.rglob("*.py")):
+            digest.update(str(path.relative_to(package.parent)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def versions() -> dict[str, str | None]:

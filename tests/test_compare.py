@@ -1,6 +1,7 @@
 """The comparison: what it writes, that it goes on, that every method gets the same, and that the numbers are those of the predictions it keeps."""
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from iibalance.comparison import METRICS, ablations, group_means, is_ablation, p
 from iibalance.config import ModelConfig
 from iibalance.methods import ABLATIONS, METHODS, make_method
 
+README = Path(__file__).parent.parent / "README.md"
 SMALL = dict(seeds=2, trials=2, epochs=2, workers=1, timing_steps=1, bootstrap=50, model=ModelConfig(embedding_dim=8, width=4))
 
 
@@ -115,10 +117,17 @@ def test_a_cell_that_was_lost_comes_back_the_same(done, npz):
 def test_shared_trainings_are_made_once(npz, tmp_path):
     settings = config(npz, tmp_path)
     (tmp_path / "cells").mkdir()
-    for method in ("unimodal", "ensemble", "mla", "iibalance", "iibalance_no_gate", "ensemble_gated"):
-        run_cell(str(tmp_path), settings, Cell("two", method, 0, 0, "trial"), _settings(settings, "concat")[0])
-    names = sorted(path.name.rsplit("-", 1)[0] for path in (tmp_path / "stages").glob("*.safetensors"))
-    assert names == sorted(["alone-0", "alone-1", "joint", *(f"fold-{fold}-{m}" for fold in range(3) for m in range(2))])
+    made = lambda: sorted(path.name.rsplit("-", 1)[0] for path in (tmp_path / "stages").glob("*.safetensors"))
+    run = lambda *methods: [run_cell(str(tmp_path), settings, Cell("two", method, 0, 0, "trial"), _settings(settings, "concat")[0]) for method in methods]
+    run("unimodal", "ensemble", "mla", "iibalance", "iibalance_no_gate", "iibalance_no_prior")
+    alone, folds = ["alone-0", "alone-1"], [f"fold-{fold}-{m}" for fold in range(3) for m in range(2)]
+    assert made() == sorted([*alone, *folds, "joint"])
+    run("iibalance_no_warm_start", "iibalance_no_alignment")  # trainings of their own, after the same budgets
+    assert made() == sorted([*alone, *folds, *3 * ["joint"]])
+    run("ensemble_gated")  # its budget stage has no prototype terms, as its training has none
+    assert made() == sorted([*alone, *2 * folds, *3 * ["joint"]])
+    run("iibalance_no_prototypes")  # nor has this one's
+    assert made() == sorted([*alone, *2 * folds, *4 * ["joint"]])
 
 
 def test_every_method_tries_the_same_learning_rates_and_decays(npz, tmp_path):
@@ -126,6 +135,9 @@ def test_every_method_tries_the_same_learning_rates_and_decays(npz, tmp_path):
     drawn = {method: _settings(settings, method) for method in METHODS}
     rates = {tuple((row["learning_rate"], row["weight_decay"]) for row in rows) for rows in drawn.values()}
     assert len(rates) == 1 and len(set(next(iter(rates)))) == 5
+    for name, rows in drawn.items():  # every value of the main parameter has its turn
+        for parameter, values in make_method(name).search.items():
+            assert tuple(row[parameter] for row in rows[:len(values)]) == values
     first = drawn["ogm_ge"][0]
     assert first["learning_rate"] == pytest.approx(settings.training.learning_rate) and first["alpha"] == make_method("ogm_ge").options.alpha
     made = _run_config(settings, Cell("two", "iibalance", 0, 1, "test"), {"learning_rate": 0.1, "weight_decay": 0.2, "objective.alpha": 0.3})
@@ -139,15 +151,77 @@ def test_a_method_defined_for_two_modalities_is_left_out_of_three(tmp_path):
 
 
 def test_a_users_own_method(npz, tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "from iibalance.methods.late import Sum\n\nclass Smoothed(Sum):\n    name = 'smoothed'\n    defaults = {'amount': 0.1}\n    search = {'amount': (0.1, 0.3)}\n\n"
-        "    def loss(self, output, model, batch, progress):\n"
-        "        return output.loss - self.options.amount * output.logits.log_softmax(-1).mean()\n")
+    """README's own, as it stands there."""
+    text = next(block for block in re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S) if "class Smoothed" in block)
+    (tmp_path / "mine.py").write_text(text)
     name = f"{tmp_path}/mine.py:Smoothed"
     result = compare(config(npz, tmp_path / "out", methods=[name, "iibalance"], seeds=1, low_data=0.0, focus="smoothed"))
     assert "smoothed" in result["results"]["two"] and result["focus"] == "smoothed" and not result["failures"]
     tried = next(row["tried"] for row in result["trials"] if row["method"] == "smoothed")
-    assert all("amount" in row for row in tried.values())
+    assert [row["amount"] for row in tried.values()] == [0.1, 0.3] and result["results"]["two"]["smoothed"]["seconds_a_step"]["mean"] > 0
+    plain, little, much = (_smoothed(amount, name) for amount in (0.0, 0.1, 5.0))
+    assert plain > little > much  # smoother
+
+
+def _smoothed(amount, name):
+    """The largest probability, on average, of a model trained with README's method."""
+    from test_methods import DIMS, draw
+
+    torch.manual_seed(0)
+    method = make_method(name, amount=amount)
+    model = method.build({m: torch.nn.Linear(5, 8) for m in DIMS}, 4)
+    optimizer, batch = torch.optim.Adam(method.parameter_groups(model), lr=0.03), draw().batch()
+    for _ in range(30):
+        out = method.step(model, optimizer, batch)
+    return out.logits.softmax(-1).amax(1).mean()
+
+
+def test_a_users_file_that_changed_is_trained_anew(npz, tmp_path):
+    def write(text):
+        (tmp_path / "mine.py").write_text(f"from iibalance.methods.iibalance import IIBalance\n\nclass Mine(IIBalance):\n    name = 'mine'\n\n{text}\n"
+                                         "\n\nclass Other(IIBalance):\n    name = 'other'\n")
+        for name in [name for name in sys.modules if name.startswith("iibalance_user_mine")]:
+            del sys.modules[name]  # as another process
+        specs = [f"{tmp_path}/mine.py:{name}" for name in ("Mine", "Other")]
+        result = compare(config(npz, tmp_path / "out", methods=[*specs, "iibalance"], seeds=1, trials=1, low_data=0.0, timing_steps=0))
+        stamps = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()}
+        mine, other, ours = (result["results"]["two"][name]["conditions"]["clean"]["nll"]["mean"] for name in ("mine", "other", "iibalance"))
+        assert other == ours
+        return mine, ours, stamps
+
+    mine, ours, before = write("    def loss(self, output, model, batch, progress):\n        return 0.0 * output.loss")
+    assert mine > ours + 0.05  # not the training of the class it is derived from
+    again, _, same = write("    def loss(self, output, model, batch, progress):\n        return 0.0 * output.loss")
+    assert again == mine and same == before
+    changed, kept, after = write("    pass")
+    assert changed == kept == ours
+    assert {name for name in before if before[name] != after[name]} == {name for name in before if "-own-" in name}
+
+
+def test_a_cell_of_another_setting_is_made_anew(npz, tmp_path):
+    """A trial that had failed and comes out best later changes the setting of the cells that follow."""
+    settings, cell = config(npz, tmp_path), Cell("two", "sum", 0, 0, "test")
+    first, second = _settings(settings, "sum")
+    numbers = cell_files(tmp_path, cell)[0]
+    (tmp_path / "cells").mkdir()
+    seen = []
+    for setting in (first, first, second, first):
+        run_cell(str(tmp_path), settings, cell, setting)
+        seen.append(numbers.stat().st_mtime_ns)
+        assert json.loads(numbers.read_text())["setting"] == setting
+    assert seen[0] == seen[1] < seen[2] < seen[3]
+
+
+def test_it_says_which_versions_made_it(done, npz):
+    folder, result = done
+    (only, count), = result["made_by"].items()
+    assert re.match(r"code [0-9a-f]{12}, torch ", only) and count == 6 * 2 * 2 and "Not all of one version" not in (folder / "comparison.md").read_text()
+    path = cell_files(folder, Cell("two", "concat", 1, 0, "test"))[0]
+    kept = path.read_text()
+    path.write_text(json.dumps(json.loads(kept) | {"code": "0123456789ab"}))
+    compare(config(npz, folder, methods="concat,iibalance,iibalance_no_prior,ensemble,ogm_ge"))
+    assert "1 cells by code 0123456789ab" in (folder / "comparison.md").read_text()
+    path.write_text(kept)
 
 
 @pytest.mark.slow
@@ -263,6 +337,9 @@ def test_the_bootstrap_covers_what_it_should():
     assert wrong <= 14
     base = generator.normal(size=(5, 100))
     found = paired_bootstrap(base + 0.3 + 0.1 * generator.normal(size=(5, 100)), base, resamples=500)
+    by_seed = np.array([[0.5], [-0.1], [0.3], [-0.3], [0.1]]) + np.zeros((5, 100))  # samples agree, seeds do not
+    unsure = paired_bootstrap(by_seed, np.zeros((5, 100)), resamples=500)
+    assert unsure["low"] < 0 < unsure["high"] and unsure["p"] > 0.2
     assert found["low"] > 0.2 and found["p"] < 0.01 and found["difference"] == pytest.approx(0.3, abs=0.03)
 
 

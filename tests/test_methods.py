@@ -307,7 +307,7 @@ def test_the_warm_start_is_between_the_first_folds_weights_and_new_ones(name, op
 
 
 def test_without_warm_start_all_weights_are_new():
-    for name, options in (("iibalance_no_warm_start", {}), ("iibalance", {"warm_start": 0}), ("sum", {})):
+    for name, options in (("iibalance_no_warm_start", {}), ("iibalance", {"warm_start": 0}), ("ensemble", {})):
         method, folds, model, new = trained_and_new(name, **options)
         method.initialise(model, folds)
         assert all(torch.equal(value, new[key]) for key, value in model.state_dict().items())
@@ -322,8 +322,41 @@ def test_a_warm_start_is_a_share():
 def test_no_prototypes_means_none_in_the_budget_stage_either():
     config = RunConfig()
     config.objective.alpha = 0.7
-    assert make_method("iibalance", config).budget_alpha == make_method("ensemble_gated", config).budget_alpha == 0.7
-    assert make_method("iibalance_no_prototypes", config).budget_alpha == 0
+    assert make_method("iibalance", config).budget_alpha == make_method("iibalance_no_alignment", config).budget_alpha == 0.7
+    assert make_method("iibalance_no_prototypes", config).budget_alpha == make_method("ensemble_gated", config).budget_alpha == 0
+
+
+def test_the_warm_start_blends_what_is_learned_once_and_takes_the_rest():
+    """Tied weights, frozen weights, buffers, and a head of another kind."""
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(5, 5)
+            self.second = nn.Linear(5, 5)
+            self.second.weight = self.first.weight
+            self.frozen = nn.Parameter(torch.randn(5, 6), requires_grad=False)
+            self.register_buffer("frequencies", torch.randn(3, 2))
+
+        def forward(self, values):
+            return self.second(self.first(values)) @ self.frozen
+
+    class Deep(METHODS["iibalance"]):
+        def head(self, embedding_dims, num_classes):
+            head = super().head(embedding_dims, num_classes)
+            head.classifiers = nn.ModuleList(nn.Sequential(nn.Linear(6, 7), nn.Linear(7, num_classes)) for _ in embedding_dims)
+            return head
+
+    for kind in (METHODS["iibalance"], Deep):
+        plain, method = make_method("iibalance"), kind(RunConfig())
+        fold, model = (MultimodalClassifier({m: Tied() for m in DIMS}, head=part.head(dict.fromkeys(DIMS, 6), 4)) for part in (plain, method))
+        new = {key: value.clone() for key, value in model.state_dict().items()}
+        method.initialise(model, [fold])
+        encoder, trained = model.encoders[1], fold.encoders[1]
+        torch.testing.assert_close(encoder.first.weight, (trained.first.weight + new["encoders.1.first.weight"]) / 2)
+        assert encoder.second.weight is encoder.first.weight
+        assert torch.equal(encoder.frozen, trained.frozen) and torch.equal(encoder.frequencies, trained.frequencies)
+        if kind is Deep:
+            assert all(torch.equal(model.state_dict()[key], new[key]) for key in new if ".classifiers." in key)
 
 
 def test_each_modality_keeps_its_own_epoch():
@@ -337,6 +370,105 @@ def test_each_modality_keeps_its_own_epoch():
         expected = [] if index is None else [f"validation.nll.m{next(filter(None, index.groups()))}"]
         assert owners == expected, key
     assert list(make_method("qmf", RunConfig()).groups(model).values()) == ["validation.nll"]
+
+
+# -- the ablations
+
+
+def terms(model, split):
+    """Sum of the heads' cross-entropies, that of their sum, contrastive and alignment terms (method page, section 3), by the formulas."""
+    z = model.embed(split.inputs)
+    logits = [classifier(values) for classifier, values in zip(model.head.classifiers, z)]
+    budgets, temperature = model.head.budgets, model.head.objective.temperature
+    log_q = [(-(1 - F.normalize(values, dim=1) @ F.normalize(p, dim=1).T) * 2 / temperature).log_softmax(1) for values, p in zip(z, model.head.prototypes.prototypes)]
+    anchor = int(budgets.argmax())
+    right = [values.gather(1, split.targets[:, None]).exp().squeeze(1) for values in log_q]
+    align = sum(((budgets[m] / budgets[anchor] * right[anchor] - right[m]).clamp_min(0).detach()
+                 * (log_q[anchor].detach().exp() * (log_q[anchor].detach() - log_q[m])).sum(1)).mean() for m in range(len(z)) if m != anchor)
+    return sum(nll(values, split) for values in logits), nll(sum(logits), split), sum(nll(values, split) for values in log_q), align.item()
+
+
+@pytest.mark.parametrize(("name", "alpha", "beta"), [("iibalance", 0.7, 1.5), ("iibalance_no_alignment", 0.7, 0.0), ("iibalance_no_prototypes", 0.0, 0.0),
+                                                     ("iibalance_no_gate", 0.7, 1.5)])
+def test_the_loss_of_the_whole_and_of_what_is_left_of_it(name, alpha, beta):
+    config = RunConfig()
+    config.objective.alpha, config.objective.beta, config.objective.fused_weight = 0.7, 1.5, 0.4
+    torch.manual_seed(0)
+    method = make_method(name, config)
+    model = MultimodalClassifier({m: nn.Linear(5, 6) for m in DIMS}, head=method.head(dict.fromkeys(DIMS, 6), 4))
+    method.set_budgets(model, Budgets.given({"weak": 0.3, "strong": 0.6}))
+    split = draw(40)
+    model.train()
+    model(split.inputs, split.targets)  # prototypes
+    unimodal, fused_loss, contrastive, alignment = terms(model, split)
+    out = model(split.inputs, split.targets, progress=1.0)
+    assert method.loss(out, model, split.batch(), 1.0).item() == pytest.approx(unimodal + 0.4 * fused_loss + alpha * contrastive + beta * alignment, rel=1e-4)
+    assert contrastive > 0.1 and alignment > 1e-3
+
+
+@pytest.fixture(scope="module")
+def gates():
+    """Each gate's fusion of noisy test samples with some modalities missing, fitted on the same model."""
+    train, validation, test = draw(seed=1), draw(400, seed=2), draw(500, seed=3, missing=0.2)
+    noisy = Split(*corrupt(test.batch(), "strong", "noise", fraction=0.5, strength=4.0, generator=torch.Generator().manual_seed(0)))
+    found = {}
+    for name in ("iibalance", "iibalance_no_prior", "iibalance_no_prototypes", "iibalance_no_gate", "iibalance_fixed_gate"):
+        method, model, _ = ready(name)
+        model.train()
+        model(train.inputs, train.targets)
+        method.set_budgets(model, Budgets.given({"weak": 0.2, "strong": 0.6}))
+        method.calibrate(model, train, validation, None, 0)
+        found[name] = model, fused(model, noisy)
+    return noisy, found
+
+
+def test_no_gate_weighs_all_that_is_present_alike(gates):
+    noisy, found = gates
+    model, out = found["iibalance_no_gate"]
+    torch.testing.assert_close(out.weights, noisy.mask / noisy.mask.sum(1, keepdim=True).float())
+    assert model.head.gate.temperature.tolist() == pytest.approx([3.0, 0.5], rel=0.25)  # what the heads had been made too sure by
+
+
+def test_a_fixed_gates_weights_are_the_prior_over_what_is_present(gates):
+    noisy, found = gates
+    prior = torch.tensor([0.25, 0.75]) * noisy.mask
+    torch.testing.assert_close(found["iibalance_fixed_gate"][1].weights, prior / prior.sum(1, keepdim=True))
+
+
+def test_without_prior_its_strength_is_not_fitted_but_0(monkeypatch):
+    asked = []
+    monkeypatch.setattr("iibalance.methods.iibalance.calibrate", lambda *arguments, **fixed: asked.append(fixed))
+    for name in ("iibalance", "iibalance_no_prior"):
+        method, model, _ = ready(name)
+        method.calibrate(model, draw(), draw(50), None, 0)
+    assert asked == [{}, {"prior_strength": 0.0}]
+
+
+def test_without_prior_the_budgets_do_not_enter_and_with_it_they_may(gates):
+    noisy, found = gates
+    changed = {}
+    for name in ("iibalance", "iibalance_no_prior"):
+        model, out = found[name]
+        other = copy.deepcopy(model)
+        other.head.set_budgets({"weak": 0.6, "strong": 0.2})
+        if name == "iibalance":
+            other.head.gate.prior_strength.fill_(1.0)
+        changed[name] = (fused(other, noisy).weights - out.weights).abs().max()
+    assert changed["iibalance_no_prior"] == 0 and changed["iibalance"] > 0.1
+
+
+def test_without_prototypes_the_gate_does_not_look_at_them(gates):
+    noisy, found = gates
+    moved = {}
+    for name in ("iibalance", "iibalance_no_prototypes"):
+        model, out = found[name]
+        other = copy.deepcopy(model)
+        for values in other.head.prototypes.prototypes:
+            values.copy_(torch.randn(values.shape, generator=torch.Generator().manual_seed(1)))
+        other.head.prototypes.usual.sub_(3.0)  # everything is unusual
+        moved[name] = (fused(other, noisy).weights - out.weights).abs().max()
+        assert (out.weights[noisy.mask.all(1)].std(0) > 0.01).all()  # weights of each sample's own
+    assert moved["iibalance_no_prototypes"] == 0 and moved["iibalance"] > 0.1
 
 
 def test_after_calibration_a_noisy_modality_loses_its_say():

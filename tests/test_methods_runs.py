@@ -104,11 +104,55 @@ def test_method_options_reach_the_method_and_wrong_ones_are_refused(npz, tmp_pat
     assert not (tmp_path / "wrong").exists()
 
 
+def test_a_step_of_several_micro_batches_is_modulated_once(npz, tmp_path, monkeypatch):
+    """On the whole gradient: what is changed after the first micro-batch would be changed again after the second."""
+    kind, before = METHODS["ogm_ge"], []
+    monkeypatch.setattr(kind, "coefficients", staticmethod(lambda scores, alpha: torch.zeros(2)))  # the encoders' gradients become 0
+    original = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: (before.append([v.grad.abs().max() for g in self.param_groups for v in g["params"]]),
+                                                                          original(self, *a, **k))[1])
+    calls = []
+    after = kind.after_backward
+    monkeypatch.setattr(kind, "after_backward", lambda *a: (calls.append(1), after(*a))[1])
+    options = config(npz, tmp_path / "run", "ogm_ge", method_options={"noise": 0.0})
+    options.epochs, options.training.gradient_accumulation = 1, 2
+    train(options)
+    assert len(calls) == len(before) > 1
+    assert all(gradients[0] == 0 and gradients[-1] > 0 for gradients in before)  # an encoder's, the head's
+
+
+def test_encoders_whose_size_no_linear_layer_tells(npz, tmp_path):
+    encoders = {"a": lambda: torch.nn.Sequential(torch.nn.Unflatten(1, (1, 6)), torch.nn.Conv1d(1, 2, 3), torch.nn.Flatten()), "b": torch.nn.Identity}
+    options = config(npz, tmp_path / "run", "iibalance")
+    options.training.alone = True
+    metrics = train(options, encoders=encoders)
+    assert metrics["test"]["modalities"]["b"]["accuracy"] > 0.5 and iibalance.load(tmp_path / "run", encoders=encoders).head.embedding_dims == {"a": 8, "b": 5}
+
+
 def test_two_modalities_are_two(tmp_path):
     for name in ("ogm_ge", "pmr", "greedy"):
         with pytest.raises(InputError, match=f"{name} is defined for 2 modalities, the data has 3"):
             train(RunConfig(method=name, output=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
+
+
+def test_step_takes_each_groups_rate_in_a_loop_of_ones_own():
+    from iibalance.data.base import Batch
+
+    method = iibalance.make_method("mslr", window=1)
+    model = method.build({"x": torch.nn.Linear(4, 6), "y": torch.nn.Linear(3, 5)}, num_classes=3)
+    optimizer = torch.optim.SGD(method.parameter_groups(model), lr=0.1)
+    method.after_epoch({"epoch": 1, "validation.accuracy.x": 0.4, "validation.accuracy.y": 0.4}, optimizer)
+    optimizer.param_groups[0]["scale"] = 0.25  # as after_epoch leaves it for a modality that falls behind
+    batch = Batch({"x": torch.randn(8, 4), "y": torch.randn(8, 3)}, torch.arange(8) % 3, None)
+    before = [next(encoder.parameters()).detach().clone() for encoder in model.encoders]
+    model(batch.inputs, batch.targets).loss.backward()
+    gradients = [next(encoder.parameters()).grad.clone() for encoder in model.encoders]
+    optimizer.zero_grad()
+    method.step(model, optimizer, batch)
+    for encoder, old, gradient, rate in zip(model.encoders, before, gradients, (0.025, 0.1)):
+        torch.testing.assert_close(next(encoder.parameters()).detach(), old - rate * gradient)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
 
 
 def test_own_loop_with_hooks_called_one_by_one_equals_step():

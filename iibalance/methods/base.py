@@ -124,7 +124,12 @@ class Method:
         output = model(batch.inputs, batch.targets, mask=batch.mask, progress=progress)
         self.backward(self.loss(output, model, batch, progress), model, batch, output)
         self.after_backward(model, batch, output)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * group.get("scale", 1.0)
         optimizer.step()
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate
         optimizer.zero_grad()
         self.after_step(model, batch, output)
         return output

@@ -21,7 +21,7 @@ class IIBalance(Method):
     """Unimodal heads, EMA prototypes, budget-conditioned alignment, and a gate calibrated on held-out and corrupted samples.
 
     The joint training starts between new weights and those that the budget stage trained for the first fold, each modality alone: every weight matrix is
-    ``warm_start`` times the trained one plus the rest of a new one (biases, norms and prototypes are the trained ones). The blend is that of Ash and Adams, "On
+    ``warm_start`` times the trained one plus the rest of a new one (biases, norms, frozen weights, buffers and prototypes are the trained ones). The blend is that of Ash and Adams, "On
     Warm-Starting Neural Network Training", NeurIPS 2020, who find that starting from trained weights alone generalises worse; README has our own figures.
     Budgets that come from no training (given ones, ``probe``, ``online``) leave nothing to start from, and all weights are new.
 
@@ -35,7 +35,7 @@ class IIBalance(Method):
     name = "iibalance"
     needs_budgets = True
     defaults = {"warm_start": 0.5}
-    search = {"objective.alpha": (1.0, 2.0, 0.5)}
+    search = {"objective.alpha": (1.0, 0.5, 2.0)}
 
     def __init__(self, config: RunConfig | None = None, **options: float):
         super().__init__(config, **options)
@@ -67,10 +67,13 @@ class IIBalance(Method):
         if not share:
             return
         trained = folds[0].state_dict()
+        learned = {key for key, value in model.named_parameters() if value.requires_grad and value.dim() > 1}  # each once, tied weights too
+        names = {key for key, _ in (*model.named_parameters(), *model.named_buffers())}
         for key, value in model.state_dict().items():
-            if not key.startswith(("encoders.", "head.classifiers.", "head.prototypes.prototypes_", "head.prototypes.counts_")):
+            ours = key in names and key.startswith(("encoders.", "head.classifiers.", "head.prototypes.prototypes_", "head.prototypes.counts_"))
+            if not ours or key not in trained or trained[key].shape != value.shape:  # a head of another kind keeps its new weights
                 continue
-            if value.dim() > 1 and value.is_floating_point() and "prototypes" not in key:
+            if key in learned:
                 value.mul_(1 - share).add_(trained[key], alpha=share)
             else:
                 value.copy_(trained[key])
@@ -88,7 +91,8 @@ class IIBalance(Method):
         calibrate(head, out_of_fold, validation, self.config.calibration)
 
     def training_key(self) -> dict:
-        return {"method": "iibalance", "objective": self.objective(), "momentum": self.config.objective.momentum, **vars(self.options)}
+        name = "iibalance" if type(self) in (IIBalance, *ABLATIONS) else self.name  # ablations that differ in the gate alone share a training; a user's class does not
+        return {"method": name, "objective": self.objective(), "momentum": self.config.objective.momentum, **vars(self.options)}
 
 
 class NoPrior(IIBalance):

@@ -82,6 +82,8 @@ class GatedEnsemble(Ensemble):
     name = "ensemble_gated"
     needs_budgets = True
 
+    budget_alpha = 0.0  # the out-of-fold models, on which the gate is fitted, are trained as those alone are
+
     def head(self, embedding_dims: Mapping[str, int], num_classes: int) -> nn.Module:
         return IIBalanceHead(embedding_dims, num_classes, gate_hidden=self.config.calibration.hidden, impl=self.config.kernels)
 

@@ -18,7 +18,8 @@ class OGMGE(Concat):
         k_m = 1 - tanh(alpha rho_m) if rho_m > 1 else 1
         gradient of encoder m <- k_m g + N(0, std(g)^2)
 
-    for every parameter of the encoder. (The released code touches 4-D parameters only, which in an MLP or a 1-D network are none: the paper is followed.)
+    for every parameter of the encoder. (The released code touches 4-D parameters only, which in an MLP or a 1-D network are none: the paper is followed there. The paper's
+    noise has the covariance of the stochastic gradient, which one batch's gradient does not tell; std(g) is over each parameter's elements, as in that code.)
     Defined for two modalities. With a sample's modality missing, its score counts the samples that have both.
 
     Parameters: ``alpha`` (0.3), ``noise`` (1; 0 = OGM without enhancement).
