@@ -33,10 +33,9 @@ from iibalance.evaluation import degrade
 from iibalance.loop import clip_gradients, derive_seed
 from iibalance.metrics import classification_metrics
 from iibalance.methods import METHODS, Method, make_method, method_class, own_source
-from iibalance.model import MultimodalClassifier, embed_split, encoder_size
-from iibalance.objective import IIBalanceLoss
+from iibalance.model import MultimodalClassifier, embed_split
 from iibalance.runs import fcntl, read_json, write_bytes, write_json, write_text
-from iibalance.stages import Stages, make_accelerator, only
+from iibalance.stages import Stages, alone_model, make_accelerator, only
 from iibalance.training import Run, check_options, code_digest, versions
 
 CLEAN = "clean"
@@ -197,17 +196,18 @@ def run_cell(folder: str, config: CompareConfig, cell: Cell, setting: dict) -> N
     if _stands(folder, cell, setting):
         return
     numbers.unlink(missing_ok=True)  # of another setting, or of what a user's file was before
-    run_config = _run_config(config, cell, setting)
+    run_config, source = _run_config(config, cell, setting), own_source(cell.method)
     data = load_data(run_config.data)
     method = make_method(cell.method, run_config)
     digest = hashlib.sha256(Path(run_config.data.path).expanduser().read_bytes()).hexdigest() if run_config.data.path else None
     about = {"data": asdict(run_config.data), "sha256": digest, "model": asdict(config.model), "budgets": asdict(run_config.budgets)}
-    stages = SharedStages(folder, about, run_config.training, seed=cell.seed, source=own_source(cell.method))
+    stages = SharedStages(folder, about, run_config.training, seed=cell.seed, source=source)
     folds = Run.folds_of(method, run_config, data.train)
     started = time.perf_counter()
     model, history, budgets, _ = Run(run_config, data, method, None, make_accelerator(run_config.training), None, None, folds, stages).fit()
     result = {
-        "cell": asdict(cell), "setting": setting, "source": own_source(cell.method), "code": code_digest(), "versions": versions(), "epochs": len(history), "parameters": sum(value.numel() for value in model.parameters()),
+        "cell": asdict(cell), "setting": setting, "source": source, "code": code_digest(), "versions": versions(),
+        "epochs": len(history), "parameters": sum(value.numel() for value in model.parameters()),
         "budgets": None if budgets is None else dict(zip(budgets.modalities, budgets.values)),
         "seconds": time.perf_counter() - started,  # beside other workers, and less where trainings were shared: not a benchmark
         "validation": _metrics(model, data.validation)[0],
@@ -404,10 +404,7 @@ def _stepper(config: CompareConfig, name: str, method_name: str, data: Multimoda
     else:
         for modality in data.modalities:
             split = only(data.train, modality)
-            objective = IIBalanceLoss(fused_weight=0.0, alpha=0.0, beta=0.0)
-            encoder = run.encoders[modality]()
-            sizes = {modality: encoder_size(encoder, split.inputs[modality][:2])}
-            alone = MultimodalClassifier({modality: encoder}, data.num_classes, embedding_dims=sizes, objective=objective, gate_hidden=0)
+            alone = alone_model(modality, run.encoders[modality](), split.inputs[modality][:2], data.num_classes)
             parts.append((alone, Method(replace(run_config, method_options={})), split))
     work = []
     for model, hooks, split in parts:

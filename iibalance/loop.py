@@ -224,9 +224,9 @@ def _train_epoch(model, loader, optimizer, accelerator, training, seed, epoch, e
             method.backward(loss, model, batch, out, accelerator.backward)
             if accelerator.sync_gradients:  # the gradient of the whole step, once
                 method.after_backward(model, batch, out)
-            if accelerator.sync_gradients and training.max_gradient_norm:
-                accelerator.unscale_gradients()
-                clip_gradients(clip_groups, training.max_gradient_norm)
+                if training.max_gradient_norm:
+                    accelerator.unscale_gradients()
+                    clip_gradients(clip_groups, training.max_gradient_norm)
             optimizer.step()
             optimizer.zero_grad()
         method.after_step(model, batch, out)

@@ -70,17 +70,19 @@ def only(split: Split, name: str) -> Split:
     return Split({name: split.inputs[name][rows]}, split.targets[rows], torch.ones(len(rows), 1, dtype=torch.bool), groups)
 
 
+def alone_model(name: str, encoder: nn.Module, sample: torch.Tensor, num_classes: int, *, alpha: float = 0.0, impl: str = "auto") -> MultimodalClassifier:
+    """The model that trains one modality's encoder alone, by the cross-entropy of its head and ``alpha`` times the prototype contrastive loss."""
+    sizes, objective = {name: encoder_size(encoder, sample)}, IIBalanceLoss(fused_weight=0.0, alpha=alpha, beta=0.0, impl=impl)
+    return MultimodalClassifier({name: encoder}, num_classes, embedding_dims=sizes, objective=objective, gate_hidden=0, impl=impl)
+
+
 def fit_alone(
     stages: Stages, name: str, encoder: Factory, train: Split, validation: Split | None, *, num_classes: int, epochs: int, alpha: float = 0.0,
     stage: str = "alone", impl: str = "auto",
 ) -> tuple[MultimodalClassifier, list[dict]]:
-    """Train one modality's encoder alone, with the cross-entropy of its head and ``alpha`` times the prototype contrastive loss."""
-    def build() -> MultimodalClassifier:
-        part, objective = encoder(), IIBalanceLoss(fused_weight=0.0, alpha=alpha, beta=0.0, impl=impl)
-        sizes = {name: encoder_size(part, own.inputs[name][:2])}
-        return MultimodalClassifier({name: part}, num_classes, embedding_dims=sizes, objective=objective, gate_hidden=0, impl=impl)
-
+    """Train one modality's encoder alone (:func:`alone_model`)."""
     own = only(train, name)
+    build = lambda: alone_model(name, encoder(), own.inputs[name][:2], num_classes, alpha=alpha, impl=impl)
     validation = None if validation is None else only(validation, name)
     index = list(train.inputs).index(name)
     return stages.fit(

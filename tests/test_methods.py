@@ -444,31 +444,37 @@ def test_without_prior_its_strength_is_not_fitted_but_0(monkeypatch):
     assert asked == [{}, {"prior_strength": 0.0}]
 
 
-def test_without_prior_the_budgets_do_not_enter_and_with_it_they_may(gates):
+def moved(gates, name, change):
+    """How far the fusion weights of a fitted gate move where ``change(head)`` is made."""
     noisy, found = gates
-    changed = {}
-    for name in ("iibalance", "iibalance_no_prior"):
-        model, out = found[name]
-        other = copy.deepcopy(model)
-        other.head.set_budgets({"weak": 0.6, "strong": 0.2})
-        if name == "iibalance":
-            other.head.gate.prior_strength.fill_(1.0)
-        changed[name] = (fused(other, noisy).weights - out.weights).abs().max()
-    assert changed["iibalance_no_prior"] == 0 and changed["iibalance"] > 0.1
+    model, out = found[name]
+    other = copy.deepcopy(model)
+    change(other.head)
+    return (fused(other, noisy).weights - out.weights).abs().max()
+
+
+def test_without_prior_the_budgets_do_not_enter_and_with_it_they_may(gates):
+    def others(head):
+        head.set_budgets({"weak": 0.6, "strong": 0.2})
+
+    def others_that_count(head):
+        others(head)
+        head.gate.prior_strength.fill_(1.0)
+
+    assert moved(gates, "iibalance_no_prior", others) == 0 and moved(gates, "iibalance", others_that_count) > 0.1
 
 
 def test_without_prototypes_the_gate_does_not_look_at_them(gates):
     noisy, found = gates
-    moved = {}
-    for name in ("iibalance", "iibalance_no_prototypes"):
-        model, out = found[name]
-        other = copy.deepcopy(model)
-        for values in other.head.prototypes.prototypes:
+
+    def others(head):
+        for values in head.prototypes.prototypes:
             values.copy_(torch.randn(values.shape, generator=torch.Generator().manual_seed(1)))
-        other.head.prototypes.usual.sub_(3.0)  # everything is unusual
-        moved[name] = (fused(other, noisy).weights - out.weights).abs().max()
-        assert (out.weights[noisy.mask.all(1)].std(0) > 0.01).all()  # weights of each sample's own
-    assert moved["iibalance_no_prototypes"] == 0 and moved["iibalance"] > 0.1
+        head.prototypes.usual.sub_(3.0)  # everything is unusual
+
+    for name in ("iibalance", "iibalance_no_prototypes"):
+        assert (found[name][1].weights[noisy.mask.all(1)].std(0) > 0.01).all()  # weights of each sample's own
+    assert moved(gates, "iibalance_no_prototypes", others) == 0 and moved(gates, "iibalance", others) > 0.1
 
 
 def test_after_calibration_a_noisy_modality_loses_its_say():

@@ -71,10 +71,9 @@ def test_training_starts_from_the_models_of_the_budget_stage(npz, tmp_path, monk
     seen = []
     original = METHODS["iibalance"].initialise
     monkeypatch.setattr(METHODS["iibalance"], "initialise", lambda self, model, folds: (seen.append((model, folds)), original(self, model, folds))[1])
-    still = dict(budgets=BudgetConfig(epochs=2))
 
-    def run(name, resume=False, **more):
-        options = config(npz, tmp_path / name, "iibalance", method_options={"warm_start": 1.0}, **{**still, **more})
+    def run(name, resume=False, budgets=BudgetConfig(epochs=2)):
+        options = config(npz, tmp_path / name, "iibalance", method_options={"warm_start": 1.0}, budgets=budgets)
         options.epochs, options.training.learning_rate = 1, 1e-30  # what it starts from is what it ends with
         train(options, resume=resume)
         return iibalance.load(tmp_path / name)
@@ -82,9 +81,9 @@ def test_training_starts_from_the_models_of_the_budget_stage(npz, tmp_path, monk
     model = run("whole")
     (_, folds), = seen
     assert len(folds) == 3 and folds[0].modalities == ("a", "b")
-    for one, other in ((0, 0), (1, 1)):
-        assert torch.equal(next(model.encoders[one].parameters()), next(folds[0].encoders[other].parameters()))
-        assert not torch.equal(next(model.encoders[one].parameters()), next(folds[1].encoders[other].parameters()))
+    for m in range(2):
+        assert torch.equal(next(model.encoders[m].parameters()), next(folds[0].encoders[m].parameters()))
+        assert not torch.equal(next(model.encoders[m].parameters()), next(folds[1].encoders[m].parameters()))
     run("probe", budgets=BudgetConfig(source="probe"))
     assert len(seen) == 1
     monkeypatch.setattr(training.Run, "train_joint", lambda self, budgets: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -67,13 +67,11 @@ class IIBalance(Method):
         if not share:
             return
         trained = folds[0].state_dict()
-        learned = {key for key, value in model.named_parameters() if value.requires_grad and value.dim() > 1}  # each once, tied weights too
-        names = {key for key, _ in (*model.named_parameters(), *model.named_buffers())}
-        for key, value in model.state_dict().items():
-            ours = key in names and key.startswith(("encoders.", "head.classifiers.", "head.prototypes.prototypes_", "head.prototypes.counts_"))
+        for key, value in (*model.named_parameters(), *model.named_buffers()):  # tied weights come once
+            ours = key.startswith(("encoders.", "head.classifiers.", "head.prototypes.prototypes_", "head.prototypes.counts_"))
             if not ours or key not in trained or trained[key].shape != value.shape:  # a head of another kind keeps its new weights
                 continue
-            if key in learned:
+            if value.requires_grad and value.dim() > 1:
                 value.mul_(1 - share).add_(trained[key], alpha=share)
             else:
                 value.copy_(trained[key])
@@ -120,13 +118,10 @@ class NoPrototypes(IIBalance):
 
     name = "iibalance_no_prototypes"
     tuned_as = "iibalance"
+    budget_alpha = 0.0
 
     def objective(self) -> dict[str, float]:
         return super().objective() | {"alpha": 0.0, "beta": 0.0}
-
-    @property
-    def budget_alpha(self) -> float:
-        return 0.0
 
     def fit_gate(self, head: IIBalanceHead, out_of_fold: HeldOut | None, validation: HeldOut) -> None:
         calibrate(head, out_of_fold, validation, self.config.calibration, surprise_scale=0.0)
