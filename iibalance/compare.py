@@ -25,6 +25,7 @@ import torch
 import yaml
 from tqdm.auto import tqdm
 
+from iibalance.averaging import WeightAverage
 from iibalance.config import BudgetConfig, CalibrationConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainingConfig
 from iibalance.data import load_data
 from iibalance.data.base import DataConfig, MultimodalData, Split
@@ -415,17 +416,21 @@ def _stepper(config: CompareConfig, name: str, method_name: str, data: Multimoda
         with torch.no_grad():  # every class seen, as after the first steps of a training
             model(split.inputs, split.targets, mask=None if bool(split.mask.all()) else split.mask, progress=0.9)
         batch = split.__getitems__(rows % len(split))
-        work.append((model, hooks, optimizer, hooks.clip_groups(model), batch._replace(mask=None) if bool(batch.mask.all()) else batch))
+        average = WeightAverage(model, 100.0) if hooks.averaging else None
+        work.append((model, hooks, optimizer, hooks.clip_groups(model), average, batch._replace(mask=None) if bool(batch.mask.all()) else batch))
 
     def step() -> float:
         started = time.perf_counter()
-        for model, hooks, optimizer, clip, batch in work:
+        for model, hooks, optimizer, clip, average, batch in work:
             output = model(batch.inputs, batch.targets, mask=batch.mask, progress=0.9)
             hooks.backward(hooks.loss(output, model, batch, 0.9), model, batch, output)
             hooks.after_backward(model, batch, output)
             clip_gradients(clip, 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            hooks.after_step(model, batch, output)
+            if average is not None:
+                average.update()
         return time.perf_counter() - started
 
     return step

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import NamedTuple, Optional
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
+from iibalance.averaging import WeightAverage
 from iibalance.config import TrainingConfig
 from iibalance.data.base import Split, identity
 from iibalance.data.corruption import drop_modalities
@@ -89,7 +91,7 @@ def fit(
     model: nn.Module, train: Split, validation: Split | None, *, epochs: int, training: TrainingConfig, seed: int, accelerator: Accelerator,
     name: str = "training", folder: RunFolder | None = None, order: int = 0, method: Method | None = None,
     on_epoch: Callable[[dict, nn.Module, Outputs | None, list[dict]], dict | None] | None = None, keep_last: bool = False,
-    groups: Mapping[str, str] | None = None,
+    groups: Mapping[str, str] | None = None, rate: float = 1.0,
 ) -> list[dict]:
     """Train ``model`` in place and return its history, one row an epoch.
 
@@ -104,9 +106,10 @@ def fit(
         on_epoch: called with each new row, the model, its validation outputs and the rows before; what it returns is merged into the row.
         groups: a regular expression over the names of weights -> the column of the history that they are judged by. Each group keeps the weights of its
             own best epoch; all by ``validation.nll`` by default.
+        rate: factor on ``training.learning_rate``.
         keep_last: write a checkpoint at the very end as well.
     """
-    seed = derive_seed(seed, name)
+    seed, training = derive_seed(seed, name), replace(training, learning_rate=rate * training.learning_rate)
     batch_size = training.batch_size or (32 if len(train) < 1000 else 64)
     sampler = EpochSampler(len(train), batch_size, seed)
     loader = DataLoader(train, batch_size=batch_size, sampler=sampler, collate_fn=identity)
@@ -114,27 +117,30 @@ def fit(
     optimizer = torch.optim.AdamW(method.parameter_groups(model), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
     accelerator.gradient_accumulation_steps = training.gradient_accumulation
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    state = _State(groups or {"": "validation.nll"}, method)
+    steps = len(loader)
+    average = WeightAverage(accelerator.unwrap_model(model), method.averaging * epochs * steps / training.gradient_accumulation) if method.averaging else None
+    state = _State(groups or {"": "validation.nll"}, method, average)
     checkpoint = None if folder is None else folder.latest_checkpoint()
     if checkpoint is not None and checkpoint.name.startswith(f"stage-{order:03d}-"):
         accelerator.load_state(str(checkpoint))
         state.load(checkpoint)
-    steps, saved = len(loader), time.monotonic()
+    saved = time.monotonic()
     bar = tqdm(total=epochs * steps, initial=state.epoch * steps, desc=name, unit="step", leave=False,
                disable=not (training.progress and accelerator.is_main_process) or None)
     while state.epoch < epochs and not state.stopped:
         sampler.epoch = state.epoch
         torch.manual_seed(derive_seed(seed, "epoch", state.epoch, accelerator.process_index))
         method.before_epoch(model, train, state.epoch / epochs)
-        row = {"epoch": state.epoch + 1, **_train_epoch(model, loader, optimizer, accelerator, training, seed, state.epoch, epochs, method, bar)}
+        row = {"epoch": state.epoch + 1, **_train_epoch(model, loader, optimizer, accelerator, training, seed, state.epoch, epochs, method, average, bar)}
         outputs = None
-        if validation is not None:
-            outputs = predict_split(model, validation, accelerator)
-            row |= _score(outputs, validation, accelerator.unwrap_model(model).modalities)
-        if on_epoch is not None:
-            row |= on_epoch(row, accelerator.unwrap_model(model), outputs, state.history) or {}
-        method.after_epoch(row, optimizer)
-        state.record(row, accelerator.unwrap_model(model), training.patience)
+        with nullcontext() if average is None else average.used():
+            if validation is not None:
+                outputs = predict_split(model, validation, accelerator)
+                row |= _score(outputs, validation, accelerator.unwrap_model(model).modalities)
+            if on_epoch is not None:
+                row |= on_epoch(row, accelerator.unwrap_model(model), outputs, state.history) or {}
+            method.after_epoch(row, optimizer)
+            state.record(row, accelerator.unwrap_model(model), training.patience)
         finished = state.epoch == epochs or state.stopped
         if folder is not None:
             waited = accelerator.gather(torch.tensor([time.monotonic() - saved], device=accelerator.device)).max()
@@ -145,6 +151,8 @@ def fit(
     module = accelerator.unwrap_model(model)
     if state.best_weights is not None:
         module.load_state_dict(state.best_weights)
+    elif average is not None:
+        average.apply()
     accelerator.free_memory()
     return state.history
 
@@ -152,8 +160,8 @@ def fit(
 class _State:
     """How far a training is: what a checkpoint holds beside weights and optimiser."""
 
-    def __init__(self, groups: Mapping[str, str], method: Method):
-        self.method = method
+    def __init__(self, groups: Mapping[str, str], method: Method, average: WeightAverage | None = None):
+        self.method, self.average = method, average
         self.epoch, self.history, self.stopped, self.best_weights = 0, [], False, None
         self.groups, self.best, self.best_epoch = groups, {column: math.inf for column in groups.values()}, 0
 
@@ -181,6 +189,8 @@ class _State:
             save_file({key: value.contiguous().cpu() for key, value in self.best_weights.items()}, path / "best.safetensors")
         if self.method.state:
             save_file({key: value.contiguous().cpu() for key, value in self.method.state.items()}, path / "method.safetensors")
+        if self.average is not None:
+            save_file({key: value.contiguous().cpu() for key, value in self.average.state_dict().items()}, path / "average.safetensors")
 
     def load(self, path) -> None:
         progress = json.loads((path / "progress.json").read_text())
@@ -191,6 +201,8 @@ class _State:
             self.best_weights = load_file(path / "best.safetensors")
         if (path / "method.safetensors").exists():
             self.method.state = load_file(path / "method.safetensors")
+        if self.average is not None:
+            self.average.load_state_dict(load_file(path / "average.safetensors"))
 
 
 def _checkpoint(folder: RunFolder, name: str, accelerator: Accelerator, state: _State) -> None:
@@ -203,7 +215,7 @@ def _checkpoint(folder: RunFolder, name: str, accelerator: Accelerator, state: _
         accelerator.wait_for_everyone()
 
 
-def _train_epoch(model, loader, optimizer, accelerator, training, seed, epoch, epochs, method, bar) -> dict:
+def _train_epoch(model, loader, optimizer, accelerator, training, seed, epoch, epochs, method, average, bar) -> dict:
     model.train()
     generator = torch.Generator().manual_seed(derive_seed(seed, "dropout", epoch, accelerator.process_index))
     sums, count, steps = {}, 0, len(loader)
@@ -230,6 +242,8 @@ def _train_epoch(model, loader, optimizer, accelerator, training, seed, epoch, e
             optimizer.step()
             optimizer.zero_grad()
         method.after_step(model, batch, out)
+        if average is not None and accelerator.sync_gradients:
+            average.update()
         size = len(batch.targets)
         values = {"train.loss": loss.detach(), "train.accuracy": (out.logits.argmax(-1) == batch.targets).float().mean()}
         for key, value in values.items():
@@ -239,7 +253,7 @@ def _train_epoch(model, loader, optimizer, accelerator, training, seed, epoch, e
     totals = accelerator.reduce(torch.stack([*sums.values(), torch.tensor(float(count), dtype=torch.float64, device=accelerator.device)]))
     row = {key: float(total / totals[-1]) for key, total in zip(sums, totals)}
     if not math.isfinite(row["train.loss"]):
-        raise FloatingPointError(f"training.learning_rate: the loss became {row['train.loss']} in epoch {epoch + 1}; lower it (now {training.learning_rate})")
+        raise FloatingPointError(f"training.learning_rate: the loss became {row['train.loss']} in epoch {epoch + 1}; lower it (in effect here: {training.learning_rate})")
     bar.set_postfix(epoch=epoch + 1, loss=f"{row['train.loss']:.3f}")
     return {**row, "learning_rate": rate}
 

@@ -78,7 +78,7 @@ def alone_model(name: str, encoder: nn.Module, sample: torch.Tensor, num_classes
 
 def fit_alone(
     stages: Stages, name: str, encoder: Factory, train: Split, validation: Split | None, *, num_classes: int, epochs: int, alpha: float = 0.0,
-    stage: str = "alone", impl: str = "auto",
+    rate: float = 1.0, stage: str = "alone", impl: str = "auto",
 ) -> tuple[MultimodalClassifier, list[dict]]:
     """Train one modality's encoder alone (:func:`alone_model`)."""
     own = only(train, name)
@@ -86,13 +86,14 @@ def fit_alone(
     validation = None if validation is None else only(validation, name)
     index = list(train.inputs).index(name)
     return stages.fit(
-        f"{stage}-{index}", build, own, validation if validation is not None and len(validation) else None, epochs=epochs, key={"alpha": alpha},
+        f"{stage}-{index}", build, own, validation if validation is not None and len(validation) else None, epochs=epochs, rate=rate,
+        key={"alpha": alpha} if rate == 1 else {"alpha": alpha, "rate": rate},
     )
 
 
 def cross_fit(
     stages: Stages, encoders: dict[str, Factory], train: Split, folds: Sequence[np.ndarray], *, num_classes: int, epochs: int, alpha: float = 0.0,
-    impl: str = "auto",
+    rate: float = 1.0, impl: str = "auto",
 ) -> list[MultimodalClassifier]:
     """For each fold a model of encoders trained alone on the other folds, put together under one (uncalibrated) head.
 
@@ -104,7 +105,7 @@ def cross_fit(
         rows[torch.from_numpy(held)] = False
         rest = train.subset(rows)
         parts = [
-            fit_alone(stages, name, encoder, rest, None, num_classes=num_classes, epochs=epochs, alpha=alpha, stage=f"fold-{number}", impl=impl)[0]
+            fit_alone(stages, name, encoder, rest, None, num_classes=num_classes, epochs=epochs, alpha=alpha, rate=rate, stage=f"fold-{number}", impl=impl)[0]
             for name, encoder in encoders.items()
         ]
         models.append(join(dict(zip(encoders, parts)), impl=impl))

@@ -163,7 +163,7 @@ class Run:
             else:
                 models = self.fold_models = cross_fit(
                     self.stages, self.encoders, train, folds, num_classes=self.data.num_classes, epochs=config.budgets.epochs or max(1, config.epochs // 2),
-                    alpha=self.method.budget_alpha, impl=config.kernels,
+                    alpha=self.method.budget_alpha, rate=self.method.rate, impl=config.kernels,
                 )
                 logits = out_of_fold_logits(models, train, folds)
                 out_of_fold = merge(
@@ -219,7 +219,7 @@ class Run:
         self.method.prepare(self.measure, self.data.train, derive_seed(self.config.seed, "prepare"))
         model, history = self.stages.fit(
             "joint", build, self.data.train, self.data.validation, epochs=self.config.epochs, method=self.method, on_epoch=on_epoch, keep_last=True,
-            groups=self.method.groups, key={**self.method.training_key(), "budgets": None if budgets is None else list(budgets.values)},
+            groups=self.method.groups, rate=self.method.rate, key={**self.method.training_key(), "budgets": None if budgets is None else list(budgets.values)},
         )
         if online:
             best = min(history, key=lambda row: row["validation.nll"])

@@ -25,7 +25,10 @@ class IIBalance(Method):
     Warm-Starting Neural Network Training", NeurIPS 2020, who find that starting from trained weights alone generalises worse; README has our own figures.
     Budgets that come from no training (given ones, ``probe``, ``online``) leave nothing to start from, and all weights are new.
 
-    Parameters: ``warm_start`` (0.5), in [0, 1]; 0 = new weights.
+    What is judged after each epoch and kept are not the weights of the last step but their moving average (:class:`~iibalance.averaging.WeightAverage`), which bears a larger
+    learning rate: ``rate`` times ``training.learning_rate``, in the budget stage too.
+
+    Parameters: ``warm_start`` (0.5), in [0, 1]; 0 = new weights. ``averaging`` (0.1): share of the training that the average reaches back; 0 = none. ``rate`` (3): above 0.
 
     >>> IIBalance(warm_start=1.5)
     Traceback (most recent call last):
@@ -34,13 +37,18 @@ class IIBalance(Method):
 
     name = "iibalance"
     needs_budgets = True
-    defaults = {"warm_start": 0.5}
+    defaults = {"warm_start": 0.5, "averaging": 0.1, "rate": 3.0}
     search = {"objective.alpha": (1.0, 0.5, 2.0)}
 
     def __init__(self, config: RunConfig | None = None, **options: float):
         super().__init__(config, **options)
         if self.options.warm_start > 1:
             raise InputError(f"method_options: warm_start is {self.options.warm_start}; give a share in [0, 1]")
+        if self.options.averaging > 1:
+            raise InputError(f"method_options: averaging is {self.options.averaging}; give a share of the training in [0, 1]")
+        if not self.options.rate:
+            raise InputError("method_options: rate is 0, with which nothing is learnt; give a factor above 0")
+        self.averaging, self.rate = self.options.averaging, self.options.rate
 
     def objective(self) -> dict[str, float]:
         """The weights of the objective, by name."""
@@ -136,7 +144,15 @@ class NoWarmStart(IIBalance):
 
     name = "iibalance_no_warm_start"
     tuned_as = "iibalance"
-    defaults = {"warm_start": 0.0}
+    defaults = {**IIBalance.defaults, "warm_start": 0.0}
+
+
+class NoAveraging(IIBalance):
+    """Ablation: the weights of the steps themselves are kept, at the learning rate of the other methods."""
+
+    name = "iibalance_no_averaging"
+    tuned_as = "iibalance"
+    defaults = {**IIBalance.defaults, "averaging": 0.0, "rate": 1.0}
 
 
 class NoGate(IIBalance):
@@ -159,4 +175,4 @@ class FixedGate(IIBalance):
         calibrate(head, out_of_fold, validation, self.config.calibration, fit_gating=False, prior_strength=1.0)
 
 
-ABLATIONS = (NoPrior, NoAlignment, NoPrototypes, NoWarmStart, NoGate, FixedGate)
+ABLATIONS = (NoPrior, NoAlignment, NoPrototypes, NoWarmStart, NoAveraging, NoGate, FixedGate)
