@@ -19,6 +19,7 @@ _HOMES = {
     "Prediction": "model",
     "PrototypeBank": "prototypes",  # EMA prototypes
     "RunConfig": "config",  # every option of a run
+    "WeightAverage": "averaging",  # moving average of weights, for a loop of your own
     "budgets_from_logits": "budgets",
     "build_encoder": "encoders",  # built-in encoders by shape
     "estimate_budgets": "estimation",

@@ -6,16 +6,18 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 
 EVERY = 2  # steps
 
 
 class WeightAverage:
-    """Exponential moving average of a model's trained weights and of its encoders' running statistics.
+    """Exponential moving average of a model's trained weights and of its batch normalisations' running statistics.
 
-    After every second step t the average is ``keep`` squared times what it was plus the rest of the weights now, keep = min(1 - 1 / horizon, (1 + t) / (10 + t)): the
-    second is a short start, in which the first weights are soon forgotten. (Every step would give much the same for twice the cost, which small encoders feel.) Frozen weights, prototypes (moving averages already), budgets and the gate are not averaged.
+    After every second step t the average is ``keep`` squared times what it was plus the rest of the weights now, keep = min(1 - 1 / horizon, (1 + t) / (10 + t)):
+    the second is a short start, in which the first weights are soon forgotten. (Every step would give much the same for twice the cost, which small encoders
+    feel.) Frozen weights and other buffers are not averaged: prototypes, which are moving averages already, budgets, the gate, a user's own.
 
     Args:
         model: whose weights; they must stay the same tensors (moved to their device before).
@@ -27,22 +29,21 @@ class WeightAverage:
     In a loop of your own: one per training, ``update`` after each step, and ``with average.used():`` around validation and saving.
 
     >>> model = nn.Linear(1, 1, bias=False)
-    >>> average = WeightAverage(model, horizon=2)
-    >>> with torch.no_grad():
-    ...     before = float(model.weight.fill_(0.0))
-    ...     average = WeightAverage(model, horizon=2)
-    ...     after = float(model.weight.fill_(1.0))
-    >>> for _ in range(12):
+    >>> average = WeightAverage(model, horizon=20)
+    >>> for step in range(100):
+    ...     _ = model.weight.data.fill_(step // 2 % 2)  # a training that jumps to and fro
     ...     average.update()
     >>> with average.used():
-    ...     float(model.weight) > 0.99
-    True
+    ...     print(round(float(model.weight.detach()), 1))
+    0.5
     """
 
     def __init__(self, model: nn.Module, horizon: float):
         self.horizon, self.steps = max(1.0, horizon), 0
         live = {name: value for name, value in model.named_parameters() if value.requires_grad and value.is_floating_point()}
-        live |= {name: value for name, value in model.named_buffers() if value.is_floating_point() and not name.startswith("head.")}
+        for place, module in model.named_modules():  # other buffers are tables and masks: an average of minus infinity would be NaN
+            if isinstance(module, _NormBase):
+                live |= {f"{place}.{name}" if place else name: value for name, value in module.named_buffers(recurse=False) if value.is_floating_point()}
         self.values = {name: value.detach().clone() for name, value in live.items()}
         self._live, self._values = [value.detach() for value in live.values()], list(self.values.values())
 

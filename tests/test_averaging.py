@@ -69,11 +69,17 @@ def test_a_horizon_of_one_step_is_the_weights_as_they_are():
 
 def test_what_is_averaged_and_what_is_not():
     model = build()
+    model.encoders[1].register_buffer("causal", torch.full((2, 2), -torch.inf).triu(1))  # a user's own: averaged it would be NaN
     model.encoders[0][0].bias.requires_grad_(False)
     average = WeightAverage(model, horizon=10)
     encoders = [f"encoders.{m}.{part}" for m in range(2) for part in ("0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var")]
     heads = [f"head.classifiers.{m}.{part}" for m in range(2) for part in ("weight", "bias")]
     assert set(average.values) == {*encoders, *heads} - {"encoders.0.0.bias"}
+    model(splits().inputs, splits().targets)
+    average.update(), average.update()
+    average.apply()
+    assert torch.equal(model.encoders[1].causal, torch.full((2, 2), -torch.inf).triu(1))
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in average.values.items())
 
 
 def test_an_error_while_the_average_is_used_leaves_the_weights_of_the_training():
