@@ -148,9 +148,11 @@ def test_rate_multiplies_the_learning_rate():
     assert [row["learning_rate"] for row in rows[0]] == pytest.approx([3 * row["learning_rate"] for row in rows[1]])
 
 
-@pytest.mark.parametrize(("name", "rate", "averaging"), [("iibalance", 3.0, 0.1), ("iibalance_no_alignment", 3.0, 0.1), ("iibalance_no_averaging", 1.0, 0.0), ("ensemble_gated", 1.0, 0.0)])
-def test_which_trainings_have_the_larger_rate_and_the_average(name, rate, averaging, tmp_path, monkeypatch):
-    """The joint training and the budget stage of the method; never encoders that are trained alone."""
+@pytest.mark.parametrize(("name", "options", "rate", "averaging"), [
+    ("iibalance", {"averaging": 0.1, "rate": 3.0}, 3.0, 0.1), ("iibalance_no_alignment", {"averaging": 0.2}, 1.0, 0.2), ("iibalance", {}, 1.0, 0.0), ("ensemble_gated", {}, 1.0, 0.0),
+])
+def test_which_trainings_have_the_larger_rate_and_the_average(name, options, rate, averaging, tmp_path, monkeypatch):
+    """The joint training and, for the rate, the budget stage of the method; never encoders that are trained alone."""
     seen = {}
 
     def note(model, train, validation, **options):
@@ -159,7 +161,7 @@ def test_which_trainings_have_the_larger_rate_and_the_average(name, rate, averag
 
     original = loop.fit
     monkeypatch.setattr(stages, "fit", note)
-    config = RunConfig(method=name, epochs=1, output=str(tmp_path / "run"))
+    config = RunConfig(method=name, method_options=options, epochs=1, output=str(tmp_path / "run"))
     config.training.progress = False
     iibalance.train(config)
     folds = {key for key in seen if key.startswith("fold-")}

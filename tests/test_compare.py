@@ -126,8 +126,8 @@ def test_shared_trainings_are_made_once(npz, tmp_path):
     assert made() == sorted([*alone, *folds, *3 * ["joint"]])
     run("ensemble_gated")  # its budget stage has no prototype terms, as its training has none
     assert made() == sorted([*alone, *2 * folds, *3 * ["joint"]])
-    run("iibalance_no_prototypes")  # nor has this one's, at its own rate
-    assert made() == sorted([*alone, *3 * folds, *4 * ["joint"]])
+    run("iibalance_no_prototypes")  # nor has this one's
+    assert made() == sorted([*alone, *2 * folds, *4 * ["joint"]])
 
 
 def test_every_method_tries_the_same_learning_rates_and_decays(npz, tmp_path):
