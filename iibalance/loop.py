@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple, Optional
 
 import torch
@@ -102,12 +103,13 @@ def fit(
         seed, name: everything random is derived from the two.
         folder: where checkpoints go; None = none. A checkpoint of this training that is there is continued, bit for bit.
         order: the place of this training among those of the same folder, from 0: checkpoints are named by it.
-        method: a :class:`~iibalance.methods.base.Method`, whose hooks are called around loss, backward, step and epoch; None = the model's own loss.
+        method: a :class:`~iibalance.methods.base.Method`, whose hooks are called around loss, backward, step and epoch; None = the model's own loss. With its
+            ``averaging`` the weights that are validated and kept are their :class:`~iibalance.averaging.WeightAverage`.
         on_epoch: called with each new row, the model, its validation outputs and the rows before; what it returns is merged into the row.
         groups: a regular expression over the names of weights -> the column of the history that they are judged by. Each group keeps the weights of its
             own best epoch; all by ``validation.nll`` by default.
-        rate: factor on ``training.learning_rate``.
         keep_last: write a checkpoint at the very end as well.
+        rate: factor on ``training.learning_rate``.
     """
     seed, training = derive_seed(seed, name), replace(training, learning_rate=rate * training.learning_rate)
     batch_size = training.batch_size or (32 if len(train) < 1000 else 64)
@@ -186,11 +188,11 @@ class _State:
         (path / "progress.json").write_text(json.dumps({"epoch": self.epoch, "stopped": self.stopped, "best": best, "best_epoch": self.best_epoch,
                                                         "history": self.history}))
         if self.best_weights is not None:
-            save_file({key: value.contiguous().cpu() for key, value in self.best_weights.items()}, path / "best.safetensors")
+            _write(path / "best.safetensors", self.best_weights)
         if self.method.state:
-            save_file({key: value.contiguous().cpu() for key, value in self.method.state.items()}, path / "method.safetensors")
+            _write(path / "method.safetensors", self.method.state)
         if self.average is not None:
-            save_file({key: value.contiguous().cpu() for key, value in self.average.state_dict().items()}, path / "average.safetensors")
+            _write(path / "average.safetensors", self.average.state_dict())
 
     def load(self, path) -> None:
         progress = json.loads((path / "progress.json").read_text())
@@ -203,6 +205,10 @@ class _State:
             self.method.state = load_file(path / "method.safetensors")
         if self.average is not None:
             self.average.load_state_dict(load_file(path / "average.safetensors"))
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, path)
 
 
 def _checkpoint(folder: RunFolder, name: str, accelerator: Accelerator, state: _State) -> None:

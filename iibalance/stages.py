@@ -80,14 +80,14 @@ def fit_alone(
     stages: Stages, name: str, encoder: Factory, train: Split, validation: Split | None, *, num_classes: int, epochs: int, alpha: float = 0.0,
     rate: float = 1.0, stage: str = "alone", impl: str = "auto",
 ) -> tuple[MultimodalClassifier, list[dict]]:
-    """Train one modality's encoder alone (:func:`alone_model`)."""
+    """Train one modality's encoder alone (:func:`alone_model`), at ``rate`` times the learning rate."""
     own = only(train, name)
     build = lambda: alone_model(name, encoder(), own.inputs[name][:2], num_classes, alpha=alpha, impl=impl)
     validation = None if validation is None else only(validation, name)
     index = list(train.inputs).index(name)
     return stages.fit(
         f"{stage}-{index}", build, own, validation if validation is not None and len(validation) else None, epochs=epochs, rate=rate,
-        key={"alpha": alpha} if rate == 1 else {"alpha": alpha, "rate": rate},
+        key={"alpha": alpha, "rate": rate},
     )
 
 

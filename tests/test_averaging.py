@@ -15,7 +15,6 @@ from iibalance.loop import fit
 from iibalance.methods import METHODS, Method, make_method
 from iibalance.model import MultimodalClassifier
 from iibalance.stages import make_accelerator
-from iibalance.training import Run
 
 
 def splits(count=90, seed=0):
@@ -36,21 +35,34 @@ class Averaged(Method):
 
 def trained(model, method, validation=None, **options):
     training = TrainingConfig(batch_size=30, progress=False)
-    history = fit(model, splits(), validation, epochs=4, training=training, seed=0, accelerator=make_accelerator(training), method=method, **options)
-    return history
+    return fit(model, splits(), validation, epochs=4, training=training, seed=0, accelerator=make_accelerator(training), method=method, **options)
+
+
+def watch(method):
+    """The first weights after every step of the method's training, in a list that fills."""
+    seen = []
+    method.after_step = lambda model, batch, output: seen.append(model.encoders[0][0].weight.detach().clone())
+    return seen
+
+
+def by_hand(start, values, horizon):
+    """The average after each step."""
+    found = []
+    for step, value in enumerate(values, 1):
+        if step % 2 == 0:  # every second step, for two steps each
+            keep = min(1 - 1 / horizon, (1 + step) / (10 + step)) ** 2
+            start = keep * start + (1 - keep) * value
+        found.append(start)
+    return found
 
 
 def test_the_average_is_the_one_computed_by_hand():
     model = nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(5.0)
-    average, expected = WeightAverage(model, horizon=4), 5.0
-    for step in range(1, 41):
-        value = float(step % 7)
+    average, values = WeightAverage(model, horizon=4), [float(step % 7) for step in range(1, 41)]
+    for value, expected in zip(values, by_hand(5.0, values, 4)):
         model.weight.data.fill_(value)
         average.update()
-        if step % 2 == 0:  # every second step, for two steps each
-            keep = min(1 - 1 / 4, (1 + step) / (10 + step)) ** 2
-            expected = keep * expected + (1 - keep) * value
         with average.used():
             assert model.weight.item() == pytest.approx(expected, rel=1e-5)
         assert model.weight.item() == value
@@ -109,37 +121,27 @@ def test_state_goes_on_where_it_was():
     assert other.steps == 11 and torch.equal(other.values["weight"], whole.values["weight"])
 
 
-def test_training_judges_and_keeps_the_average(monkeypatch):
+def test_training_judges_and_keeps_the_average():
     """What is validated is the average at the end of each epoch, and what is kept is that of the best one; the training itself goes on from its own weights."""
-    raw, kept, method, plain = [], [], Averaged(), Method()
-    method.after_step = lambda model, batch, output: raw.append(model.encoders[0][0].weight.detach().clone())
+    kept, method, plain = [], Averaged(), Method()
+    raw, own = watch(method), watch(plain)
     judged = lambda row, model, outputs, before: kept.append(model.encoders[0][0].weight.detach().clone())
     model = build()
     history = trained(model, method, splits(seed=1), on_epoch=judged)
-    own = []
-    plain.after_step = lambda model, batch, output: own.append(model.encoders[0][0].weight.detach().clone())
     trained(build(), plain, splits(seed=1))
     assert len(raw) == 12 and all(torch.equal(a, b) for a, b in zip(raw, own))  # the steps are those of a training without an average
-    expected, start = build().encoders[0][0].weight.detach().clone(), 0
-    for step, value in enumerate(raw, 1):
-        if step % 2 == 0:
-            keep = min(1 - 1 / 6, (1 + step) / (10 + step)) ** 2  # half of the 12 steps
-            expected = keep * expected + (1 - keep) * value
-        if step % 3 == 0:
-            torch.testing.assert_close(kept[step // 3 - 1], expected)
+    averages = by_hand(build().encoders[0][0].weight.detach(), raw, 6)  # half of the 12 steps
+    for found, expected in zip(kept, averages[2::3], strict=True):
+        torch.testing.assert_close(found, expected)
     best = min(range(4), key=lambda epoch: history[epoch]["validation.nll"])
     assert torch.equal(model.encoders[0][0].weight, kept[best]) and not torch.equal(kept[best], raw[3 * best + 2])
 
 
 def test_without_validation_the_last_average_is_kept():
-    method, raw, model = Averaged(), [], build()
-    method.after_step = lambda model, batch, output: raw.append(model.encoders[0][0].weight.detach().clone())
+    method, model = Averaged(), build()
+    raw = watch(method)
     trained(model, method)
-    expected = build().encoders[0][0].weight.detach().clone()
-    for step, value in enumerate(raw, 1):
-        if step % 2 == 0:
-            keep = min(1 - 1 / 6, (1 + step) / (10 + step)) ** 2
-            expected = keep * expected + (1 - keep) * value
+    expected = by_hand(build().encoders[0][0].weight.detach(), raw, 6)[-1]
     torch.testing.assert_close(model.encoders[0][0].weight.detach(), expected)
 
 
@@ -185,7 +187,7 @@ def test_a_stopped_training_goes_on_with_its_average(tmp_path, monkeypatch):
     whole, original, calls = run("whole"), loop._train_epoch, []
 
     def stopping(*arguments):
-        calls.append(arguments[0])
+        calls.append(1)
         if len(calls) == 9 + 3:  # nine trainings of the budget stage, one epoch each, then the third epoch of the joint training
             raise KeyboardInterrupt
         return original(*arguments)

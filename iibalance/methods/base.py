@@ -43,9 +43,9 @@ class Method:
     needs_budgets: ClassVar[bool] = False
     modalities: ClassVar[int | None] = None  #: how many the published formula is for; None = any number
     processes: ClassVar[bool] = True  #: whether several data-parallel processes compute what one would
-    defaults: ClassVar[dict[str, float]] = {}  #: the method's own parameters
     rate: float = 1.0  #: factor on the learning rate of the joint training and of the budget stage
     averaging: float = 0.0  #: share of the joint training over which the weights that are judged and kept are averaged; 0 = the weights as they are
+    defaults: ClassVar[dict[str, float]] = {}  #: the method's own parameters
     search: ClassVar[dict[str, tuple[float, ...]]] = {}  #: the main one of them and what a comparison tries; a dotted name is an option of the run
 
     tuned_as: ClassVar[str | None] = None  #: a method whose settings a comparison gives to this one instead of tuning it: what it is an ablation of
