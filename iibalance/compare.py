@@ -40,7 +40,7 @@ from iibalance.stages import Stages, alone_model, make_accelerator, only
 from iibalance.training import Run, check_options, code_digest, versions
 
 CLEAN = "clean"
-FREE = ("methods", "seeds", "low_data_seeds", "bootstrap", "workers", "output", "focus", "timing_steps")  # may change when a comparison is gone on with
+FREE = ("methods", "seeds", "tuning_seeds", "low_data_seeds", "bootstrap", "workers", "output", "focus", "timing_steps")  # may change when a comparison is gone on with
 REFERENCE = "unimodal"  # whose heads are the encoders trained alone: every comparison has it
 
 
@@ -67,8 +67,10 @@ class CompareConfig:
     seeds: int = 5
     """Training seeds, from 0."""
     trials: int = 3
-    """Settings of learning rate, weight decay and the method's own main parameter that every method tries on each data set with seed 0, the defaults being
-    the first and the parameter's values coming in turn; the lowest validation NLL wins."""
+    """Settings of learning rate, weight decay and the method's own main parameter that every method tries on each data set, the defaults being the first and
+    the parameter's values coming in turn; the lowest validation NLL wins."""
+    tuning_seeds: int = 1
+    """Seeds, from 0, that every setting is tried with; their mean validation NLL counts. Where validation samples are few, one seed chooses by chance."""
     epochs: int = 20
     """Epochs of every training."""
     workers: Optional[int] = None
@@ -140,7 +142,8 @@ def compare(config: CompareConfig) -> dict:
         _describe(folder, config, sets)
         settings = {method: _settings(config, _tuned_as(method)) for method in {*methods, *map(_tuned_as, methods)}}
         tuned = {name: dict.fromkeys(_tuned_as(method) for method in defined[name]) for name in sets}
-        trials = [Cell(name, method, 0, trial, "trial") for trial in range(config.trials) for name in sets for method in tuned[name]]
+        trials = [Cell(name, method, seed, trial, "trial") for seed in range(config.tuning_seeds) for trial in range(config.trials)
+                  for name in sets for method in tuned[name]]
         failures = _run_cells(folder, config, [(cell, settings[cell.method][cell.trial]) for cell in trials], "tuning")
         chosen, searched = _choose(folder, trials, settings)
         low = 0 if not config.low_data else config.seeds if config.low_data_seeds is None else min(config.low_data_seeds, config.seeds)
@@ -354,17 +357,19 @@ def _outcome(cell: Cell, run) -> dict[str, str]:
 
 
 def _choose(folder: Path, trials: Sequence[Cell], settings: dict) -> tuple[dict, dict]:
-    """(data set, method) -> the trial with the lowest validation NLL, and all that was tried."""
-    chosen, searched = {}, {}
+    """(data set, method) -> the trial with the lowest mean validation NLL, and all that was tried. A trial that failed with one seed is out, unless all have."""
+    found: dict[tuple[str, str], dict[int, list[dict]]] = {}
     for cell in trials:
         path = cell_files(folder, cell)[0]
-        if not path.exists():
-            continue
-        validation = read_json(path)["validation"]
-        row = {**settings[cell.method][cell.trial], "validation_nll": validation["nll"], "validation_accuracy": validation["accuracy"]}
-        searched.setdefault((cell.data, cell.method), {})[cell.trial] = row
-    for key, rows in searched.items():
-        chosen[key] = min(rows, key=lambda trial: rows[trial]["validation_nll"])
+        if path.exists():
+            found.setdefault((cell.data, cell.method), {}).setdefault(cell.trial, []).append(read_json(path)["validation"])
+    chosen, searched = {}, {}
+    for (data, method), rows in found.items():
+        searched[data, method] = {
+            trial: {**settings[method][trial], **{f"validation_{name}": sum(row[name] for row in values) / len(values) for name in ("nll", "accuracy")}, "seeds": len(values)}
+            for trial, values in rows.items()
+        }
+        chosen[data, method] = min(rows, key=lambda trial: (-len(rows[trial]), searched[data, method][trial]["validation_nll"]))
     return chosen, searched
 
 
@@ -439,7 +444,8 @@ def _stepper(config: CompareConfig, name: str, method_name: str, data: Multimoda
 def _check(config: CompareConfig) -> None:
     checks = [
         (bool(config.data), "data", config.data, "at least one data set"), (config.seeds >= 1, "seeds", config.seeds, "at least 1"),
-        (config.trials >= 1, "trials", config.trials, "at least 1"), (config.epochs >= 1, "epochs", config.epochs, "at least 1"),
+        (config.trials >= 1, "trials", config.trials, "at least 1"),
+        (1 <= config.tuning_seeds <= config.seeds, "tuning_seeds", config.tuning_seeds, f"1 to seeds, {config.seeds}"), (config.epochs >= 1, "epochs", config.epochs, "at least 1"),
         (config.workers is None or config.workers >= 1, "workers", config.workers, "at least 1"), (0 <= config.fraction <= 1, "fraction", config.fraction, "0 to 1"),
         (0 <= config.strength < float("inf"), "strength", config.strength, "a number >= 0"), (0 <= config.low_data < 1, "low_data", config.low_data, "0 to below 1"),
         (fcntl is not None or config.workers == 1, "workers", config.workers, "1 on this system, which has no file locks"),

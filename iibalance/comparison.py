@@ -68,7 +68,7 @@ def summarise(folder: Path, config, sets: Mapping[str, MultimodalData], cells: S
             times = timed.get(method, [])
             entry["seconds_a_step"] = _spread(dict(enumerate(times)))
     return {
-        "focus": focus, "seeds": config.seeds, "epochs": {name: data.epochs or config.epochs for name, data in config.data.items()},
+        "focus": focus, "seeds": config.seeds, "tuning_seeds": config.tuning_seeds, "epochs": {name: data.epochs or config.epochs for name, data in config.data.items()},
         "trials": [{"data": data, "method": method_class(method).name, "tried": rows} for (data, method), rows in searched.items()],
         "samples": {name: {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)} for name, data in sets.items()},
         "modalities": {name: list(data.modalities) for name, data in sets.items()},
@@ -219,7 +219,7 @@ def markdown(result: Mapping) -> str:
     if about:
         packages = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if number)
         lines += [f"{about['date']}, {about['machine']}, {about['cores']} cores, Python {about['python']}, {packages}.", "", f"Command: `{' '.join(about['command'])}`", ""]
-    lines += [f"{result['seeds']} seeds; mean +- standard error over seeds. Accuracy and F1 in %, NLL in nats. Settings were chosen by validation NLL with seed 0, the same number of trials "
+    lines += [f"{result['seeds']} seeds; mean +- standard error over seeds. Accuracy and F1 in %, NLL in nats. Settings were chosen by validation NLL with {_seeds(result['tuning_seeds'])}, the same number of trials "
               "for every method; the test split was used once, at the end.", ""]
     kinds = [kind for kind in GROUPS if kind in result["ranks"]]
     if len(result["made_by"]) > 1:
@@ -278,11 +278,15 @@ def markdown(result: Mapping) -> str:
     lines += ["", "## Chosen settings", "", "| data | method | learning rate | weight decay | own | validation NLL: chosen, all |", "|---|---|---|---|---|---|"]
     for row in result["trials"]:
         rows = row["tried"]
-        best = min(rows.values(), key=lambda tried: tried["validation_nll"])
-        own = ", ".join(f"{key} = {value:g}" for key, value in best.items() if key not in ("learning_rate", "weight_decay", "validation_nll", "validation_accuracy"))
+        best = min(rows.values(), key=lambda tried: (-tried["seeds"], tried["validation_nll"]))  # as it was chosen
+        own = ", ".join(f"{key} = {value:g}" for key, value in best.items() if key not in ("learning_rate", "weight_decay", "validation_nll", "validation_accuracy", "seeds"))
         lines.append(f"| {row['data']} | {row['method']} | {best['learning_rate']:.2g} | {best['weight_decay']:.2g} | {own or '-'} | {best['validation_nll']:.3f}; "
                      + ", ".join(f"{tried['validation_nll']:.3f}" for tried in rows.values()) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _seeds(count: int) -> str:
+    return "seed 0" if count == 1 else f"seeds 0 to {count - 1}"
 
 
 def _cell(spread: Mapping | None, scale: float, digits: int = 1, *, sign: str = "") -> str:

@@ -13,7 +13,7 @@ import torch
 
 from iibalance import InputError
 from iibalance.cli import run as cli
-from iibalance.compare import Cell, CompareConfig, CompareData, _settings, _run_config, cell_files, compare, run_cell
+from iibalance.compare import Cell, CompareConfig, CompareData, _choose, _settings, _run_config, cell_files, compare, run_cell
 from iibalance.comparison import METRICS, ablations, group_means, is_ablation, paired_bootstrap, ranks
 from iibalance.config import ModelConfig
 from iibalance.methods import ABLATIONS, METHODS, make_method
@@ -88,6 +88,36 @@ def test_the_lowest_validation_nll_is_chosen_and_ablations_take_their_methods_se
         best = min(rows, key=lambda trial: rows[trial]["validation_nll"])
         assert result["results"]["two"][method]["trial"] == best
     assert result["results"]["two"]["iibalance_no_prior"]["setting"] == result["results"]["two"]["iibalance"]["setting"]
+
+
+def test_every_setting_is_tried_with_each_tuning_seed_and_the_mean_is_what_counts(npz, tmp_path):
+    result = compare(config(npz, tmp_path, methods="concat,iibalance", tuning_seeds=2, low_data=0.0, timing_steps=0))
+    for row in result["trials"]:
+        for trial, tried in row["tried"].items():
+            cells = [cell_files(tmp_path, Cell("two", row["method"], seed, int(trial), "trial"))[0] for seed in (0, 1)]
+            found = [json.loads(path.read_text())["validation"] for path in cells]
+            assert tried["seeds"] == 2 and found[0] != found[1]
+            for metric in ("nll", "accuracy"):
+                assert tried[f"validation_{metric}"] == pytest.approx((found[0][metric] + found[1][metric]) / 2)
+    assert "with seeds 0 to 1" in (tmp_path / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize("nll, best", [
+    ({(0, 0): 0.5, (0, 1): 0.4, (1, 0): 0.5, (1, 1): 0.7}, 0),  # seed 0 alone would take the second
+    ({(0, 0): 0.5, (0, 1): 0.4, (1, 0): 0.5, (1, 1): 0.5}, 1),
+    ({(0, 0): 0.5, (0, 1): 0.1, (1, 0): 0.5}, 0),  # the better one has failed once
+    ({(1, 0): 0.5, (0, 1): 0.1}, 1),  # each failed once
+])
+def test_the_setting_with_the_lowest_mean_is_chosen_and_one_that_failed_once_is_not(tmp_path, nll, best):
+    trials = [Cell("two", "concat", seed, trial, "trial") for seed in (0, 1) for trial in (0, 1)]
+    (tmp_path / "cells").mkdir()
+    for (seed, trial), value in nll.items():
+        cell_files(tmp_path, Cell("two", "concat", seed, trial, "trial"))[0].write_text(json.dumps({"validation": {"nll": value, "accuracy": 0.5}}))
+    chosen, searched = _choose(tmp_path, trials, {"concat": [{"learning_rate": 1.0}, {"learning_rate": 2.0}]})
+    assert chosen == {("two", "concat"): best}
+    for trial, row in searched["two", "concat"].items():
+        values = [value for (_, number), value in nll.items() if number == trial]
+        assert row == {"learning_rate": trial + 1.0, "validation_nll": pytest.approx(sum(values) / len(values)), "validation_accuracy": 0.5, "seeds": len(values)}
 
 
 def test_going_on_trains_nothing_again_and_takes_more_seeds_and_methods(done, npz, monkeypatch):
@@ -273,7 +303,7 @@ def test_workers_end_with_a_comparison_that_is_killed_and_another_goes_on(npz, t
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (dict(seeds=0), "seeds: 0"), (dict(methods="magic"), "method: 'magic'"), (dict(low_data=1.5), "low_data: 1.5"), (dict(data={}), "data: {}"),
+    (dict(seeds=0), "seeds: 0"), (dict(tuning_seeds=0), "tuning_seeds: 0"), (dict(seeds=1, tuning_seeds=2), "tuning_seeds: 2"), (dict(methods="magic"), "method: 'magic'"), (dict(low_data=1.5), "low_data: 1.5"), (dict(data={}), "data: {}"),
     (dict(focus="ogm_ge", methods="concat"), "focus: ogm_ge"), (dict(methods="concat,nowhere.py:Mine"), "nowhere.py: no such file"),
     (dict(methods="concat,iibalance.model:Prediction"), "has no class Prediction derived"),
 ])
