@@ -25,18 +25,18 @@ import torch
 import yaml
 from tqdm.auto import tqdm
 
-from iibalance.averaging import WeightAverage
 from iibalance.config import BudgetConfig, CalibrationConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainingConfig
 from iibalance.data import load_data
 from iibalance.data.base import DataConfig, MultimodalData, Split
 from iibalance.errors import InputError
 from iibalance.evaluation import degrade
-from iibalance.loop import clip_gradients, derive_seed
+from iibalance.loop import derive_seed
 from iibalance.metrics import classification_metrics
-from iibalance.methods import METHODS, Method, make_method, method_class, own_source
+from iibalance.methods import METHODS, make_method, method_class, own_source
 from iibalance.model import MultimodalClassifier, embed_split
 from iibalance.runs import fcntl, read_json, write_bytes, write_json, write_text
-from iibalance.stages import Stages, alone_model, make_accelerator, only
+from iibalance.stages import Stages, make_accelerator
+from iibalance.step_time import time_steps
 from iibalance.training import Run, check_options, code_digest, versions
 
 CLEAN = "clean"
@@ -150,7 +150,10 @@ def compare(config: CompareConfig) -> dict:
         finals = [Cell(name, method, seed, chosen[name, _tuned_as(method)], kind) for kind, seeds in (("test", config.seeds), ("low", low)) for seed in range(seeds)
                   for name in sets for method in defined[name] if (name, _tuned_as(method)) in chosen]
         failures |= _run_cells(folder, config, [(cell, settings[cell.method][cell.trial]) for cell in finals], "comparing")
-        seconds = _time_steps(folder, config, sets, defined) if config.timing_steps else {}
+        seconds = {}
+        if config.timing_steps:
+            plain = lambda name, method: _run_config(config, Cell(name, method, 0, 0, "test"), {})
+            seconds = time_steps(folder / "seconds.json", plain, sets, defined, steps=config.timing_steps, batch_size=config.timing_batch, progress=config.training.progress)
         result = summarise(folder, config, sets, finals, settings, searched, seconds, failures)
         result["machine"] = read_json(folder / "run.json")
         write_comparison(folder, result)
@@ -371,74 +374,6 @@ def _choose(folder: Path, trials: Sequence[Cell], settings: dict) -> tuple[dict,
         }
         chosen[data, method] = min(rows, key=lambda trial: (-len(rows[trial]), searched[data, method][trial]["validation_nll"]))
     return chosen, searched
-
-
-def _time_steps(folder: Path, config: CompareConfig, sets: dict[str, MultimodalData], defined: dict[str, list[str]]) -> dict:
-    """Seconds a training step at ``timing_batch`` samples, [steps] by data set and method: methods take turns in one thread, nothing else running."""
-    path = folder / "seconds.json"
-    found = read_json(path) if path.exists() else {}
-    late = [name for name in sets if any(len(found.get(name, {}).get(method, ())) != config.timing_steps for method in defined[name])]
-    if not late:
-        return found
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for name in tqdm(late, desc="timing", unit="set", disable=None if config.training.progress else not sys.stderr.isatty()):
-            steps = {method: _stepper(config, name, method, sets[name]) for method in defined[name]}
-            found[name] = {method: [] for method in steps}
-            for turn in range(config.timing_steps + 3):
-                for method, step in steps.items():
-                    seconds = step()
-                    if turn >= 3:
-                        found[name][method].append(seconds)
-            write_json(path, found)
-    finally:
-        torch.set_num_threads(threads)
-    return found
-
-
-def _stepper(config: CompareConfig, name: str, method_name: str, data: MultimodalData):
-    """A function that does one training step of a method (of all its encoders, where they are trained alone) and returns its seconds."""
-    run_config = _run_config(config, Cell(name, method_name, 0, 0, "test"), {})
-    method = make_method(method_name, replace(run_config, method_options={}))
-    torch.manual_seed(0)
-    run = Run(run_config, data, method, None, make_accelerator(run_config.training), None, None, None)
-    rows = torch.randperm(len(data.train)).repeat(-(-config.timing_batch // len(data.train)))[:config.timing_batch]
-    parts = []
-    if method.joint:
-        parts.append((run.build(), method, data.train))
-    else:
-        for modality in data.modalities:
-            split = only(data.train, modality)
-            alone = alone_model(modality, run.encoders[modality](), split.inputs[modality][:2], data.num_classes)
-            parts.append((alone, Method(replace(run_config, method_options={})), split))
-    work = []
-    for model, hooks, split in parts:
-        model.train()
-        optimizer = torch.optim.AdamW(hooks.parameter_groups(model), lr=1e-4, fused=True)
-        hooks.before_epoch(model, split, 0.9)
-        model.train()
-        with torch.no_grad():  # every class seen, as after the first steps of a training
-            model(split.inputs, split.targets, mask=None if bool(split.mask.all()) else split.mask, progress=0.9)
-        batch = split.__getitems__(rows % len(split))
-        average = WeightAverage(model, 100.0) if hooks.averaging else None
-        work.append((model, hooks, optimizer, hooks.clip_groups(model), average, batch._replace(mask=None) if bool(batch.mask.all()) else batch))
-
-    def step() -> float:
-        started = time.perf_counter()
-        for model, hooks, optimizer, clip, average, batch in work:
-            output = model(batch.inputs, batch.targets, mask=batch.mask, progress=0.9)
-            hooks.backward(hooks.loss(output, model, batch, 0.9), model, batch, output)
-            hooks.after_backward(model, batch, output)
-            clip_gradients(clip, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            hooks.after_step(model, batch, output)
-            if average is not None:
-                average.update()
-        return time.perf_counter() - started
-
-    return step
 
 
 def _check(config: CompareConfig) -> None:
