@@ -13,7 +13,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -372,8 +372,13 @@ def _choose(folder: Path, trials: Sequence[Cell], settings: dict) -> tuple[dict,
             trial: {**settings[method][trial], **{f"validation_{name}": sum(row[name] for row in values) / len(values) for name in ("nll", "accuracy")}, "seeds": len(values)}
             for trial, values in rows.items()
         }
-        chosen[data, method] = min(rows, key=lambda trial: (-len(rows[trial]), searched[data, method][trial]["validation_nll"]))
+        chosen[data, method] = best_trial(searched[data, method])
     return chosen, searched
+
+
+def best_trial(tried: Mapping) -> int | str:
+    """The key of the trial that wins: the lowest mean validation NLL among those that most tuning seeds finished."""
+    return min(tried, key=lambda trial: (-tried[trial]["seeds"], tried[trial]["validation_nll"]))
 
 
 def _check(config: CompareConfig) -> None:

@@ -214,6 +214,8 @@ def write_comparison(folder: Path, result: dict) -> None:
 
 def markdown(result: Mapping) -> str:
     """The tables: ranks, the focus against the best other method, and every data set."""
+    from iibalance.compare import best_trial
+
     focus, lines = result["focus"], ["# Comparison", ""]
     about = result.get("machine") or {}
     if about:
@@ -278,7 +280,7 @@ def markdown(result: Mapping) -> str:
     lines += ["", "## Chosen settings", "", "| data | method | learning rate | weight decay | own | validation NLL: chosen, all |", "|---|---|---|---|---|---|"]
     for row in result["trials"]:
         rows = row["tried"]
-        best = min(rows.values(), key=lambda tried: (-tried["seeds"], tried["validation_nll"]))  # as it was chosen
+        best = rows[best_trial(rows)]
         own = ", ".join(f"{key} = {value:g}" for key, value in best.items() if key not in ("learning_rate", "weight_decay", "validation_nll", "validation_accuracy", "seeds"))
         lines.append(f"| {row['data']} | {row['method']} | {best['learning_rate']:.2g} | {best['weight_decay']:.2g} | {own or '-'} | {best['validation_nll']:.3f}; "
                      + ", ".join(f"{tried['validation_nll']:.3f}" for tried in rows.values()) + " |")
