@@ -157,7 +157,7 @@ def budgets_from_logits(
         if not len(y):
             raise InputError(f"mask: {name} is missing in every sample; leave it out")
         losses = torch.nn.functional.cross_entropy(l / fit_temperature(l, y), y, reduction="none")
-        values.append(min(1.0, max(0.0, 1 - float(losses.mean()) / entropy)))
+        values.append(round(min(1.0, max(0.0, 1 - float(losses.mean()) / entropy)), 12))  # what a CPU's rounding leaves of 0 is 0
         errors.append(float(losses.std(correction=1)) / math.sqrt(len(y)) / entropy if len(y) > 1 else 1.0)
     return Budgets(tuple(logits), tuple(values), tuple(errors), entropy, source)
 

@@ -241,6 +241,13 @@ def test_a_probe_sees_nothing_of_its_fold():
     assert budgets_from_logits({"row": logits}, targets).uninformative == ["row"]
 
 
+def test_what_rounding_leaves_is_no_information():
+    """A predictor that says the classes' frequencies on every row has budget 0, also where a CPU's rounding makes 4e-16 of it."""
+    targets = torch.arange(90) % 3
+    budgets = budgets_from_logits({"row": torch.zeros(90, 3), "same": torch.zeros(90, 3)}, targets, entropy=math.log(3) * (1 + 4e-16))
+    assert budgets.values == (0.0, 0.0) and budgets.uninformative == ["row", "same"] and budgets.prior == [0.5, 0.5]
+
+
 def test_a_class_that_a_probe_has_never_met_gets_no_probability():
     targets = torch.tensor([0, 1] * 10 + [2] * 4)
     held = [np.arange(20, 24), np.arange(20)]
