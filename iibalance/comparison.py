@@ -28,8 +28,8 @@ def summarise(folder: Path, config, sets: Mapping[str, MultimodalData], cells: S
 
     ``results`` has, for each data set and method, ``conditions`` -> metric -> [mean, standard error, values by seed], ``heads`` (each modality's accuracy on clean
     input, and ``utilisation``: over that of the same encoder trained alone with the same seed), the chosen setting and the step's seconds. ``ranks``: average rank over data sets
-    by kind of condition, accuracy and NLL, of all methods but the focus's ablations, which ``ablations`` sets beside it. ``bootstrap``: the focus against the best of the others
-    on each data set and kind. ``made_by``: how many of the tested cells each version of this code (a digest of its source) and of its libraries made.
+    by kind of condition, accuracy and NLL, of all methods but the focus's ablations, which ``ablations`` sets beside it. ``heads``: what the focus's heads have over encoders
+    trained alone, those of every method that trains them so. ``bootstrap``: the focus against the best of the others on each data set and kind. ``made_by``: how many of the tested cells each version of this code (a digest of its source) and of its libraries made.
     """
     from iibalance.compare import CLEAN, REFERENCE, cell_files
 
@@ -74,6 +74,7 @@ def summarise(folder: Path, config, sets: Mapping[str, MultimodalData], cells: S
         "modalities": {name: list(data.modalities) for name, data in sets.items()},
         "results": results, "ranks": ranks({name: {method: entry for method, entry in methods.items() if not is_ablation(method, focus)} for name, methods in results.items()}),
         "ablations": ablations(results, focus),
+        "heads": heads_over_alone(results, focus, list(dict.fromkeys(method_class(cell.method).name for cell in cells if not method_class(cell.method).joint))),
         "bootstrap": {name: {kind: found for kind in GROUPS if (found := _bootstrap(folder, config, cells, results, name, kind))} for name in results},
         "made_by": made, "failures": dict(failures),
     }
@@ -119,6 +120,22 @@ def ablations(results: Mapping, focus: str) -> dict:
             for kind, found in by_seed.items():
                 full = max(map(len, found.values()))  # seeds that have every set
                 table.setdefault(kind, {}).setdefault(metric, {})[method] = _spread({seed: sum(values) / full for seed, values in found.items() if len(values) == full})
+    return table
+
+
+def heads_over_alone(results: Mapping, focus: str, separate: Sequence[str]) -> dict:
+    """data set -> modality -> method of encoders trained alone -> spread over seeds of (accuracy of the focus's head - that of the encoder alone), on clean input."""
+    table: dict = {}
+    for name, methods in results.items():
+        for modality, ours in methods.get(focus, {}).get("heads", {}).items():
+            for method in separate:
+                theirs = methods.get(method, {}).get("heads", {}).get(modality)
+                if ours["accuracy"] is None or theirs is None or theirs["accuracy"] is None or method == focus:
+                    continue
+                ours_by_seed, by_seed = ours["accuracy"]["values"], theirs["accuracy"]["values"]
+                spread = _spread({seed: value - by_seed[seed] for seed, value in ours_by_seed.items() if seed in by_seed})
+                if spread is not None:
+                    table.setdefault(name, {}).setdefault(modality, {})[method] = spread
     return table
 
 
@@ -255,6 +272,7 @@ def markdown(result: Mapping) -> str:
                 cells += ["-", "-", "-"] if row is None else [
                     row["against"], f"{scale * row['difference']:+.{digits}f} [{scale * row['low']:+.{digits}f}, {scale * row['high']:+.{digits}f}]", f"{row['p']:.3f}"]
             lines.append(f"| {name} | {kind} | " + " | ".join(cells) + " |")
+    lines += _heads_table(result)
     for name, methods in result["results"].items():
         samples, modalities = result["samples"][name], result["modalities"][name]
         lines += ["", f"## {name}", "", f"{samples['train']} / {samples['validation']} / {samples['test']} samples, {result['epochs'][name]} epochs.", "",
@@ -285,6 +303,24 @@ def markdown(result: Mapping) -> str:
         lines.append(f"| {row['data']} | {row['method']} | {best['learning_rate']:.2g} | {best['weight_decay']:.2g} | {own or '-'} | {best['validation_nll']:.3f}; "
                      + ", ".join(f"{tried['validation_nll']:.3f}" for tried in rows.values()) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _heads_table(result: Mapping) -> list[str]:
+    """The focus's heads beside encoders trained alone, and how many of them are below."""
+    rows = [(name, modality, row) for name, by_modality in result["heads"].items() for modality, row in by_modality.items()]
+    methods = list(dict.fromkeys(method for _, _, row in rows for method in row))
+    if not methods:
+        return []
+    lines = ["", f"## {result['focus']}'s heads against encoders trained alone", "", "Accuracy of each modality's own prediction on clean input less that of the same encoder trained alone, "
+             "in points, as each method that trains them so was tuned; paired by seed.", "", "| data | modality | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
+    lines += [f"| {name} | {modality} | " + " | ".join(_cell(row.get(method), 100, sign="+") for method in methods) + " |" for name, modality, row in rows]
+    counts = []
+    for method in methods:
+        found = [row[method] for _, _, row in rows if method in row]
+        low = [row for row in found if row["mean"] < 0]
+        far = sum(row["error"] is not None and row["mean"] < -2 * row["error"] for row in low)
+        counts.append(f"{len(found) - len(low)} of {len(found)}, {far}")
+    return [*lines, "| level or above; below by more than two standard errors | | " + " | ".join(counts) + " |"]
 
 
 def _seeds(count: int) -> str:

@@ -14,7 +14,7 @@ import torch
 from iibalance import InputError
 from iibalance.cli import run as cli
 from iibalance.compare import Cell, CompareConfig, CompareData, _choose, _settings, _run_config, cell_files, compare, run_cell
-from iibalance.comparison import METRICS, ablations, group_means, is_ablation, paired_bootstrap, ranks
+from iibalance.comparison import METRICS, ablations, group_means, heads_over_alone, is_ablation, markdown, paired_bootstrap, ranks
 from iibalance.config import ModelConfig
 from iibalance.methods import ABLATIONS, METHODS, make_method
 
@@ -77,6 +77,36 @@ def test_the_numbers_are_those_of_the_kept_predictions(done, npz):
     alone, ours = result["results"]["two"]["unimodal"]["heads"]["strong"], result["results"]["two"]["iibalance"]["heads"]["strong"]
     assert ours["utilisation"]["values"][1] == pytest.approx(ours["accuracy"]["values"][1] / alone["accuracy"]["values"][1])
     assert settings.seeds == 2
+
+
+def _accuracies(**by_seed):
+    return {"heads": {modality: {"accuracy": {"mean": 0.0, "error": None, "values": values}, "utilisation": None} for modality, values in by_seed.items()}}
+
+
+def test_heads_are_set_beside_those_alone_seed_by_seed(done):
+    results = {"two": {"ours": _accuracies(a={0: 0.5, 1: 0.7, 2: 0.6}, b={0: 0.9, 1: 0.9}), "alone": _accuracies(a={0: 0.4, 1: 0.8, 2: 0.6}, b={1: 0.8, 2: 0.1}), "concat": _accuracies(a={0: 0.1})},
+               "one": {"alone": _accuracies(a={0: 1.0})}}
+    found = heads_over_alone(results, "ours", ["alone", "ours", "elsewhere"])
+    assert set(found) == {"two"} and set(found["two"]["a"]) == set(found["two"]["b"]) == {"alone"}
+    a, b = found["two"]["a"]["alone"], found["two"]["b"]["alone"]
+    assert a["values"] == pytest.approx({0: 0.1, 1: -0.1, 2: 0.0}) and a["mean"] == pytest.approx(0, abs=1e-12) and a["error"] == pytest.approx(0.1 / math.sqrt(3))
+    assert b["values"] == pytest.approx({1: 0.1}) and b["error"] is None
+    result = dict(done[1])
+    assert set(result["heads"]["two"]["strong"]) == {"unimodal", "ensemble"}  # concat and ogm_ge train no encoder alone
+    row = lambda mean, error: {"mean": mean, "error": error, "values": {}}
+    result["heads"] = {"two": {"weak": {"unimodal": row(-0.03, 0.01), "ensemble": row(-0.03, 0.02)}, "strong": {"unimodal": row(0.0, 0.01), "ensemble": row(-0.01, None)}}}
+    text = markdown(result)
+    assert "| two | weak | -3.0 +- 1.0 | -3.0 +- 2.0 |" in text and "| | 1 of 2, 1 | 0 of 2, 0 |" in text
+
+
+def test_the_control_of_the_heads_trains_alone_with_the_methods_settings(npz, tmp_path):
+    result = compare(config(npz, tmp_path, methods=f"iibalance,{README.parent}/benchmarks/alone.py:Alone", low_data=0, timing_steps=0))
+    ours, control = (result["results"]["two"][method] for method in ("iibalance", "alone_as_iibalance"))
+    assert control["setting"] == ours["setting"] and [row["method"] for row in result["trials"]] == ["unimodal", "iibalance"]
+    assert set(result["heads"]["two"]["weak"]) == {"unimodal", "alone_as_iibalance"}
+    same = result["results"]["two"]["unimodal"]["setting"]["learning_rate"] == ours["setting"]["learning_rate"]
+    heads = [result["results"]["two"][method]["heads"] for method in ("unimodal", "alone_as_iibalance")]
+    assert (heads[0] == heads[1]) == same
 
 
 def test_the_lowest_validation_nll_is_chosen_and_ablations_take_their_methods_settings(done):
