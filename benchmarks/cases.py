@@ -50,6 +50,7 @@ class Case:
 
     @property
     def modes(self) -> tuple[str, ...]:
+        """What can be timed of it: forward alone where nothing asks for a gradient."""
         return MODES if self.leaves else MODES[:1]
 
 
@@ -84,6 +85,7 @@ def _logits(shape: Shape, dtype: torch.dtype, device: str) -> tuple[list[Tensor]
 
 
 def prototype_distance(shape: Shape, dtype: torch.dtype, device: str) -> Case:
+    """Squared distances of one modality; ``torch.cdist`` beside it, which has no half precision."""
     (features, *_), (prototypes, *_), _ = _features(shape, dtype, device)
     call = lambda impl: (iib_kernels.prototype_distance(features, prototypes, metric="sqeuclidean", impl=impl),)
     output = torch.empty(shape.batch, shape.classes, dtype=dtype, device=device)
@@ -92,6 +94,7 @@ def prototype_distance(shape: Shape, dtype: torch.dtype, device: str) -> Case:
 
 
 def alignment_loss(shape: Shape, dtype: torch.dtype, device: str) -> Case:
+    """Contrastive and alignment loss of all modalities."""
     features, prototypes, targets = _features(shape, dtype, device)
     budgets = torch.linspace(1.0, 0.4, shape.modalities, device=device)
     call = lambda impl: iib_kernels.alignment_loss(features, prototypes, targets, budgets, impl=impl)[:2]
@@ -100,6 +103,7 @@ def alignment_loss(shape: Shape, dtype: torch.dtype, device: str) -> Case:
 
 
 def nearest_prototype(shape: Shape, dtype: torch.dtype, device: str) -> Case:
+    """Distance to the nearest prototype, all modalities."""
     features, prototypes, _ = _features(shape, dtype, device)
     call = lambda impl: (iib_kernels.nearest_prototype(features, prototypes, impl=impl).distance,)
     outputs = [torch.empty(shape.batch, shape.modalities, device=device), torch.empty(shape.batch, shape.modalities, dtype=torch.int64, device=device)]
@@ -107,6 +111,7 @@ def nearest_prototype(shape: Shape, dtype: torch.dtype, device: str) -> Case:
 
 
 def gated_fusion(shape: Shape, dtype: torch.dtype, device: str) -> Case:
+    """Fused logits under a prior and gate logits."""
     logits, gate, _ = _logits(shape, dtype, device)
     prior = torch.full((shape.modalities,), -0.5, device=device)
     call = lambda impl: iib_kernels.gated_fusion(logits, prior, gate_logits=gate, impl=impl)[:1]
@@ -115,6 +120,7 @@ def gated_fusion(shape: Shape, dtype: torch.dtype, device: str) -> Case:
 
 
 def fusion_cross_entropy(shape: Shape, dtype: torch.dtype, device: str) -> Case:
+    """Fused and unimodal cross-entropies under a prior and gate logits."""
     logits, gate, targets = _logits(shape, dtype, device)
     prior = torch.full((shape.modalities,), -0.5, device=device)
     call = lambda impl: iib_kernels.fusion_cross_entropy(logits, targets, prior, gate_logits=gate, impl=impl)[:2]
@@ -123,6 +129,7 @@ def fusion_cross_entropy(shape: Shape, dtype: torch.dtype, device: str) -> Case:
 
 
 def update_prototypes(shape: Shape, dtype: torch.dtype, device: str) -> Case:
+    """The moving average of one modality's prototypes, in place; it has no gradient."""
     (features, *_), (prototypes, *_), targets = _features(shape, dtype, device)
     features, counts = features.detach(), torch.ones(shape.classes, dtype=torch.int64, device=device)
     call = lambda impl: iib_kernels.update_prototypes(prototypes, counts, features, targets, impl=impl)

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from iibalance.cells import CLEAN, REFERENCE, Cell, CompareConfig, cell_files
 from iibalance.data.base import MultimodalData
 from iibalance.methods import method_class
 from iibalance.metrics import mean_and_stderr
@@ -22,17 +23,16 @@ LOW = "low data"
 GROUPS = ("clean", "missing", "noise", LOW)  # conditions of one kind are averaged over the modalities for ranks
 
 
-def summarise(folder: Path, config, sets: Mapping[str, MultimodalData], cells: Sequence, settings: Mapping, searched: Mapping, seconds: Mapping,
+def summarise(folder: Path, config: CompareConfig, sets: Mapping[str, MultimodalData], cells: Sequence[Cell], settings: Mapping, searched: Mapping, seconds: Mapping,
               failures: Mapping[str, str]) -> dict:
     """Everything that ``comparison.json`` holds, from the cells' files.
 
-    ``results`` has, for each data set and method, ``conditions`` -> metric -> [mean, standard error, values by seed], ``heads`` (each modality's accuracy on clean
+    ``results`` has, for each data set and method, ``conditions`` -> metric -> mean, standard error and values by seed, ``heads`` (each modality's accuracy on clean
     input, and ``utilisation``: over that of the same encoder trained alone with the same seed), the chosen setting and the step's seconds. ``ranks``: average rank over data sets
     by kind of condition, accuracy and NLL, of all methods but the focus's ablations, which ``ablations`` sets beside it. ``heads``: what the focus's heads have over encoders
-    trained alone, those of every method that trains them so. ``bootstrap``: the focus against the best of the others on each data set and kind. ``made_by``: how many of the tested cells each version of this code (a digest of its source) and of its libraries made.
+    trained alone, those of every method that trains them so. ``bootstrap``: the focus against the best of the others on each data set and kind. ``made_by``: how many of the tested
+    cells each version of this code (a digest of its source) and of its libraries made.
     """
-    from iibalance.compare import CLEAN, REFERENCE, cell_files
-
     focus = _focus(config)
     results: dict = {}
     made: dict[str, int] = {}
@@ -87,6 +87,11 @@ def group_means(entry: Mapping, metric: str) -> dict[str, dict[int, float]]:
         kind = condition if condition in GROUPS else condition.rsplit(" ", 1)[1]
         found.setdefault(kind, []).append(row[metric]["values"])
     return {kind: {seed: sum(row[seed] for row in rows) / len(rows) for seed in set.intersection(*(set(row) for row in rows))} for kind, rows in found.items()}
+
+
+def best_trial(tried: Mapping) -> int | str:
+    """The key of the trial that wins: the lowest mean validation NLL among those that most tuning seeds finished."""
+    return min(tried, key=lambda trial: (-tried[trial]["seeds"], tried[trial]["validation_nll"]))
 
 
 def ranks(results: Mapping) -> dict:
@@ -158,7 +163,7 @@ def paired_bootstrap(first: np.ndarray, second: np.ndarray, *, resamples: int, s
     return {"difference": float(difference.mean()), "low": float(low), "high": float(high), "p": float(min(1.0, 2 * (min(below, above) + 1) / (resamples + 1)))}
 
 
-def _bootstrap(folder: Path, config, cells: Sequence, results: Mapping, name: str, kind: str) -> dict:
+def _bootstrap(folder: Path, config: CompareConfig, cells: Sequence[Cell], results: Mapping, name: str, kind: str) -> dict:
     """The focus against the best other method by mean accuracy, and by mean NLL."""
     methods, focus = results[name], _focus(config)
     if focus not in methods:
@@ -178,7 +183,7 @@ def _bootstrap(folder: Path, config, cells: Sequence, results: Mapping, name: st
     return found
 
 
-def _focus(config) -> str:
+def _focus(config: CompareConfig) -> str:
     return method_class(config.focus).name if ":" in config.focus else config.focus
 
 
@@ -187,10 +192,8 @@ def is_ablation(method: str, focus: str) -> bool:
     return method.startswith(f"{focus}_")
 
 
-def _samples(folder: Path, cells: Sequence, name: str, method: str, kind: str, metric: str) -> dict[int, np.ndarray]:
+def _samples(folder: Path, cells: Sequence[Cell], name: str, method: str, kind: str, metric: str) -> dict[int, np.ndarray]:
     """seed -> per-sample values [N], averaged over the conditions of a kind."""
-    from iibalance.compare import CLEAN, cell_files
-
     found = {}
     for cell in cells:
         if cell.data != name or method_class(cell.method).name != method or (cell.kind == "low") != (kind == LOW):
@@ -198,7 +201,7 @@ def _samples(folder: Path, cells: Sequence, name: str, method: str, kind: str, m
         path = cell_files(folder, cell)[1]
         if not path.exists():
             continue
-        with np.load(path) as arrays:
+        with np.load(path, allow_pickle=False) as arrays:
             targets = arrays["targets"]
             names = [CLEAN] if kind in (CLEAN, LOW) else [key for key in arrays.files if key.endswith(f" {kind}")]
             values = []
@@ -231,8 +234,6 @@ def write_comparison(folder: Path, result: dict) -> None:
 
 def markdown(result: Mapping) -> str:
     """The tables: ranks, the focus against the best other method, and every data set."""
-    from iibalance.compare import best_trial
-
     focus, lines = result["focus"], ["# Comparison", ""]
     about = result.get("machine") or {}
     if about:

@@ -13,7 +13,8 @@ import torch
 
 from iibalance import InputError
 from iibalance.cli import run as cli
-from iibalance.compare import Cell, CompareConfig, CompareData, _choose, _settings, _run_config, cell_files, compare, run_cell
+from iibalance.cells import Cell, cell_files, run_cell, run_config
+from iibalance.compare import CompareConfig, CompareData, choose, compare, settings_of
 from iibalance.comparison import METRICS, ablations, group_means, heads_over_alone, is_ablation, markdown, paired_bootstrap, ranks
 from iibalance.config import ModelConfig
 from iibalance.methods import ABLATIONS, METHODS, make_method
@@ -143,7 +144,7 @@ def test_the_setting_with_the_lowest_mean_is_chosen_and_one_that_failed_once_is_
     (tmp_path / "cells").mkdir()
     for (seed, trial), value in nll.items():
         cell_files(tmp_path, Cell("two", "concat", seed, trial, "trial"))[0].write_text(json.dumps({"validation": {"nll": value, "accuracy": 0.5}}))
-    chosen, searched = _choose(tmp_path, trials, {"concat": [{"learning_rate": 1.0}, {"learning_rate": 2.0}]})
+    chosen, searched = choose(tmp_path, trials, {"concat": [{"learning_rate": 1.0}, {"learning_rate": 2.0}]})
     assert chosen == {("two", "concat"): best}
     for trial, row in searched["two", "concat"].items():
         values = [value for (_, number), value in nll.items() if number == trial]
@@ -178,7 +179,7 @@ def test_shared_trainings_are_made_once(npz, tmp_path):
     settings = config(npz, tmp_path)
     (tmp_path / "cells").mkdir()
     made = lambda: sorted(path.name.rsplit("-", 1)[0] for path in (tmp_path / "stages").glob("*.safetensors"))
-    run = lambda *methods: [run_cell(str(tmp_path), settings, Cell("two", method, 0, 0, "trial"), _settings(settings, "concat")[0]) for method in methods]
+    run = lambda *methods: [run_cell(str(tmp_path), settings, Cell("two", method, 0, 0, "trial"), settings_of(settings, "concat")[0]) for method in methods]
     run("unimodal", "ensemble", "mla", "iibalance", "iibalance_no_gate", "iibalance_no_prior")
     alone, folds = ["alone-0", "alone-1"], [f"fold-{fold}-{m}" for fold in range(3) for m in range(2)]
     assert made() == sorted([*alone, *folds, "joint"])
@@ -192,7 +193,7 @@ def test_shared_trainings_are_made_once(npz, tmp_path):
 
 def test_every_method_tries_the_same_learning_rates_and_decays(npz, tmp_path):
     settings = config(npz, tmp_path, trials=5)
-    drawn = {method: _settings(settings, method) for method in METHODS}
+    drawn = {method: settings_of(settings, method) for method in METHODS}
     rates = {tuple((row["learning_rate"], row["weight_decay"]) for row in rows) for rows in drawn.values()}
     assert len(rates) == 1 and len(set(next(iter(rates)))) == 5
     for name, rows in drawn.items():  # every value of the main parameter has its turn
@@ -200,7 +201,7 @@ def test_every_method_tries_the_same_learning_rates_and_decays(npz, tmp_path):
             assert tuple(row[parameter] for row in rows[:len(values)]) == values
     first = drawn["ogm_ge"][0]
     assert first["learning_rate"] == pytest.approx(settings.training.learning_rate) and first["alpha"] == make_method("ogm_ge").options.alpha
-    made = _run_config(settings, Cell("two", "iibalance", 0, 1, "test"), {"learning_rate": 0.1, "weight_decay": 0.2, "objective.alpha": 0.3})
+    made = run_config(settings, Cell("two", "iibalance", 0, 1, "test"), {"learning_rate": 0.1, "weight_decay": 0.2, "objective.alpha": 0.3})
     assert (made.training.learning_rate, made.training.weight_decay, made.objective.alpha, made.method_options) == (0.1, 0.2, 0.3, {})
 
 
@@ -261,7 +262,7 @@ def test_a_users_file_that_changed_is_trained_anew(npz, tmp_path):
 def test_a_cell_of_another_setting_is_made_anew(npz, tmp_path):
     """A trial that had failed and comes out best later changes the setting of the cells that follow."""
     settings, cell = config(npz, tmp_path), Cell("two", "sum", 0, 0, "test")
-    first, second = _settings(settings, "sum")
+    first, second = settings_of(settings, "sum")
     numbers = cell_files(tmp_path, cell)[0]
     (tmp_path / "cells").mkdir()
     seen = []
