@@ -19,10 +19,12 @@ def bandwidth() -> float | None:
 
 
 def pytest_benchmark_update_machine_info(config, machine_info) -> None:
+    """Record device, versions and commit with what is saved."""
     machine_info.update(timing.environment(DEVICE))
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
+    """Say at the end which cases could not be timed here."""
     terminalreporter.section("what was left out")
     for line in LEFT_OUT or ["nothing"]:
         terminalreporter.line(line)

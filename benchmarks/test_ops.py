@@ -45,6 +45,7 @@ def case_of(op: str, shape, dtype=torch.float32):
 
 @pytest.mark.parametrize("op, mode, shape, row", planned())
 def test_op(benchmark, bandwidth, op, mode, shape, row):
+    """Time one row; on a GPU, with the share of a copy's bandwidth that its least bytes reach."""
     torch._dynamo.reset()
     case = case_of(op, shape)
     call = timed(case, row, mode)
