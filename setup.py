@@ -28,7 +28,7 @@ setup(
     ],
     extras_require={
         "av": ["av", "soundfile", "Pillow"],
-        "test": ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6", "tensorboard"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "pytest-benchmark>=4", "hypothesis>=6", "tensorboard"],
     },
     entry_points={"console_scripts": ["iibalance = iibalance.__main__:main"]},
     classifiers=[

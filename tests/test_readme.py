@@ -13,7 +13,7 @@ PYTHON = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if
 
 def test_the_two_commands_stand_there():
     assert "pip install -c constraints.txt -e . && python -m iibalance train\n" in README
-    assert 'pip install -c constraints.txt -e ".[test]" && pytest\n' in README
+    assert 'pip install -c constraints.txt -e ".[test]" && pytest -n 2\n' in README
 
 
 def test_the_ten_lines_are_ten():
