@@ -12,10 +12,8 @@ Each runs as Triton kernels or as plain PyTorch (``impl=``); the kernels' autogr
 """
 from iib_kernels.alignment import AlignmentLossFunction, AlignmentOutput, alignment_loss
 from iib_kernels.fusion import FusionCrossEntropyFunction, FusionLossOutput, FusionOutput, GatedFusionFunction, fusion_cross_entropy, gated_fusion
-from iib_kernels.prototype import (
-    NearestOutput, NearestPrototypeFunction, PrototypeDistanceFunction, UpdatePrototypesFunction, class_sums, ema_from_sums, nearest_prototype,
-    prototype_distance, snapshot, update_prototypes,
-)
+from iib_kernels.prototype import NearestOutput, NearestPrototypeFunction, PrototypeDistanceFunction, nearest_prototype, prototype_distance
+from iib_kernels.update import UpdatePrototypesFunction, class_sums, ema_from_sums, snapshot, update_prototypes
 
 __version__ = "0.1.0"
 __all__ = [

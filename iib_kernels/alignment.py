@@ -328,7 +328,6 @@ def _call_backward(temperature, cosine, ignore_index, count, targets, budgets, m
                            grad_contrastive, grad_alignment))
 
 
-
 class AlignmentLossFunction(torch.autograd.Function):
     """(temperature, cosine, ignore_index, M, targets [B], budgets [M], mask, M features, M prototypes, M seen or none) -> C, A, q(y) and which rows count,
     each [B, M], and what backward needs. See :func:`alignment_loss`, which checks."""

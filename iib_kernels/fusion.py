@@ -355,7 +355,6 @@ def _call_backward(numbers, ignore_index, needs, mask, targets, temperature, unc
     return gate, rest, *grads
 
 
-
 def _save(ctx, numbers, ignore_index, targets, mask, log_prior, gate_logits, parameters, weights, statistics, logits) -> None:
     """What backward needs, and which gradients it is asked for later."""
     ctx.set_materialize_grads(False)

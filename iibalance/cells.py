@@ -26,9 +26,10 @@ from iibalance.loop import derive_seed
 from iibalance.methods import METHODS, make_method, own_source
 from iibalance.metrics import classification_metrics
 from iibalance.model import MultimodalClassifier, embed_split
-from iibalance.runs import fcntl, read_json, write_bytes, write_json
+from iibalance.pipeline import Run
+from iibalance.provenance import code_digest, versions
+from iibalance.runs import fcntl, file_digest, read_json, write_bytes, write_json
 from iibalance.stages import Stages, make_accelerator
-from iibalance.training import Run, code_digest, versions
 
 CLEAN = "clean"
 REFERENCE = "unimodal"  # whose heads are the encoders trained alone: every comparison has it
@@ -163,7 +164,7 @@ def run_cell(folder: str, config: CompareConfig, cell: Cell, setting: dict) -> N
     options, source = run_config(config, cell, setting), own_source(cell.method)
     data = load_data(options.data)
     method = make_method(cell.method, options)
-    digest = hashlib.sha256(Path(options.data.path).expanduser().read_bytes()).hexdigest() if options.data.path else None
+    digest = file_digest(Path(options.data.path).expanduser()) if options.data.path else None
     about = {"data": asdict(options.data), "sha256": digest, "model": asdict(config.model), "budgets": asdict(options.budgets)}
     stages = SharedStages(folder, about, options.training, seed=cell.seed, source=source)
     folds = Run.folds_of(method, options, data.train)

@@ -4,13 +4,12 @@ Cells (one method, data set, seed) are independent: a comparison that was killed
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,9 +23,10 @@ from iibalance.data.base import MultimodalData
 from iibalance.errors import InputError
 from iibalance.loop import derive_seed
 from iibalance.methods import method_class
-from iibalance.runs import fcntl, read_json, write_json, write_text
+from iibalance.provenance import versions
+from iibalance.runs import fcntl, file_digest, read_json, write_json, write_text
 from iibalance.step_time import time_steps
-from iibalance.training import check_options, versions
+from iibalance.training import check_options
 from iibalance.workers import run_cells
 
 __all__ = ["CompareConfig", "CompareData", "compare"]
@@ -150,7 +150,7 @@ def _describe(folder: Path, config: CompareConfig, sets: dict[str, MultimodalDat
     """Write the comparison's options; where they stand already they must be the same, but for those that change no cell."""
     values = asdict(config) | {key: None for key in FREE}
     values["training"]["progress"] = False
-    digests = {name: hashlib.sha256(Path(data.path).expanduser().read_bytes()).hexdigest() if data.path else None for name, data in config.data.items()}
+    digests = {name: file_digest(Path(data.path).expanduser()) if data.path else None for name, data in config.data.items()}
     path = folder / "compare.yaml"
     if path.exists():
         before = yaml.safe_load(path.read_text(encoding="utf-8"))

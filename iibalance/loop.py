@@ -9,7 +9,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from iibalance.averaging import WeightAverage
 from iibalance.config import TrainingConfig
 from iibalance.data.base import Split, identity
 from iibalance.data.corruption import drop_modalities
-from iibalance.methods.base import Method
+from iibalance.methods.base import Method, clip_gradients
 from iibalance.metrics import classification_metrics
 from iibalance.model import evaluating
 from iibalance.runs import RunFolder
@@ -262,27 +262,6 @@ def _train_epoch(model, loader, optimizer, accelerator, training, seed, epoch, e
         raise FloatingPointError(f"training.learning_rate: the loss became {row['train.loss']} in epoch {epoch + 1}; lower it (in effect here: {training.learning_rate})")
     bar.set_postfix(epoch=epoch + 1, loss=f"{row['train.loss']:.3f}")
     return {**row, "learning_rate": rate}
-
-
-@torch.no_grad()
-def clip_gradients(groups: Sequence[Sequence[Tensor]], norm: float) -> None:
-    """Scale the gradients of each group of parameters down to ``norm`` where they are longer: ``clip_grad_norm_``, group by group.
-
-    On the CPU all norms are taken in one pass and only what is too long is touched: 0.2 against 0.8 ms for six small encoders.
-    """
-    if any(value.device.type != "cpu" for values in groups for value in values):
-        for values in groups:
-            torch.nn.utils.clip_grad_norm_(values, norm)
-        return
-    groups = [[value.grad for value in values if value.grad is not None] for values in groups]
-    flat = [grad for grads in groups for grad in grads]
-    if not flat:
-        return
-    norms = torch.stack(torch._foreach_norm(flat)).double().square().split([len(grads) for grads in groups])
-    for grads, squares in zip(groups, norms):
-        length = math.sqrt(float(squares.sum()))
-        if length > norm:
-            torch._foreach_mul_(grads, norm / (length + 1e-6))
 
 
 def _score(outputs: Outputs, validation: Split, modalities: tuple[str, ...]) -> dict:

@@ -282,7 +282,7 @@ def _write_manifest(folder: Path) -> None:
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _digest(path, sync=True)}
+            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": file_digest(path, sync=True)}
         elif path.is_dir():
             _sync_folder(path)
     write_json(folder / MANIFEST, {"files": files})  # and with it the folder itself
@@ -302,11 +302,12 @@ def _verify_manifest(folder: Path, remedy: str) -> None:
         if found != size:
             word = "truncated" if found < size else "too long"
             raise InputError(f"{path}: is {word}: {found} bytes, manifest says {size}; {remedy}")
-        if _digest(path) != digest:
+        if file_digest(path) != digest:
             raise InputError(f"{path}: is damaged: its sha256 is not the manifest's; {remedy}")
 
 
-def _digest(path: Path, sync: bool = False) -> str:
+def file_digest(path: PathLike, sync: bool = False) -> str:
+    """The sha256 of a file, in hexadecimal; with ``sync`` the file is on the disk before it is returned."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):

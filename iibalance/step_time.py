@@ -13,11 +13,10 @@ from tqdm.auto import tqdm
 from iibalance.averaging import WeightAverage
 from iibalance.config import RunConfig
 from iibalance.data.base import MultimodalData
-from iibalance.loop import clip_gradients
 from iibalance.methods import Method, make_method
+from iibalance.pipeline import Run
 from iibalance.runs import read_json, write_json
 from iibalance.stages import alone_model, make_accelerator, only
-from iibalance.training import Run
 
 
 def time_steps(
@@ -74,18 +73,12 @@ def _stepper(config: RunConfig, data: MultimodalData, batch_size: int) -> Callab
             model(split.inputs, split.targets, mask=None if bool(split.mask.all()) else split.mask, progress=0.9)
         batch = split.__getitems__(rows % len(split))
         average = WeightAverage(model, 100.0) if hooks.averaging else None
-        work.append((model, hooks, optimizer, hooks.clip_groups(model), average, batch._replace(mask=None) if bool(batch.mask.all()) else batch))
+        work.append((model, hooks, optimizer, average, batch._replace(mask=None) if bool(batch.mask.all()) else batch))
 
     def step() -> float:
         started = time.perf_counter()
-        for model, hooks, optimizer, clip, average, batch in work:
-            output = model(batch.inputs, batch.targets, mask=batch.mask, progress=0.9)
-            hooks.backward(hooks.loss(output, model, batch, 0.9), model, batch, output)
-            hooks.after_backward(model, batch, output)
-            clip_gradients(clip, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            hooks.after_step(model, batch, output)
+        for model, hooks, optimizer, average, batch in work:
+            hooks.step(model, optimizer, batch, progress=0.9, max_gradient_norm=1.0)
             if average is not None:
                 average.update()
         return time.perf_counter() - started

@@ -21,10 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-import iib_kernels.alignment
-import iib_kernels.fusion
-import iib_kernels.prototype
-from iib_kernels import _runtime, _tuning
+from iib_kernels import _runtime, _tuning  # and with them the operators, torch.ops.iib
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

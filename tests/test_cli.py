@@ -20,7 +20,7 @@ import torch
 import yaml
 
 import iibalance
-from iibalance import cli, loop, training
+from iibalance import cli, loop, pipeline
 from iibalance.config import RunConfig, load_config
 from iibalance.data import load_data
 from iibalance.runs import read_model
@@ -376,8 +376,8 @@ def test_modality_dropout_hides_modalities_in_training_alone(data, tmp_path, mon
 
 def test_groups_keep_speakers_apart_in_splits_and_folds(tmp_path, monkeypatch):
     path, folds = synthetic.write(tmp_path / "clips.npz"), []
-    make = training.make_folds
-    monkeypatch.setattr(training, "make_folds", lambda *more, **options: folds.append((options["groups"], make(*more, **options))) or folds[-1][1])
+    make = pipeline.make_folds
+    monkeypatch.setattr(pipeline, "make_folds", lambda *more, **options: folds.append((options["groups"], make(*more, **options))) or folds[-1][1])
     run("train", "--data.name", "npz", "--data.path", path, "--data.groups", "speaker", "--output", tmp_path / "run", *SMALL, "--training.alone", "false",
         "--budgets.source", "probe")
     data = load_data(load_config(tmp_path / "run" / "config.yaml").data)
@@ -414,16 +414,16 @@ TWO_PROCESSES = """
 import sys
 import torch
 from accelerate import PartialState
-from iibalance import cli, training
+from iibalance import cli, pipeline
 
-built = training.Run.train_joint
+built = pipeline.Run.train_joint
 
 def train_joint(self, budgets):
     result = built(self, budgets)
     torch.save({"weights": result[0].state_dict(), "history": result[1]}, f"{sys.argv[1]}.{PartialState().process_index}")
     return result
 
-training.Run.train_joint = train_joint
+pipeline.Run.train_joint = train_joint
 sys.exit(cli.run(sys.argv[2:]))
 """
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from iibalance.data import DataConfig, Split, Standardizer, identity, infer_layout, load_data
-from iibalance.data.base import check_layout, statistic_shape
+from iibalance.data.base import check_layout
 from iibalance.data.splitting import hold_out
 from iibalance.errors import InputError
 

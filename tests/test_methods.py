@@ -519,7 +519,7 @@ def test_what_the_gate_is_calibrated_on():
 
 
 def test_gradients_are_clipped_group_by_group():
-    from iibalance.loop import clip_gradients
+    from iibalance.methods.base import clip_gradients
 
     def parameters():
         generator = torch.Generator().manual_seed(0)
@@ -536,3 +536,19 @@ def test_gradients_are_clipped_group_by_group():
     for one, other in zip(ours[:3], theirs):
         torch.testing.assert_close(one.grad, other.grad)
     assert ours[3].grad is None and ours[0].grad.norm() < 1.0001 and torch.equal(ours[2].grad, parameters()[2].grad)
+
+
+@pytest.mark.parametrize("limit, moved", [(0.0, 20.0), (1.0, 1.0), (100.0, 20.0)])
+def test_a_step_of_ones_own_loop_clips_where_it_is_asked_to(limit, moved):
+    class Steep(Method):
+        """The loss 20 times one weight: its gradient is as long as that."""
+        name = "steep"
+
+        def loss(self, output, model, batch, progress):
+            return 20.0 * model.encoders[0].weight[0, 0]
+
+    model = MultimodalClassifier({m: nn.Linear(5, 5) for m in DIMS}, 4)
+    before = model.encoders[0].weight[0, 0].item()
+    split = draw(count=8)
+    Steep(RunConfig()).step(model, torch.optim.SGD(model.parameters(), lr=1.0), split.__getitems__(range(8)), max_gradient_norm=limit)
+    assert before - model.encoders[0].weight[0, 0].item() == pytest.approx(moved, rel=1e-5)

@@ -723,7 +723,6 @@ def test_qmf_ranks_confidences_by_the_running_mean_of_the_own_losses(count):
     assert zero == 2 * count  # no sample of the first epoch's batches has a history yet
 
 
-
 @pytest.mark.parametrize("perfect", [True, False])
 def test_qmf_ranks_among_the_samples_that_have_the_modality(perfect):
     """``perfect``: one sample of each modality has a history of 0, so that samples without any cannot move the scale's lower end."""

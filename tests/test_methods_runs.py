@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import iibalance
-from iibalance import InputError, RunConfig, loop, training
+from iibalance import InputError, RunConfig, loop, pipeline
 from iibalance.config import BudgetConfig, DataConfig, ModelConfig, TrainingConfig
 from iibalance.methods import METHODS
 from iibalance.training import train
@@ -86,7 +86,7 @@ def test_training_starts_from_the_models_of_the_budget_stage(npz, tmp_path, monk
         assert not torch.equal(next(model.encoders[m].parameters()), next(folds[1].encoders[m].parameters()))
     run("probe", budgets=BudgetConfig(source="probe"))
     assert len(seen) == 1
-    monkeypatch.setattr(training.Run, "train_joint", lambda self, budgets: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(pipeline.Run, "train_joint", lambda self, budgets: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run("stopped")
     monkeypatch.undo()

@@ -21,6 +21,7 @@ from iibalance.methods.mslr import MSLR
 from iibalance.methods.ogm_ge import OGMGE
 from iibalance.methods.pmr import PMR
 from iibalance.methods.qmf import QMF
+from iibalance.runs import file_digest
 
 __all__ = ["ABLATIONS", "METHODS", "Method", "make_method", "own_source"]
 
@@ -70,7 +71,7 @@ def own_source(name: str) -> str | None:
     if name in METHODS:
         return None
     file = getattr(sys.modules[method_class(name).__module__], "__file__", None)
-    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    return None if file is None else file_digest(file)[:16]
 
 
 def _module(place: str):

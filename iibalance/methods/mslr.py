@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from iibalance.methods.base import groups_by_modality
 from iibalance.methods.late import Sum
