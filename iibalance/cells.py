@@ -71,7 +71,8 @@ class CompareConfig:
     strength: float = 3.0
     """Noise of the noisy conditions, in standard deviations of the training inputs."""
     low_data: float = 0.25
-    """Share of the training samples in the low-data condition, for which every method is trained once more; 0 = leave it out."""
+    """Share of the training samples in the low-data condition, for which every method is trained once more; 0 = leave it out. They are drawn with the data's
+    ``split_seed`` and are the same for every seed and method: errors over seeds do not cover which ones they are."""
     low_data_seeds: Optional[int] = None
     """Seeds of the low-data condition; all of them by default."""
     bootstrap: int = 2000
@@ -160,7 +161,8 @@ def run_cell(folder: str, config: CompareConfig, cell: Cell, setting: dict) -> N
     numbers, predictions = cell_files(folder, cell)
     if stands(folder, cell, setting):
         return
-    numbers.unlink(missing_ok=True)  # of another setting, or of what a user's file was before
+    for path in (numbers, predictions):
+        path.unlink(missing_ok=True)  # of another setting, or of what a user's file was before
     options, source = run_config(config, cell, setting), own_source(cell.method)
     data = load_data(options.data)
     method = make_method(cell.method, options)
@@ -228,7 +230,7 @@ class SharedStages(Stages):
     def path(self, name: str, key: dict, epochs: int) -> Path:
         training = {option: value for option, value in asdict(self.training).items() if option not in ("alone", "progress", "checkpoint_seconds")}
         own = [] if self.source is None or name.startswith(("alone-", "fold-")) else [self.source]  # a user's method changes no training of encoders alone
-        text = json.dumps([name, key, epochs, self.seed, training, self.about, *own], sort_keys=True, default=str)
+        text = json.dumps([name, key, epochs, self.seed, training, self.about, code_digest(), *own], sort_keys=True, default=str)
         return self.cache / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
 
     def fit(self, name: str, build, train: Split, validation: Split | None, *, epochs: int, key: dict | None = None, **options):

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from iibalance.cells import Cell, CompareConfig, CompareData, cell_files, data_config, locked, run_config
-from iibalance.comparison import best_trial, summarise, write_comparison
+from iibalance.comparison import best_trial, focus_name, summarise, write_comparison
 from iibalance.data import load_data
 from iibalance.data.base import MultimodalData
 from iibalance.errors import InputError
@@ -91,7 +91,7 @@ def settings_of(config: CompareConfig, method: str) -> list[dict]:
 
 def _tuned_as(name: str) -> str:
     """The method whose settings this one takes: an ablation those of what it is an ablation of."""
-    return method_class(name).tuned_as or name
+    return method_class(name).tuned_as or method_class(name).ablation_of or name
 
 
 def _defined(name: str, data: MultimodalData) -> bool:
@@ -142,25 +142,28 @@ def _check(config: CompareConfig) -> None:
     for label in labels:
         if labels.count(label) > 1:
             raise InputError(f"methods: two are called {label}; give yours another name")
-    if config.focus not in labels:
+    if focus_name(config) not in labels:
         raise InputError(f"focus: {config.focus} is none of the methods compared ({', '.join(labels)})")
 
 
 def _describe(folder: Path, config: CompareConfig, sets: dict[str, MultimodalData]) -> None:
-    """Write the comparison's options; where they stand already they must be the same, but for those that change no cell."""
+    """Write the comparison's options and what starts it; where they stand already they must be the same, but for those that change no cell."""
     values = asdict(config) | {key: None for key in FREE}
     values["training"]["progress"] = False
     digests = {name: file_digest(Path(data.path).expanduser()) if data.path else None for name, data in config.data.items()}
-    path = folder / "compare.yaml"
+    path, run = folder / "compare.yaml", folder / "run.json"
+    start = {"command": sys.argv, "python": platform.python_version(), "machine": platform.platform(), "cores": os.cpu_count(), "versions": versions(),
+             "date": time.strftime("%Y-%m-%d")}
     if path.exists():
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
         for key, value in values.items():
             if before.get(key) != json.loads(json.dumps(value)):
                 raise InputError(f"{key}: differs from that of the comparison in {folder} ({before.get(key)!r}); give it another output, or the same options")
-        first = read_json(folder / "run.json")
+        first = read_json(run)
         if first["data_sha256"] != digests:
             raise InputError(f"data: a file is not the one that the comparison in {folder} was started on (its sha256 differs)")
+        starts = [*first.get("starts", []), *([] if start in first.get("starts", []) else [start])]
+        write_json(run, {"starts": starts, "data_sha256": digests})
         return
-    write_json(folder / "run.json", {"command": sys.argv, "python": platform.python_version(), "machine": platform.platform(), "cores": os.cpu_count(),
-                                     "versions": versions(), "data_sha256": digests, "date": time.strftime("%Y-%m-%d")})
+    write_json(run, {"starts": [start], "data_sha256": digests})
     write_text(path, yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False))

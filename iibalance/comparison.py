@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.style
@@ -20,6 +20,7 @@ from iibalance.runs import read_json, write_bytes, write_json, write_text
 
 METRICS = ("accuracy", "macro_f1", "nll", "ece")
 LOW = "low data"
+TIE = 1e-9  # means no further apart are equal: the same numbers, added in another order
 GROUPS = ("clean", "missing", "noise", LOW)  # conditions of one kind are averaged over the modalities for ranks
 
 
@@ -29,11 +30,11 @@ def summarise(folder: Path, config: CompareConfig, sets: Mapping[str, Multimodal
 
     ``results`` has, for each data set and method, ``conditions`` -> metric -> mean, standard error and values by seed, ``heads`` (each modality's accuracy on clean
     input, and ``utilisation``: over that of the same encoder trained alone with the same seed), the chosen setting and the step's seconds. ``ranks``: average rank over data sets
-    by kind of condition, accuracy and NLL, of all methods but the focus's ablations, which ``ablations`` sets beside it. ``heads``: what the focus's heads have over encoders
+    by kind of condition, accuracy and NLL, of all methods but the ablations of one of them; ``ablations`` sets the focus's beside it. ``heads``: what the focus's heads have over encoders
     trained alone, those of every method that trains them so. ``bootstrap``: the focus against the best of the others on each data set and kind. ``made_by``: how many of the tested
     cells each version of this code (a digest of its source) and of its libraries made.
     """
-    focus = _focus(config)
+    focus, parts = focus_name(config), ablation_names(dict.fromkeys(cell.method for cell in cells))
     results: dict = {}
     made: dict[str, int] = {}
     for cell in cells:
@@ -68,14 +69,14 @@ def summarise(folder: Path, config: CompareConfig, sets: Mapping[str, Multimodal
             times = timed.get(method, [])
             entry["seconds_a_step"] = _spread(dict(enumerate(times)))
     return {
-        "focus": focus, "seeds": config.seeds, "tuning_seeds": config.tuning_seeds, "epochs": {name: data.epochs or config.epochs for name, data in config.data.items()},
+        "focus": focus, "seeds": config.seeds, "low_data_seeds": len({cell.seed for cell in cells if cell.kind == "low"}), "tuning_seeds": config.tuning_seeds, "epochs": {name: data.epochs or config.epochs for name, data in config.data.items()},
         "trials": [{"data": data, "method": method_class(method).name, "tried": rows} for (data, method), rows in searched.items()],
         "samples": {name: {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)} for name, data in sets.items()},
         "modalities": {name: list(data.modalities) for name, data in sets.items()},
-        "results": results, "ranks": ranks({name: {method: entry for method, entry in methods.items() if not is_ablation(method, focus)} for name, methods in results.items()}),
-        "ablations": ablations(results, focus),
+        "results": results, "ranks": ranks({name: {method: entry for method, entry in methods.items() if method not in parts} for name, methods in results.items()}),
+        "ablations": ablations(results, focus, [method for method, whole in parts.items() if whole == focus]),
         "heads": heads_over_alone(results, focus, list(dict.fromkeys(method_class(cell.method).name for cell in cells if not method_class(cell.method).joint))),
-        "bootstrap": {name: {kind: found for kind in GROUPS if (found := _bootstrap(folder, config, cells, results, name, kind))} for name in results},
+        "bootstrap": {name: {kind: found for kind in GROUPS if (found := _bootstrap(folder, config, cells, results, name, kind, parts))} for name in results},
         "made_by": made, "failures": dict(failures),
     }
 
@@ -103,17 +104,17 @@ def ranks(results: Mapping) -> dict:
             for kind in GROUPS:
                 values = {method: sign * sum(row[kind].values()) / len(row[kind]) for method, row in means.items() if row.get(kind)}
                 for method, value in values.items():
-                    better = sum(other < value for other in values.values())
-                    equal = sum(other == value for other in values.values())
+                    better = sum(other < value - TIE for other in values.values())
+                    equal = sum(abs(other - value) <= TIE for other in values.values())
                     table.setdefault(kind, {}).setdefault(metric, {}).setdefault(method, []).append(better + (equal + 1) / 2)
     return {kind: {metric: {method: {"rank": sum(places) / len(places), "sets": len(places)} for method, places in sorted(rows.items(), key=lambda item: sum(item[1]) / len(item[1]))}
                    for metric, rows in by_metric.items()} for kind, by_metric in table.items()}
 
 
-def ablations(results: Mapping, focus: str) -> dict:
+def ablations(results: Mapping, focus: str, names: Sequence[str]) -> dict:
     """kind -> metric -> ablation -> spread over seeds of (ablation - focus), averaged over the data sets: below 0 in accuracy and above 0 in NLL, the piece helps."""
     table: dict = {}
-    for method in dict.fromkeys(method for methods in results.values() for method in methods if is_ablation(method, focus)):
+    for method in names:
         for metric in METRICS:
             by_seed: dict[str, dict[int, list[float]]] = {}
             for methods in results.values():
@@ -163,14 +164,14 @@ def paired_bootstrap(first: np.ndarray, second: np.ndarray, *, resamples: int, s
     return {"difference": float(difference.mean()), "low": float(low), "high": float(high), "p": float(min(1.0, 2 * (min(below, above) + 1) / (resamples + 1)))}
 
 
-def _bootstrap(folder: Path, config: CompareConfig, cells: Sequence[Cell], results: Mapping, name: str, kind: str) -> dict:
-    """The focus against the best other method by mean accuracy, and by mean NLL."""
-    methods, focus = results[name], _focus(config)
+def _bootstrap(folder: Path, config: CompareConfig, cells: Sequence[Cell], results: Mapping, name: str, kind: str, parts: Mapping[str, str]) -> dict:
+    """The focus against the best other method by mean accuracy, and by mean NLL; ``parts`` are no others (see :func:`ablation_names`)."""
+    methods, focus = results[name], focus_name(config)
     if focus not in methods:
         return {}
     found = {}
     for metric, sign in (("accuracy", -1), ("nll", 1)):
-        means = {method: group_means(entry, metric).get(kind) for method, entry in methods.items() if method == focus or not is_ablation(method, focus)}
+        means = {method: group_means(entry, metric).get(kind) for method, entry in methods.items() if method == focus or method not in parts}
         means = {method: sign * sum(row.values()) / len(row) for method, row in means.items() if row}
         others = {method: value for method, value in means.items() if method != focus}
         if focus not in means or not others:
@@ -183,13 +184,20 @@ def _bootstrap(folder: Path, config: CompareConfig, cells: Sequence[Cell], resul
     return found
 
 
-def _focus(config: CompareConfig) -> str:
+def focus_name(config: CompareConfig) -> str:
+    """The focus as it is called in the results."""
     return method_class(config.focus).name if ":" in config.focus else config.focus
 
 
-def is_ablation(method: str, focus: str) -> bool:
-    """Whether ``method`` is a variant of the focus: ``iibalance_no_gate`` of ``iibalance``."""
-    return method.startswith(f"{focus}_")
+def ablation_names(methods: Iterable[str]) -> dict[str, str]:
+    """Ablation -> the method that it lacks a piece of, for those of ``methods`` whose whole is one of them too.
+
+    >>> ablation_names(["iibalance", "iibalance_no_gate", "ensemble", "ensemble_gated"])
+    {'iibalance_no_gate': 'iibalance'}
+    """
+    kinds = list(map(method_class, methods))
+    names = {kind.name for kind in kinds}
+    return {kind.name: kind.ablation_of for kind in kinds if kind.ablation_of in names}
 
 
 def _samples(folder: Path, cells: Sequence[Cell], name: str, method: str, kind: str, metric: str) -> dict[int, np.ndarray]:
@@ -198,8 +206,8 @@ def _samples(folder: Path, cells: Sequence[Cell], name: str, method: str, kind: 
     for cell in cells:
         if cell.data != name or method_class(cell.method).name != method or (cell.kind == "low") != (kind == LOW):
             continue
-        path = cell_files(folder, cell)[1]
-        if not path.exists():
+        numbers, path = cell_files(folder, cell)
+        if not (numbers.exists() and path.exists()):
             continue
         with np.load(path, allow_pickle=False) as arrays:
             targets = arrays["targets"]
@@ -235,11 +243,11 @@ def write_comparison(folder: Path, result: dict) -> None:
 def markdown(result: Mapping) -> str:
     """The tables: ranks, the focus against the best other method, and every data set."""
     focus, lines = result["focus"], ["# Comparison", ""]
-    about = result.get("machine") or {}
-    if about:
+    for about in (result.get("machine") or {}).get("starts", []):  # the first, and each by which the comparison was gone on with
         packages = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if number)
         lines += [f"{about['date']}, {about['machine']}, {about['cores']} cores, Python {about['python']}, {packages}.", "", f"Command: `{' '.join(about['command'])}`", ""]
-    lines += [f"{result['seeds']} seeds; mean +- standard error over seeds. Accuracy and F1 in %, NLL in nats. Settings were chosen by validation NLL with {_seeds(result['tuning_seeds'])}, the same number of trials "
+    low = f" (low data: {_count(result['low_data_seeds'])})" if result["low_data_seeds"] not in (0, result["seeds"]) else ""
+    lines += [f"{_count(result['seeds'])}{low}; mean +- standard error over seeds. Accuracy and F1 in %, NLL in nats. Settings were chosen by validation NLL with {_seeds(result['tuning_seeds'])}, the same number of trials "
               "for every method; the test split was used once, at the end.", ""]
     kinds = [kind for kind in GROUPS if kind in result["ranks"]]
     if len(result["made_by"]) > 1:
@@ -322,6 +330,10 @@ def _heads_table(result: Mapping) -> list[str]:
         far = sum(row["error"] is not None and row["mean"] < -2 * row["error"] for row in low)
         counts.append(f"{len(found) - len(low)} of {len(found)}, {far}")
     return [*lines, "| level or above; below by more than two standard errors | | " + " | ".join(counts) + " |"]
+
+
+def _count(seeds: int) -> str:
+    return "1 seed" if seeds == 1 else f"{seeds} seeds"
 
 
 def _seeds(count: int) -> str:

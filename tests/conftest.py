@@ -72,6 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.dist, config.option.loadscopereorder = "loadgroup", False
 
 
+@pytest.hookimpl(tryfirst=True)  # the groups must be there when pytest-xdist reads them
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = lambda item: item.get_closest_marker("slow") is not None
     waits = lambda item: item.path.name == "test_triton_aot.py"

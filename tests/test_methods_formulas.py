@@ -622,7 +622,7 @@ def test_greedy_passes_nothing_to_the_other_encoder_in_a_rebalancing_step(caring
     run(model, batch)
     for m in range(2):
         np.testing.assert_allclose(getattr(model.head, f"average_{m}"), 0.1 * z[m].mean(0), atol=1e-6)
-    model.eval()  # the averages stay
+    model.head.momentum = 1.0  # the averages stay
     for rebalance in (None, caring):
         model.head.rebalance = rebalance
         replaced = None if rebalance is None else 1 - rebalance
@@ -648,6 +648,21 @@ def test_greedy_steps_start_and_resume_rebalancing():
     assert caring is not None
     method.before_epoch(model, draw(), 0.5)
     assert model.head.rebalance == caring
+
+
+def test_greedy_predicts_alike_between_rebalancing_steps_and_others():
+    method, model = ready("greedy", alpha=1e-9)
+    optimizer, batch = torch.optim.SGD(method.parameter_groups(model), lr=0.1), draw().batch()
+    with torch.no_grad():
+        model.head.squeeze.bias.add_(1)  # no dead unit
+    method.step(model, optimizer, batch, progress=0.1)
+    assert model.head.rebalance is not None  # so epochs end, and are scored, more often than not
+    whole = sum(greedy_logits(model, batch, branch) for branch in range(2)) / 2
+    replaced = sum(greedy_logits(model, batch, branch, 1 - model.head.rebalance) for branch in range(2)) / 2
+    assert (whole - replaced).abs().max() > 1e-3
+    close(model(batch.inputs).logits, whole, 1e-6)
+    close(model.eval()(batch.inputs).logits, whole, 1e-6)
+    close(model(batch.inputs, batch.targets).logits, whole, 1e-6)
 
 
 # -- QMF

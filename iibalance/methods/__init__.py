@@ -5,7 +5,9 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 from iibalance.config import RunConfig
 from iibalance.errors import InputError
@@ -70,7 +72,13 @@ def own_source(name: str) -> str | None:
     """A digest of the file that defines a method of the user's own, so that its results are not taken for those of a later version; None for ours."""
     if name in METHODS:
         return None
-    file = getattr(sys.modules[method_class(name).__module__], "__file__", None)
+    return _source(sys.modules[method_class(name).__module__])
+
+
+@cache
+def _source(module: ModuleType) -> str | None:
+    """The digest of a module's file when it was first asked for: what is imported stays what it is when the file changes."""
+    file = getattr(module, "__file__", None)
     return None if file is None else file_digest(file)[:16]
 
 
@@ -80,7 +88,8 @@ def _module(place: str):
     path = Path(place).expanduser().resolve()
     if not path.is_file():
         raise InputError(f"method: {place}: no such file")
-    name = f"iibalance_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:16]  # a file that has changed is another module
+    name = f"iibalance_user_{path.stem}_{digest}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         module = importlib.util.module_from_spec(spec)

@@ -48,7 +48,8 @@ class Method:
     defaults: ClassVar[dict[str, float]] = {}  #: the method's own parameters
     search: ClassVar[dict[str, tuple[float, ...]]] = {}  #: the main one of them and what a comparison tries; a dotted name is an option of the run
 
-    tuned_as: ClassVar[str | None] = None  #: a method whose settings a comparison gives to this one instead of tuning it: what it is an ablation of
+    tuned_as: ClassVar[str | None] = None  #: a method whose settings a comparison gives to this one instead of tuning it
+    ablation_of: ClassVar[str | None] = None  #: the method that this one lacks a piece of: it takes its settings too, is set beside it, and has no rank of its own
 
     def __init__(self, config: RunConfig | None = None, **options: float):
         self.config = RunConfig() if config is None else config

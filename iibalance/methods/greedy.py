@@ -23,7 +23,7 @@ class GreedyHead(nn.Module):
     """Two branches that see each other through one multimodal transfer module (squeeze and excitation); the prediction is the mean of their logits.
 
     With embeddings z_0, z_1: joint = ReLU(W [z_0, z_1] + b), h_m = 2 sigmoid(W_m joint + b_m) * z_m, branch m's logits are linear in h_m. In a re-balancing step for
-    modality c (``rebalance``) the other one's embedding enters the joint squeeze as its running average, so that nothing passes from it to branch c.
+    modality c (``rebalance``, of training alone) the other one's embedding enters the joint squeeze as its running average, so that nothing passes from it to branch c.
     A missing modality enters as its running average too, and the prediction is then the other branch's own.
 
     >>> head = GreedyHead({"audio": 4, "visual": 2}, num_classes=3)
@@ -45,13 +45,13 @@ class GreedyHead(nn.Module):
         self.register_buffer("log_temperature", torch.zeros(()))
         self.register_buffer("own_temperature", torch.ones(len(sizes)))
 
-    def heads(self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None = None) -> list[Tensor]:
-        """Both branches' logits, M of [B, K]; rows of a missing modality are 0."""
+    def heads(self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None = None, rebalance: int | None = None) -> list[Tensor]:
+        """Both branches' logits, M of [B, K]; rows of a missing modality are 0. With ``rebalance`` the other modality is its average in what they are told."""
         embeddings = present_only(as_sequence(embeddings, self.modalities, "embeddings"), mask)
         context = []
         for index, values in enumerate(embeddings):
             average = getattr(self, f"average_{index}").to(values.dtype).expand_as(values)
-            if self.rebalance is not None and index != self.rebalance:
+            if rebalance is not None and index != rebalance:
                 context.append(average)
             else:
                 context.append(values if mask is None else torch.where(mask[:, index, None], values, average))
@@ -71,14 +71,7 @@ class GreedyHead(nn.Module):
 
     def own(self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None = None) -> list[Tensor]:
         """Each branch's logits where the other modality is its average."""
-        before, result = self.rebalance, []
-        try:
-            for index in range(len(self.classifiers)):
-                self.rebalance = index
-                result.append(self.heads(embeddings, mask)[index])
-        finally:
-            self.rebalance = before
-        return result
+        return [self.heads(embeddings, mask, index)[index] for index in range(len(self.classifiers))]
 
     def forward(
         self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], targets: Tensor | None = None, *, mask: Tensor | None = None, progress: float = 1.0
@@ -87,7 +80,7 @@ class GreedyHead(nn.Module):
         if targets is None:
             return self.fuse(embeddings, mask)
         embeddings = as_sequence(embeddings, self.modalities, "embeddings")
-        logits = self.heads(embeddings, mask)
+        logits = self.heads(embeddings, mask, self.rebalance if self.training else None)
         losses = own_cross_entropies(logits, targets, mask)
         if self.training:
             self._average(embeddings, mask)
@@ -171,7 +164,6 @@ class Greedy(Method):
     @torch.no_grad()
     def calibrate(self, model: MultimodalClassifier, train: Split, validation: Split, out_of_fold: HeldOut | None, seed: int) -> None:
         head = model.head
-        head.rebalance = None
         embeddings, mask = embed_split(model, validation), validation.mask.to(head.log_temperature.device)
         head.log_temperature.add_(torch.tensor(fit_temperature(head.fuse(embeddings, mask).logits.cpu(), validation.targets)).log())
         for index, values in enumerate(head.own(embeddings, mask)):

@@ -105,7 +105,7 @@ class NoPrior(IIBalance):
     """Ablation: the budgets do not enter the fusion (they still condition the alignment)."""
 
     name = "iibalance_no_prior"
-    tuned_as = "iibalance"
+    ablation_of = "iibalance"
 
     def fit_gate(self, head: IIBalanceHead, out_of_fold: HeldOut | None, validation: HeldOut) -> None:
         calibrate(head, out_of_fold, validation, self.config.calibration, prior_strength=0.0)
@@ -115,7 +115,7 @@ class NoAlignment(IIBalance):
     """Ablation: beta = 0, the prototype contrastive loss alone."""
 
     name = "iibalance_no_alignment"
-    tuned_as = "iibalance"
+    ablation_of = "iibalance"
 
     def objective(self) -> dict[str, float]:
         return super().objective() | {"beta": 0.0}
@@ -125,7 +125,7 @@ class NoPrototypes(IIBalance):
     """Ablation: neither prototype term in training, and no surprise in the gate."""
 
     name = "iibalance_no_prototypes"
-    tuned_as = "iibalance"
+    ablation_of = "iibalance"
     budget_alpha = 0.0
 
     def objective(self) -> dict[str, float]:
@@ -143,7 +143,7 @@ class NoWarmStart(IIBalance):
     """Ablation: the joint training starts from new weights."""
 
     name = "iibalance_no_warm_start"
-    tuned_as = "iibalance"
+    ablation_of = "iibalance"
     defaults = {**IIBalance.defaults, "warm_start": 0.0}
 
 
@@ -151,7 +151,7 @@ class NoGate(IIBalance):
     """Ablation: temperatures alone are fitted; every modality present has the same weight."""
 
     name = "iibalance_no_gate"
-    tuned_as = "iibalance"
+    ablation_of = "iibalance"
 
     def fit_gate(self, head: IIBalanceHead, out_of_fold: HeldOut | None, validation: HeldOut) -> None:
         calibrate(head, out_of_fold, validation, self.config.calibration, fit_gating=False)
@@ -161,7 +161,7 @@ class FixedGate(IIBalance):
     """Ablation: the weights are the budgets' prior, the same for every sample; temperatures are fitted."""
 
     name = "iibalance_fixed_gate"
-    tuned_as = "iibalance"
+    ablation_of = "iibalance"
 
     def fit_gate(self, head: IIBalanceHead, out_of_fold: HeldOut | None, validation: HeldOut) -> None:
         calibrate(head, out_of_fold, validation, self.config.calibration, fit_gating=False, prior_strength=1.0)

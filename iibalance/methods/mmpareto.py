@@ -26,6 +26,8 @@ class MMPareto(Multitask):
     name = "mmpareto"
     processes = False  # gradients are taken apart before they could be averaged
 
+    # What is differentiated are the cross-entropies in ``output.parts``, not their sum ``loss``: a class of your own that changes the loss changes ``backward`` too.
+
     @staticmethod
     def combine(multimodal: Tensor, unimodal: Tensor) -> Tensor:
         """The encoder's gradient from the two, as vectors."""
