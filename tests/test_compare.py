@@ -15,7 +15,7 @@ from iibalance import InputError
 from iibalance.cli import run as cli
 from iibalance.cells import Cell, cell_files, run_cell, run_config
 from iibalance.compare import CompareConfig, CompareData, choose, compare, settings_of
-from iibalance.comparison import METRICS, ablations, group_means, ablation_names, heads_over_alone, markdown, paired_bootstrap, ranks
+from iibalance.comparison import METRICS, ablations, group_means, ablation_names, _samples, heads_over_alone, markdown, paired_bootstrap, ranks
 from iibalance.config import ModelConfig
 from iibalance.methods import ABLATIONS, METHODS, make_method
 
@@ -150,14 +150,55 @@ def test_the_setting_with_the_lowest_mean_is_chosen_and_one_that_failed_once_is_
         assert row == {"learning_rate": trial + 1.0, "validation_nll": pytest.approx(sum(values) / len(values)), "validation_accuracy": 0.5, "seeds": len(values)}
 
 
-def test_going_on_trains_nothing_again_and_takes_more_seeds_and_methods(done, npz, monkeypatch):
+def test_going_on_trains_nothing_again(done, npz):
     folder, first = done
     stamps = {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
     result = compare(config(npz, folder, methods="concat,iibalance,iibalance_no_prior,ensemble,ogm_ge"))
     assert stamps == {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
-    assert result["results"] == first["results"] and result["bootstrap"] == first["bootstrap"]
+    assert result["results"] == first["results"] and result["bootstrap"] == first["bootstrap"] and result["machine"] == first["machine"]
     with pytest.raises(InputError, match="epochs: differs"):
         compare(config(npz, folder, epochs=3))
+
+
+def test_going_on_takes_more_seeds_and_methods_and_says_what_it_was_started_with(npz, tmp_path, monkeypatch):
+    options = dict(methods="concat", focus="concat", trials=1, timing_steps=0)
+    first = compare(config(npz, tmp_path, **options | {"seeds": 1}))
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
+    monkeypatch.setattr(sys, "argv", ["iibalance", "compare", "--seeds", "3"])
+    result = compare(config(npz, tmp_path, **options | {"methods": "concat,sum", "seeds": 3, "low_data_seeds": 2}))
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+    for method in ("concat", "sum"):
+        conditions = result["results"]["two"][method]["conditions"]
+        assert set(conditions["clean"]["nll"]["values"]) == {0, 1, 2} and set(conditions["low data"]["nll"]["values"]) == {0, 1}
+    assert result["results"]["two"]["concat"]["conditions"]["clean"]["nll"]["values"][0] == first["results"]["two"]["concat"]["conditions"]["clean"]["nll"]["values"][0]
+    before, after = result["machine"]["starts"]
+    assert before == first["machine"]["starts"][0] and after["command"] == sys.argv
+    text = (tmp_path / "comparison.md").read_text()
+    assert "3 seeds (low data: 2 seeds); mean" in text and "Command: `iibalance compare --seeds 3`" in text and f"Command: `{' '.join(before['command'])}`" in text
+
+
+def test_trainings_of_another_version_of_the_code_are_not_shared(npz, tmp_path, monkeypatch):
+    options, setting = config(npz, tmp_path), settings_of(config(npz, tmp_path), "ensemble")[0]
+    run_cell(str(tmp_path), options, Cell("two", "ensemble", 0, 0, "test"), setting)
+    before = {path.name for path in (tmp_path / "stages").glob("*.safetensors")}
+    run_cell(str(tmp_path), options, Cell("two", "ensemble_gated", 0, 0, "test"), setting)
+    alone = lambda: {path.name for path in (tmp_path / "stages").glob("alone-*.safetensors")}
+    assert before == alone() and len(before) == 2
+    monkeypatch.setattr("iibalance.cells.code_digest", lambda: "another")
+    run_cell(str(tmp_path), options, Cell("two", "unimodal", 0, 0, "test"), setting)
+    assert len(alone()) == 4
+
+
+def test_predictions_of_a_cell_without_numbers_count_for_nothing(npz, tmp_path, monkeypatch):
+    options = config(npz, tmp_path, methods="concat,sum", focus="concat", trials=1, low_data=0.0, timing_steps=0)
+    compare(options)
+    numbers, predictions = cell_files(tmp_path, Cell("two", "concat", 1, 0, "test"))
+    assert set(_samples(tmp_path, [Cell("two", "concat", seed, 0, "test") for seed in (0, 1)], "two", "concat", "clean", "nll")) == {0, 1}
+    numbers.unlink()
+    assert set(_samples(tmp_path, [Cell("two", "concat", seed, 0, "test") for seed in (0, 1)], "two", "concat", "clean", "nll")) == {0}
+    monkeypatch.setattr("iibalance.cells.load_data", lambda options: (_ for _ in ()).throw(InputError("data: gone")))
+    result = compare(options)
+    assert "data: gone" in result["failures"]["test-two-concat-seed1"] and not predictions.exists()
 
 
 def test_a_cell_that_was_lost_comes_back_the_same(done, npz):
@@ -256,6 +297,19 @@ def test_a_users_file_that_changed_is_trained_anew(npz, tmp_path):
     changed, kept, after = write("    pass")
     assert changed == kept == ours
     assert {name for name in before if before[name] != after[name]} == {name for name in before if "-own-" in name}
+
+
+def test_a_users_file_that_changes_under_a_process_is_read_again(npz, tmp_path):
+    """As in a notebook; and the focus may be given as the methods are."""
+    place = tmp_path / "shifting.py"
+    name, found = f"{place}:Shifting", []
+    for factor in ("1.0", "0.0", "1.0"):
+        place.write_text(f"from iibalance.methods.late import Sum\n\nclass Shifting(Sum):\n    name = 'shifting'\n\n"
+                         f"    def loss(self, output, model, batch, progress):\n        return {factor} * output.loss\n")
+        result = compare(config(npz, tmp_path / "out", methods=[name, "sum"], focus=name, seeds=1, trials=1, low_data=0.0, timing_steps=0))
+        assert result["focus"] == "shifting" and not result["failures"]
+        ours, plain = (result["results"]["two"][method]["conditions"]["clean"]["nll"]["mean"] for method in ("shifting", "sum"))
+        assert (ours == plain) == (factor == "1.0")
 
 
 def test_a_cell_of_another_setting_is_made_anew(npz, tmp_path):
@@ -378,6 +432,14 @@ def test_ranks_share_ties_and_average_over_sets():
     accuracy = table["clean"]["accuracy"]
     assert (accuracy["a"]["rank"], accuracy["b"]["rank"], accuracy["c"]["rank"]) == (1.75, 1.5, 2.0)
     assert table["clean"]["nll"]["a"] == {"rank": 1.5, "sets": 2} and accuracy["b"]["sets"] == 1
+
+    def seeds(*values):
+        return {"conditions": {"clean": {metric: {"values": dict(enumerate(values))} for metric in ("accuracy", "nll")}}}
+
+    first, second = (0.1, 0.2, 0.3), (0.3, 0.2, 0.1)
+    assert sum(first) != sum(second)  # the same three, added in another order
+    table = ranks({"one": {"a": seeds(*first), "b": seeds(*second), "c": seeds(0.3, 0.2, 0.100001)}})
+    assert {method: row["rank"] for method, row in table["clean"]["accuracy"].items()} == {"c": 1.0, "a": 2.5, "b": 2.5}
 
 
 def test_conditions_of_a_kind_are_averaged_over_the_modalities():
