@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from itertools import accumulate
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning cost several times the work on a shared machine
@@ -66,16 +67,29 @@ def compilation(pytestconfig) -> tuple[subprocess.Popen, Path]:
     return pytestconfig.stash[COMPILATION]
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """``pytest -n 2`` hands out the tests in groups, in the order that ``pytest_collection_modifyitems`` gives them."""
-    if getattr(config.option, "dist", "no") == "load":
-        config.option.dist, config.option.loadscopereorder = "loadgroup", False
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """``pytest -n 2``: the quick tests of a file go to one process, its slow ones later to one process, because they share fixtures."""
+    if config.getvalue("dist") != "load":
+        return None  # another way was asked for
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def schedule(self) -> None:
+            if self.collection_is_completed and self.collection is None:
+                nodeids = next(iter(self.registered_collections.values()))
+                files = [nodeid.split("::")[0] for nodeid in nodeids]
+                runs = accumulate((file != before for file, before in zip(files, [None, *files])), initial=0)
+                self.run_of = dict(zip(nodeids, list(runs)[1:]))
+            super().schedule()
+
+        def _split_scope(self, nodeid: str) -> str:
+            return str(self.run_of[nodeid])
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
-@pytest.hookimpl(tryfirst=True)  # the groups must be there when pytest-xdist reads them
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    slow = lambda item: item.get_closest_marker("slow") is not None
     waits = lambda item: item.path.name == "test_triton_aot.py"
-    items.sort(key=lambda item: (slow(item), waits(item)))  # stable: the order within each part stays
-    for item in items:  # one process for the quick tests of a file and one for its slow ones: they share fixtures
-        item.add_marker(pytest.mark.xdist_group(f"{item.nodeid.split('::')[0]}, {'slow' if slow(item) else 'quick'}"))
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, waits(item)))  # stable: the order within each part stays

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iib_kernels import (
-    _checks, _chunks, alignment_loss, class_sums, ema_from_sums, nearest_prototype, prototype, prototype_distance, reference, update_prototypes,
+    _checks, _chunks, alignment_loss, class_sums, ema_from_sums, nearest_prototype, prototype_distance, reference, update, update_prototypes,
 )
 
 
@@ -81,7 +81,7 @@ def test_mean_is_over_the_rows_that_count_for_each_modality():
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf")])
 @pytest.mark.parametrize("cpu", [True, False])
 def test_an_ignored_row_may_hold_anything(monkeypatch, garbage, cpu):
-    monkeypatch.setattr(prototype, "eager_on_cpu", lambda tensor: cpu)
+    monkeypatch.setattr(update, "eager_on_cpu", lambda tensor: cpu)
     features, prototypes, _, budgets, _, _ = case(2, 4, 3, 0)
     targets, grads = torch.tensor([0, -100, 2, 1]), []
     for fill in (1.0, garbage):
@@ -119,7 +119,7 @@ class NoHostReads(TorchDispatchMode):
 
 
 def test_nothing_is_read_on_the_host(monkeypatch):
-    for module in (_checks, prototype):
+    for module in (_checks, update):
         monkeypatch.setattr(module, "eager_on_cpu", lambda tensor: False)  # as for a tensor on a GPU
     features, prototypes, targets, budgets, seen, mask = case(3, 6, 4, 2)
     leaves = [values.requires_grad_() for values in features]
@@ -132,7 +132,7 @@ def test_nothing_is_read_on_the_host(monkeypatch):
 
 
 def test_targets_out_of_range_are_ignored_where_values_cannot_be_looked_at(monkeypatch):
-    for module in (_checks, prototype):
+    for module in (_checks, update):
         monkeypatch.setattr(module, "eager_on_cpu", lambda tensor: False)
     features, prototypes, _, budgets, _, _ = case(2, 4, 3, 1)
     wild, tame = torch.tensor([0, 3, -7, 2]), torch.tensor([0, -100, -100, 2])
@@ -144,7 +144,7 @@ def test_targets_out_of_range_are_ignored_where_values_cannot_be_looked_at(monke
 def test_class_sums_by_matrix_product_in_chunks_are_those_by_addition(monkeypatch):
     features, targets = torch.randn(9, 4, dtype=torch.float64), torch.tensor([0, 6, 6, -100, 3, 0, 1, 6, 2])
     added = class_sums(features, targets, 7)
-    monkeypatch.setattr(prototype, "eager_on_cpu", lambda tensor: False)
+    monkeypatch.setattr(update, "eager_on_cpu", lambda tensor: False)
     monkeypatch.setattr(_chunks, "CHUNK_BYTES", 2 * 9 * 8 * 2)  # two classes at a time
     multiplied = class_sums(features, targets, 7)
     torch.testing.assert_close(multiplied[0], added[0])
