@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tables import figures, tables
+from iibalance.runs import read_json
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if not block.startswith("# not run here")]
@@ -27,6 +30,14 @@ def test_examples_run(number):
     exec(compile(PYTHON[number], f"README example {number}", "exec"), namespace)  # noqa: S102 - our own README
     if number == 0:
         assert namespace["out"].loss.item() < 3 and namespace["prediction"].weights.sum(1).sub(1).abs().max() < 1e-5
+
+
+def test_the_tables_of_the_comparison_are_those_of_its_file():
+    result = read_json(ROOT / "benchmarks" / "results" / "comparison.json")
+    found = tables(result)
+    assert len(found) == 6 and all("\n".join(lines) + "\n" in README for lines in found)
+    without = next(line for line in figures(result) if line.startswith("without the warm start, iibalance: "))
+    assert without.partition(": ")[2] in README
 
 
 def test_every_option_that_is_named_exists():
