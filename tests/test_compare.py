@@ -302,7 +302,7 @@ def test_a_users_file_that_changed_is_trained_anew(npz, tmp_path):
 def test_a_users_file_that_changes_under_a_process_is_read_again(npz, tmp_path):
     """As in a notebook; and the focus may be given as the methods are."""
     place = tmp_path / "shifting.py"
-    name, found = f"{place}:Shifting", []
+    name = f"{place}:Shifting"
     for factor in ("1.0", "0.0", "1.0"):
         place.write_text(f"from iibalance.methods.late import Sum\n\nclass Shifting(Sum):\n    name = 'shifting'\n\n"
                          f"    def loss(self, output, model, batch, progress):\n        return {factor} * output.loss\n")
