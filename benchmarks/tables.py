@@ -5,7 +5,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 
-from iibalance.comparison import GROUPS, group_means, ranks
+from iibalance.comparison import GROUPS, group_means, ranks, spread_text
 from iibalance.runs import read_json
 
 TIMED = ("concat", "qmf", "ensemble", "iibalance")
@@ -18,10 +18,6 @@ def _row(cells: Sequence[str]) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [_row(header), "|" + "---|" * len(header), *map(_row, rows)]
-
-
-def _percent(spread: Mapping) -> str:
-    return f"{100 * spread['mean']:.1f} +- {100 * spread['error']:.1f}"
 
 
 def rank_table(result: Mapping, methods: Sequence[str]) -> list[str]:
@@ -41,7 +37,7 @@ def rank_table(result: Mapping, methods: Sequence[str]) -> list[str]:
 def clean_table(result: Mapping, methods: Sequence[str]) -> list[str]:
     """Accuracy (%) and NLL of every method on every set, clean input."""
     def cell(entry: Mapping | None) -> str:
-        return "-" if entry is None else f"{_percent(entry['conditions']['clean']['accuracy'])} / {entry['conditions']['clean']['nll']['mean']:.3f}"
+        return "-" if entry is None else f"{spread_text(entry['conditions']['clean']['accuracy'], 100)} / {entry['conditions']['clean']['nll']['mean']:.3f}"
 
     rows = [[f"`{method}`", *(cell(entries.get(method)) for entries in result["results"].values())] for method in methods]
     return _table(["clean: accuracy / NLL", *result["results"]], rows)
@@ -50,7 +46,7 @@ def clean_table(result: Mapping, methods: Sequence[str]) -> list[str]:
 def bootstrap_table(result: Mapping) -> list[str]:
     """The focus less the best other method of each set and kind of condition; * where p < 0.05."""
     def cell(found: Mapping) -> str:
-        scaled = {"accuracy": "{:+.1f}".format(100 * found["accuracy"]["difference"]), "nll": f"{found['nll']['difference']:+.3f}"}
+        scaled = {"accuracy": f"{100 * found['accuracy']['difference']:+.1f}", "nll": f"{found['nll']['difference']:+.3f}"}
         return "; ".join(f"{text}{'*' if found[metric]['p'] < STARRED else ''} ({found[metric]['against']})" for metric, text in scaled.items())
 
     return _table(["against the best other: accuracy; NLL", *GROUPS], [[name, *(cell(kinds[kind]) for kind in GROUPS)] for name, kinds in result["bootstrap"].items()])
@@ -60,7 +56,7 @@ def ablation_table(result: Mapping) -> list[str]:
     """Each ablation less the focus, averaged over the sets."""
     def cell(kind: str, method: str) -> str:
         accuracy, nll = (result["ablations"][kind][metric][method] for metric in ("accuracy", "nll"))
-        return f"{100 * accuracy['mean']:+.1f} +- {100 * accuracy['error']:.1f} / {nll['mean']:+.3f} +- {nll['error']:.3f}"
+        return f"{spread_text(accuracy, 100, sign='+')} / {spread_text(nll, 1, 3, sign='+')}"
 
     rows = [[f"`{method.removeprefix(result['focus'])}`", *(cell(kind, method) for kind in GROUPS)] for method in result["ablations"]["clean"]["nll"]]
     return _table(["less the whole method, accuracy / NLL", *GROUPS], rows)
@@ -71,14 +67,14 @@ def head_table(result: Mapping) -> list[str]:
     rows = []
     for name, entries in result["results"].items():
         ours, alone = (entries[method]["heads"] for method in (result["focus"], "unimodal"))
-        rows.append([name, "; ".join(f"{modality} {_percent(ours[modality]['accuracy'])}, {_percent(alone[modality]['accuracy'])}" for modality in ours)])
+        rows.append([name, "; ".join(f"{modality} {spread_text(ours[modality]['accuracy'], 100)}, {spread_text(alone[modality]['accuracy'], 100)}" for modality in ours)])
     return _table(["set", f"head: {result['focus']}, alone"], rows)
 
 
 def step_table(result: Mapping) -> list[str]:
     """Milliseconds of a training step, and the focus's over concat's."""
     spread = lambda method, name: result["results"][name][method]["seconds_a_step"]
-    rows = [[f"`{method}`", *(f"{1000 * spread(method, name)['mean']:.1f} +- {1000 * spread(method, name)['error']:.1f}" for name in result["results"])] for method in TIMED]
+    rows = [[f"`{method}`", *(spread_text(spread(method, name), 1000) for name in result["results"])] for method in TIMED]
     median = lambda method, name: statistics.median(spread(method, name)["values"].values())
     ratio = [f"{median(result['focus'], name) / median('concat', name):.2f}" for name in result["results"]]
     return _table(["step, ms", *result["results"]], [*rows, [f"`{result['focus']}` / `concat`, medians", *ratio]])
@@ -112,7 +108,7 @@ def figures(result: Mapping) -> list[str]:
     heads = [(name, modality, row["unimodal"]) for name, rows in result["heads"].items() for modality, row in rows.items()]
     means = [row["mean"] for _, _, row in heads]
     lines.append(f"heads less alone: {100 * statistics.mean(means):+.1f} +- {100 * statistics.stdev(means) / len(means) ** 0.5:.1f}, level or above {sum(mean >= 0 for mean in means)} of {len(means)}; below: "
-                 + ", ".join(f"{name} {modality} {_percent(row)}" for name, modality, row in heads if row["mean"] < 0))
+                 + ", ".join(f"{name} {modality} {spread_text(row, 100)}" for name, modality, row in heads if row["mean"] < 0))
     tests = sorted((row["p"], name, kind, metric, row["against"]) for name, kinds in result["bootstrap"].items() for kind, found in kinds.items() for metric, row in found.items())
     return [*lines, "smallest p: " + "; ".join(f"{p:.3f} {name} {kind} {metric} ({against})" for p, name, kind, metric, against in tests[:4]) + f"; {len(tests)} tests"]
 

@@ -270,7 +270,7 @@ def markdown(result: Mapping) -> str:
                   "| | " + " | ".join(kinds) + " |", "|---|" + "---|" * len(kinds)]
         for method in dict.fromkeys(method for kind in kinds for method in result["ablations"][kind]["nll"]):
             rows = [[result["ablations"][kind][metric].get(method) for metric in ("accuracy", "nll")] for kind in kinds]
-            lines.append(f"| {method} | " + " | ".join(f"{_cell(accuracy, 100, sign='+')} / {_cell(nll, 1, 3, sign='+')}" for accuracy, nll in rows) + " |")
+            lines.append(f"| {method} | " + " | ".join(f"{spread_text(accuracy, 100, sign='+')} / {spread_text(nll, 1, 3, sign='+')}" for accuracy, nll in rows) + " |")
     lines += ["", f"## {focus} against the best other method", "", "Paired bootstrap over seeds and test samples: difference, 95 % interval, p. Accuracy in points (more is better), NLL in nats (less is better).",
               "", "| data | condition | accuracy: against | difference | p | NLL: against | difference | p |", "|---|---|---|---|---|---|---|---|"]
     for name, by_kind in result["bootstrap"].items():
@@ -291,17 +291,17 @@ def markdown(result: Mapping) -> str:
             clean = entry["conditions"].get("clean")
             if clean is None:
                 continue
-            cells = [_cell(clean["accuracy"], 100), _cell(clean["macro_f1"], 100), _cell(clean["nll"], 1, 3), _cell(clean["ece"], 1, 3)]
+            cells = [spread_text(clean["accuracy"], 100), spread_text(clean["macro_f1"], 100), spread_text(clean["nll"], 1, 3), spread_text(clean["ece"], 1, 3)]
             for modality in modalities:
                 head = entry["heads"].get(modality) or {}
-                cells += [_cell(head.get("accuracy"), 100), _cell(head.get("utilisation"), 1, 3)]
-            lines.append(f"| {method} | " + " | ".join([*cells, _cell(entry["seconds_a_step"], 1000)]) + " |")
+                cells += [spread_text(head.get("accuracy"), 100), spread_text(head.get("utilisation"), 1, 3)]
+            lines.append(f"| {method} | " + " | ".join([*cells, spread_text(entry["seconds_a_step"], 1000)]) + " |")
         conditions = [condition for condition in next(iter(methods.values()))["conditions"] if condition != "clean"]
         if conditions:
             lines += ["", "Accuracy / NLL:", "", "| method | " + " | ".join(conditions) + " |", "|---|" + "---|" * len(conditions)]
             for method, entry in methods.items():
                 rows = [entry["conditions"].get(condition) for condition in conditions]
-                lines.append(f"| {method} | " + " | ".join("-" if row is None else f"{_cell(row['accuracy'], 100)} / {_cell(row['nll'], 1, 2)}" for row in rows) + " |")
+                lines.append(f"| {method} | " + " | ".join("-" if row is None else f"{spread_text(row['accuracy'], 100)} / {spread_text(row['nll'], 1, 2)}" for row in rows) + " |")
     if result["failures"]:
         lines += ["", "## Failed", "", *(f"- {key}: {text}" for key, text in result["failures"].items())]
     lines += ["", "## Chosen settings", "", "| data | method | learning rate | weight decay | own | validation NLL: chosen, all |", "|---|---|---|---|---|---|"]
@@ -322,7 +322,7 @@ def _heads_table(result: Mapping) -> list[str]:
         return []
     lines = ["", f"## {result['focus']}'s heads against encoders trained alone", "", "Accuracy of each modality's own prediction on clean input less that of the same encoder trained alone, "
              "in points, as each method that trains them so was tuned; paired by seed.", "", "| data | modality | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
-    lines += [f"| {name} | {modality} | " + " | ".join(_cell(row.get(method), 100, sign="+") for method in methods) + " |" for name, modality, row in rows]
+    lines += [f"| {name} | {modality} | " + " | ".join(spread_text(row.get(method), 100, sign="+") for method in methods) + " |" for name, modality, row in rows]
     counts = []
     for method in methods:
         found = [row[method] for _, _, row in rows if method in row]
@@ -340,7 +340,8 @@ def _seeds(count: int) -> str:
     return "seed 0" if count == 1 else f"seeds 0 to {count - 1}"
 
 
-def _cell(spread: Mapping | None, scale: float, digits: int = 1, *, sign: str = "") -> str:
+def spread_text(spread: Mapping | None, scale: float, digits: int = 1, *, sign: str = "") -> str:
+    """``scale`` times a mean and its standard error, as the tables have it; - where there is none."""
     if spread is None:
         return "-"
     error = "" if spread["error"] is None else f" +- {scale * spread['error']:.{digits}f}"

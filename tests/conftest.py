@@ -79,8 +79,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
             if self.collection_is_completed and self.collection is None:
                 nodeids = next(iter(self.registered_collections.values()))
                 files = [nodeid.split("::")[0] for nodeid in nodeids]
-                runs = accumulate((file != before for file, before in zip(files, [None, *files])), initial=0)
-                self.run_of = dict(zip(nodeids, list(runs)[1:]))
+                self.run_of = dict(zip(nodeids, accumulate(int(file != before) for file, before in zip(files, [None, *files]))))
             super().schedule()
 
         def _split_scope(self, nodeid: str) -> str:
