@@ -5,7 +5,8 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 
-from iibalance.comparison import GROUPS, group_means, ranks, spread_text
+from iibalance.comparison import GROUPS, by_rank, group_means, rank_text, ranks, spread_text
+from iibalance.metrics import mean_and_stderr
 from iibalance.runs import read_json
 
 TIMED = ("concat", "qmf", "ensemble", "iibalance")
@@ -22,14 +23,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def rank_table(result: Mapping, methods: Sequence[str]) -> list[str]:
     """Average ranks in accuracy and NLL; the best of a column in bold."""
-    def cell(kind: str, method: str) -> str:
-        both = []
-        for metric in ("accuracy", "nll"):
-            rows = result["ranks"][kind][metric]
-            text = f"{rows[method]['rank']:.1f}"
-            both.append(f"**{text}**" if rows[method]["rank"] == min(row["rank"] for row in rows.values()) else text)
-        return " / ".join(both)
-
+    cell = lambda kind, method: " / ".join(rank_text(result["ranks"][kind][metric], method, 1) for metric in ("accuracy", "nll"))
     rows = [[f"`{method}`", str(result["ranks"][GROUPS[0]]["nll"][method]["sets"]), *(cell(kind, method) for kind in GROUPS)] for method in methods]
     return _table(["average rank, accuracy / NLL", "sets", *GROUPS], rows)
 
@@ -82,41 +76,61 @@ def step_table(result: Mapping) -> list[str]:
 
 def tables(result: Mapping) -> list[list[str]]:
     """All of them, each a list of lines."""
-    places = lambda method: sum(result["ranks"][kind][metric][method]["rank"] for kind in GROUPS for metric in ("accuracy", "nll"))
-    methods = sorted(result["ranks"]["clean"]["nll"], key=places)
+    methods = by_rank(result["ranks"])
     found = [rank_table(result, methods), clean_table(result, methods), bootstrap_table(result), ablation_table(result), head_table(result)]
     return [*found, step_table(result)] if all(result["results"][name][method]["seconds_a_step"] for name in result["results"] for method in TIMED) else found
 
 
 def figures(result: Mapping) -> list[str]:
-    """What README's sentences say: degraded input taken together, ranks without the warm start, heads over alone, smallest p."""
-    ablations, focus, lines = result["ablations"]["clean"]["nll"], result["focus"], []
-    ranked = {name: {method: entry for method, entry in entries.items() if method not in ablations} for name, entries in result["results"].items()}
-    together = {name: {method: {"conditions": {"noise": {metric: {"values": _together(entry, metric)} for metric in ("accuracy", "nll")}}} for method, entry in entries.items()}
-                for name, entries in ranked.items()}
-    table = ranks(together)["noise"]
-    order = sorted(table["nll"], key=lambda method: table["nll"][method]["rank"] + table["accuracy"][method]["rank"])
-    lines += ["missing and noisy input together: " + ", ".join(f"{method} {table['accuracy'][method]['rank']:.1f} / {table['nll'][method]['rank']:.1f}" for method in order[:3])]
-    less = f"{focus}_no_warm_start"
-    if less in ablations:
-        swapped = ranks({name: {method: entries[less if method == focus else method] for method in ranked[name]} for name, entries in result["results"].items()})
-        for method in (focus, "ensemble"):
-            lines.append(f"without the warm start, {method}: " + ", ".join(f"{swapped[kind]['accuracy'][method]['rank']:.1f} / {swapped[kind]['nll'][method]['rank']:.1f} {kind}" for kind in GROUPS))
-    for method in (focus, "ensemble", "ensemble_gated"):
-        means = {kind: [[statistics.mean(group_means(entries[method], metric)[kind].values()) for entries in result["results"].values()] for metric in ("accuracy", "nll")] for kind in GROUPS}
-        lines.append(f"mean of {method}: " + ", ".join(f"{100 * statistics.mean(accuracy):.1f} / {statistics.mean(nll):.3f} {kind}" for kind, (accuracy, nll) in means.items()))
+    """What README's sentences say, a line each."""
+    return [_together(result), *_without_warm_start(result), *_means(result), _heads(result), _smallest_p(result)]
+
+
+def _ranked(result: Mapping) -> dict:
+    """The results of the methods that have a rank."""
+    return {name: {method: entry for method, entry in entries.items() if method in result["ranks"]["clean"]["nll"]} for name, entries in result["results"].items()}
+
+
+def _pair(table: Mapping, method: str) -> str:
+    return " / ".join(f"{table[metric][method]['rank']:.1f}" for metric in ("accuracy", "nll"))
+
+
+def _together(result: Mapping) -> str:
+    """Ranks by the mean over all conditions with a modality missing or noisy."""
+    degraded = lambda entry: {"conditions": {f"{condition} noise": row for condition, row in entry["conditions"].items() if condition.endswith((" missing", " noise"))}}  # as one kind
+    table = ranks({name: {method: degraded(entry) for method, entry in entries.items()} for name, entries in _ranked(result).items()})
+    return "missing and noisy input together: " + ", ".join(f"{method} {_pair(table['noise'], method)}" for method in by_rank(table)[:3])
+
+
+def _without_warm_start(result: Mapping) -> list[str]:
+    """Ranks with the ablation in the focus's place."""
+    focus, less = result["focus"], f"{result['focus']}_no_warm_start"
+    if less not in result["ablations"]["clean"]["nll"]:
+        return []
+    table = ranks({name: {**entries, focus: result["results"][name][less]} for name, entries in _ranked(result).items()})
+    return [f"without the warm start, {method}: " + ", ".join(f"{_pair(table[kind], method)} {kind}" for kind in GROUPS) for method in (focus, "ensemble")]
+
+
+def _means(result: Mapping) -> list[str]:
+    """Accuracy and NLL averaged over the sets."""
+    def mean(method: str, kind: str, metric: str) -> float:
+        return statistics.mean(statistics.mean(group_means(entries[method], metric)[kind].values()) for entries in result["results"].values())
+
+    return [f"mean of {method}: " + ", ".join(f"{100 * mean(method, kind, 'accuracy'):.1f} / {mean(method, kind, 'nll'):.3f} {kind}" for kind in GROUPS)
+            for method in (result["focus"], "ensemble", "ensemble_gated")]
+
+
+def _heads(result: Mapping) -> str:
+    """The focus's heads less the encoders alone."""
     heads = [(name, modality, row["unimodal"]) for name, rows in result["heads"].items() for modality, row in rows.items()]
-    means = [row["mean"] for _, _, row in heads]
-    lines.append(f"heads less alone: {100 * statistics.mean(means):+.1f} +- {100 * statistics.stdev(means) / len(means) ** 0.5:.1f}, level or above {sum(mean >= 0 for mean in means)} of {len(means)}; below: "
-                 + ", ".join(f"{name} {modality} {spread_text(row, 100)}" for name, modality, row in heads if row["mean"] < 0))
+    mean, error = mean_and_stderr([row["mean"] for _, _, row in heads])
+    low = [f"{name} {modality} {spread_text(row, 100)}" for name, modality, row in heads if row["mean"] < 0]
+    return f"heads less alone: {100 * mean:+.1f} +- {100 * error:.1f}, level or above {len(heads) - len(low)} of {len(heads)}; below: " + ", ".join(low)
+
+
+def _smallest_p(result: Mapping) -> str:
     tests = sorted((row["p"], name, kind, metric, row["against"]) for name, kinds in result["bootstrap"].items() for kind, found in kinds.items() for metric, row in found.items())
-    return [*lines, "smallest p: " + "; ".join(f"{p:.3f} {name} {kind} {metric} ({against})" for p, name, kind, metric, against in tests[:4]) + f"; {len(tests)} tests"]
-
-
-def _together(entry: Mapping, metric: str) -> dict[str, float]:
-    """seed -> the metric, averaged over all conditions with a modality missing or noisy."""
-    rows = [row[metric]["values"] for condition, row in entry["conditions"].items() if condition.endswith((" missing", " noise"))]
-    return {seed: statistics.mean(row[seed] for row in rows) for seed in rows[0]}
+    return "smallest p: " + "; ".join(f"{p:.3f} {name} {kind} {metric} ({against})" for p, name, kind, metric, against in tests[:4]) + f"; {len(tests)} tests"
 
 
 if __name__ == "__main__":

@@ -253,16 +253,13 @@ def markdown(result: Mapping) -> str:
     if len(result["made_by"]) > 1:
         lines += ["Not all of one version: " + "; ".join(f"{count} cells by {by}" for by, count in result["made_by"].items()) + ".", ""]
     lines += ["## Average rank over data sets", "", "| method | sets | " + " | ".join(f"{kind}: accuracy | {kind}: NLL" for kind in kinds) + " |", "|---|---|" + "---|---|" * len(kinds)]
-    order = sorted({method for kind in kinds for method in result["ranks"][kind]["nll"]},
-                   key=lambda method: sum(result["ranks"][kind][metric].get(method, {"rank": 99})["rank"] for kind in kinds for metric in ("accuracy", "nll")))
-    for method in order:
+    for method in by_rank(result["ranks"]):
         cells, count = [], 0
         for kind in kinds:
             for metric in ("accuracy", "nll"):
-                row = result["ranks"][kind][metric].get(method)
-                count = max(count, row["sets"] if row else 0)
-                best = min(other["rank"] for other in result["ranks"][kind][metric].values())
-                cells.append("-" if row is None else f"**{row['rank']:.2f}**" if row["rank"] == best else f"{row['rank']:.2f}")
+                rows = result["ranks"][kind][metric]
+                count = max(count, rows[method]["sets"] if method in rows else 0)
+                cells.append(rank_text(rows, method, 2))
         lines.append(f"| {method} | {count} | " + " | ".join(cells) + " |")
     if result["ablations"]:
         kinds = [kind for kind in GROUPS if kind in result["ablations"]]
@@ -338,6 +335,20 @@ def _count(seeds: int) -> str:
 
 def _seeds(count: int) -> str:
     return "seed 0" if count == 1 else f"seeds 0 to {count - 1}"
+
+
+def by_rank(table: Mapping) -> list[str]:
+    """The methods of :func:`ranks`, the best over all kinds and both metrics first; those that lack one come last."""
+    rows = [by_metric[metric] for by_metric in table.values() for metric in ("accuracy", "nll")]
+    return sorted(dict.fromkeys(method for row in rows for method in row), key=lambda method: sum(row.get(method, {"rank": 99})["rank"] for row in rows))
+
+
+def rank_text(rows: Mapping, method: str, digits: int) -> str:
+    """A method's average rank, as the tables have it: the best of ``rows`` in bold, - where there is none."""
+    if method not in rows:
+        return "-"
+    text = f"{rows[method]['rank']:.{digits}f}"
+    return f"**{text}**" if rows[method]["rank"] == min(row["rank"] for row in rows.values()) else text
 
 
 def spread_text(spread: Mapping | None, scale: float, digits: int = 1, *, sign: str = "") -> str:
