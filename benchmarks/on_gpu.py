@@ -72,7 +72,7 @@ def run_tests(session: Session) -> dict:
     missing = [name for name in ("pytest", "hypothesis") if subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True).returncode]
     if "pytest" in missing:
         return {"left_out": "pytest is not installed here"}
-    files = ["tests/test_triton_functions.py", *(["tests/test_triton_values.py"] if "hypothesis" not in missing else [])]
+    files = ["tests/kernels/test_triton_functions.py", *(["tests/kernels/test_triton_values.py"] if "hypothesis" not in missing else [])]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(["--collect-only"] if session.dry_run else []), *files]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = _limited(command, session.left(), environment)

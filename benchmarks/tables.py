@@ -5,9 +5,9 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 
-from iibalance.comparison import GROUPS, by_rank, group_means, rank_text, ranks, spread_text
+from iibalance.comparison.statistics import GROUPS, by_rank, group_means, rank_text, ranks, spread_text
 from iibalance.metrics import mean_and_stderr
-from iibalance.runs import read_json
+from iibalance.files import read_json
 
 TIMED = ("concat", "qmf", "ensemble", "iibalance")
 STARRED = 0.05

@@ -8,25 +8,25 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Budgets": "budgets",  # estimated or given budgets, with standard errors, anchor and prior
-    "Gate": "gate",  # sample-wise fusion, calibrated by fit()
-    "HeadOutput": "head",
-    "IIBalanceHead": "head",  # embeddings in; logits, weights and loss out
-    "IIBalanceLoss": "objective",  # the objective and its schedule
+    "Gate": "nn.gate",  # sample-wise fusion, calibrated by fit()
+    "HeadOutput": "nn.head",
+    "IIBalanceHead": "nn.head",  # embeddings in; logits, weights and loss out
+    "IIBalanceLoss": "nn.loss",  # the objective and its schedule
     "InputError": "errors",  # raised for input that cannot be used
-    "LossOutput": "objective",
-    "MultimodalClassifier": "model",  # named encoders and a head
+    "LossOutput": "nn.loss",
+    "MultimodalClassifier": "nn.model",  # named encoders and a head
     "Method": "methods",  # one way to train and fuse: subclass it
-    "Prediction": "model",
-    "PrototypeBank": "prototypes",  # EMA prototypes
+    "Prediction": "nn.model",
+    "PrototypeBank": "nn.prototypes",  # EMA prototypes
     "RunConfig": "config",  # every option of a run
     "WeightAverage": "averaging",  # moving average of weights, for a loop of your own
     "budgets_from_logits": "budgets",
-    "build_encoder": "encoders",  # built-in encoders by shape
-    "estimate_budgets": "estimation",
-    "load": "loading",  # a run's folder -> model
+    "build_encoder": "nn.encoders",  # built-in encoders by shape
+    "estimate_budgets": "training.budget_stage",
+    "load": "training.saving",  # a run's folder -> model
     "load_config": "config",
     "make_method": "methods",  # "ogm_ge", ... or your own, for any loop
-    "train": "training",  # a whole run
+    "train": "training.run",  # a whole run
 }
 __all__ = [*_HOMES]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from iibalance.errors import InputError
 from iibalance.names import check_names
-from iibalance.runs import read_json, write_json
+from iibalance.files import read_json, write_json
 from iibalance.temperature import fit_temperature
 
 PRIOR_FLOOR = 1e-3

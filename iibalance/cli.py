@@ -17,15 +17,15 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from iibalance.compare import CompareConfig, compare
+from iibalance.comparison.protocol import CompareConfig, compare
 from iibalance.config import BudgetConfig, DataConfig, RunConfig, TrainingConfig, config_parser, load_config
 from iibalance.data import load_data, parse_degrade, read_inputs
 from iibalance.errors import InputError
-from iibalance.estimation import estimate_budgets
-from iibalance.evaluation import degrade, evaluate
-from iibalance.loading import load
-from iibalance.runs import read_json, write_bytes, write_json
-from iibalance.training import default_output, train
+from iibalance.training.budget_stage import estimate_budgets
+from iibalance.training.evaluation import degrade, evaluate
+from iibalance.training.saving import load
+from iibalance.files import read_json, write_bytes, write_json
+from iibalance.training.run import default_output, train
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -189,7 +189,7 @@ def _budgets(parser: ArgumentParser, options) -> None:
         raise InputError("budgets.source: online budgets are estimated while training; use train --budgets.source online")
     _check_output(values.output)
     data, budgets = load_data(values.data), values.budgets
-    from iibalance.encoders import build_encoder
+    from iibalance.nn.encoders import build_encoder
 
     encoders = {name: (lambda name=name: build_encoder(data.shapes[name], layout=data.layouts[name])) for name in data.modalities}
     found = estimate_budgets(

@@ -8,9 +8,9 @@ from typing import Literal, Optional
 
 import yaml
 
-from iibalance.data.base import DataConfig
+from iibalance.data.dataset import DataConfig
 from iibalance.errors import InputError
-from iibalance.runs import write_text
+from iibalance.files import write_text
 
 __all__ = ["BudgetConfig", "CalibrationConfig", "DataConfig", "ModelConfig", "ObjectiveConfig", "RunConfig", "TrainingConfig",
            "config_parser", "load_config", "save_config"]
@@ -30,7 +30,7 @@ class ModelConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """Weights of the training objective; see ``iibalance.objective.IIBalanceLoss``."""
+    """Weights of the training objective; see ``iibalance.nn.loss.IIBalanceLoss``."""
 
     fused_weight: float = 1.0
     """Weight of the cross-entropy of the modalities' summed logits."""

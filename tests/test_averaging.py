@@ -6,15 +6,16 @@ import torch
 from torch import nn
 
 import iibalance
-from iibalance import loop, stages
+from iibalance.training import loop
+from iibalance.training import trainer as stages
 from iibalance.averaging import WeightAverage
 from iibalance.config import RunConfig, TrainingConfig
-from iibalance.data.base import Split
+from iibalance.data.dataset import Split
 from iibalance.errors import InputError
-from iibalance.loop import fit
+from iibalance.training.loop import fit
 from iibalance.methods import METHODS, Method, make_method
-from iibalance.model import MultimodalClassifier
-from iibalance.stages import make_accelerator
+from iibalance.nn.model import MultimodalClassifier
+from iibalance.training.trainer import make_accelerator
 
 
 def splits(count=90, seed=0):

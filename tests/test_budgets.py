@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from iibalance.budgets import Budgets, budgets_from_logits, label_entropy, make_folds, probe_logits, smooth_budgets
 from iibalance.config import TrainingConfig
-from iibalance.encoders import build_encoder
+from iibalance.nn.encoders import build_encoder
 from iibalance.errors import InputError
-from iibalance.estimation import estimate_budgets
+from iibalance.training.budget_stage import estimate_budgets
 
 
 def known_data(count=600, classes=4, seed=0):

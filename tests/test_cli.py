@@ -20,10 +20,11 @@ import torch
 import yaml
 
 import iibalance
-from iibalance import cli, loop, pipeline
+from iibalance import cli
+from iibalance.training import loop, stages
 from iibalance.config import RunConfig, load_config
 from iibalance.data import load_data
-from iibalance.runs import read_model
+from iibalance.files import read_model
 
 METHODS = ["iibalance", "concat", "sum", "unimodal", "ensemble"]
 SMALL = ["--epochs", "2", "--model.width", "8", "--model.embedding_dim", "16", "--calibration.copies", "2", "--training.learning_rate", "0.02"]
@@ -376,8 +377,8 @@ def test_modality_dropout_hides_modalities_in_training_alone(data, tmp_path, mon
 
 def test_groups_keep_speakers_apart_in_splits_and_folds(tmp_path, monkeypatch):
     path, folds = synthetic.write(tmp_path / "clips.npz"), []
-    make = pipeline.make_folds
-    monkeypatch.setattr(pipeline, "make_folds", lambda *more, **options: folds.append((options["groups"], make(*more, **options))) or folds[-1][1])
+    make = stages.make_folds
+    monkeypatch.setattr(stages, "make_folds", lambda *more, **options: folds.append((options["groups"], make(*more, **options))) or folds[-1][1])
     run("train", "--data.name", "npz", "--data.path", path, "--data.groups", "speaker", "--output", tmp_path / "run", *SMALL, "--training.alone", "false",
         "--budgets.source", "probe")
     data = load_data(load_config(tmp_path / "run" / "config.yaml").data)
@@ -414,16 +415,17 @@ TWO_PROCESSES = """
 import sys
 import torch
 from accelerate import PartialState
-from iibalance import cli, pipeline
+from iibalance import cli
+from iibalance.training import stages
 
-built = pipeline.Run.train_joint
+built = stages.Run.train_joint
 
 def train_joint(self, budgets):
     result = built(self, budgets)
     torch.save({"weights": result[0].state_dict(), "history": result[1]}, f"{sys.argv[1]}.{PartialState().process_index}")
     return result
 
-pipeline.Run.train_joint = train_joint
+stages.Run.train_joint = train_joint
 sys.exit(cli.run(sys.argv[2:]))
 """
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.tables import figures, tables
-from iibalance.runs import read_json
+from iibalance.files import read_json
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from iibalance.data.assemble import assemble
-from iibalance.data.base import Batch, DataConfig, MultimodalData, Split, Standardizer, identity, infer_layout
+from iibalance.data.dataset import Batch, DataConfig, MultimodalData, Split, Standardizer, identity, infer_layout
 from iibalance.data.corruption import corrupt, drop_modalities, parse_degrade, random_corruptions
 from iibalance.data.digits import read_digits
 from iibalance.data.npz import read_inputs, read_npz

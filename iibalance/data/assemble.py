@@ -7,8 +7,8 @@ from typing import Optional
 import numpy as np
 import torch
 
-from iibalance.data.base import DataConfig, MultimodalData, Split, Standardizer, check_layout, infer_layout
-from iibalance.data.splitting import hold_out
+from iibalance.data.dataset import DataConfig, MultimodalData, Split, Standardizer, check_layout, infer_layout
+from iibalance.data.splits import hold_out
 from iibalance.errors import InputError
 
 SPLIT_NAMES = ("train", "validation", "test")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from iibalance.data.base import Batch
+from iibalance.data.dataset import Batch
 from iibalance.errors import InputError
 
 KINDS = ("noise", "missing", "shuffled")

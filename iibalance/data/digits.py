@@ -12,8 +12,8 @@ from scipy import ndimage
 from sklearn.datasets import load_digits
 
 from iibalance.data.assemble import RawData
-from iibalance.data.base import DataConfig
-from iibalance.data.splitting import hold_out
+from iibalance.data.dataset import DataConfig
+from iibalance.data.splits import hold_out
 from iibalance.errors import InputError
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from iibalance.data.assemble import RawData
-from iibalance.data.base import DataConfig
+from iibalance.data.dataset import DataConfig
 from iibalance.errors import InputError
 
 _UNREADABLE = (  # what numpy and zipfile raise on cut and garbled files

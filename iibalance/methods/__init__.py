@@ -23,7 +23,7 @@ from iibalance.methods.mslr import MSLR
 from iibalance.methods.ogm_ge import OGMGE
 from iibalance.methods.pmr import PMR
 from iibalance.methods.qmf import QMF
-from iibalance.runs import file_digest
+from iibalance.files import file_digest
 
 __all__ = ["ABLATIONS", "METHODS", "Method", "make_method", "own_source"]
 

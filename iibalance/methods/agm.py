@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iibalance.data.base import Batch
+from iibalance.data.dataset import Batch
 from iibalance.methods.base import mean_over_processes, unwrap
 from iibalance.methods.concat import Concat
 

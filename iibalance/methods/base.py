@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from iibalance.budgets import Budgets
-from iibalance.calibration import HeldOut
+from iibalance.nn.calibration import HeldOut
 from iibalance.config import RunConfig
-from iibalance.data.base import Batch, Split
+from iibalance.data.dataset import Batch, Split
 from iibalance.errors import InputError
-from iibalance.model import MultimodalClassifier
+from iibalance.nn.model import MultimodalClassifier
 
 
 class Method:

@@ -8,11 +8,11 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iibalance.calibration import HeldOut
-from iibalance.data.base import Split
-from iibalance.head import HeadOutput
+from iibalance.nn.calibration import HeldOut
+from iibalance.data.dataset import Split
+from iibalance.nn.head import HeadOutput
 from iibalance.methods.base import Method
-from iibalance.model import MultimodalClassifier, embed_split
+from iibalance.nn.model import MultimodalClassifier, embed_split
 from iibalance.names import as_sequence, check_names
 from iibalance.temperature import fit_temperature
 
@@ -59,7 +59,7 @@ class ConcatHead(nn.Module):
     def forward(
         self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], targets: Tensor | None = None, *, mask: Tensor | None = None, progress: float = 1.0
     ) -> HeadOutput:
-        """As :class:`~iibalance.head.IIBalanceHead`; the loss is the cross-entropy of the one classifier."""
+        """As :class:`~iibalance.nn.head.IIBalanceHead`; the loss is the cross-entropy of the one classifier."""
         if targets is None:
             return self.fuse(embeddings, mask)
         embeddings = present_only(as_sequence(embeddings, self.modalities, "embeddings"), mask)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from iibalance.data.base import Batch, Split
-from iibalance.data.splitting import hold_out
-from iibalance.methods.multitask import Losses, Multitask
-from iibalance.model import MultimodalClassifier, embed_split
+from iibalance.data.dataset import Batch, Split
+from iibalance.data.splits import hold_out
+from iibalance.methods.heads import Losses, Multitask
+from iibalance.nn.model import MultimodalClassifier, embed_split
 
 
 class GBlend(Multitask):

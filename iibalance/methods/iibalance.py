@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from iibalance.budgets import Budgets
-from iibalance.calibration import HeldOut, calibrate, collect
+from iibalance.nn.calibration import HeldOut, calibrate, collect
 from iibalance.config import RunConfig
-from iibalance.data.base import Split
+from iibalance.data.dataset import Split
 from iibalance.errors import InputError
-from iibalance.head import IIBalanceHead
+from iibalance.nn.head import IIBalanceHead
 from iibalance.methods.base import Method, groups_by_modality
-from iibalance.model import MultimodalClassifier
-from iibalance.objective import IIBalanceLoss
+from iibalance.nn.model import MultimodalClassifier
+from iibalance.nn.loss import IIBalanceLoss
 
 
 class IIBalance(Method):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from iibalance.budgets import Budgets
-from iibalance.calibration import HeldOut, calibrate, collect
-from iibalance.data.base import Split
-from iibalance.head import HeadOutput, IIBalanceHead
+from iibalance.nn.calibration import HeldOut, calibrate, collect
+from iibalance.data.dataset import Split
+from iibalance.nn.head import HeadOutput, IIBalanceHead
 from iibalance.methods.base import Method
-from iibalance.model import MultimodalClassifier, embed_split
-from iibalance.objective import IIBalanceLoss
+from iibalance.nn.model import MultimodalClassifier, embed_split
+from iibalance.nn.loss import IIBalanceLoss
 from iibalance.temperature import fit_temperature, scaled
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from iibalance.data.base import Batch
+from iibalance.data.dataset import Batch
 from iibalance.methods.base import unwrap
-from iibalance.methods.multitask import Multitask
+from iibalance.methods.heads import Multitask
 
 
 class MMPareto(Multitask):

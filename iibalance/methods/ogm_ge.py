@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from iibalance.data.base import Batch
+from iibalance.data.dataset import Batch
 from iibalance.methods.base import mean_over_processes, same_on_processes, unwrap
 from iibalance.methods.concat import Concat
 

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 import iib_kernels
-from iibalance.data.base import Batch, Split
+from iibalance.data.dataset import Batch, Split
 from iibalance.methods.base import mean_over_processes, unwrap
 from iibalance.methods.concat import Concat
-from iibalance.model import embed_split
+from iibalance.nn.model import embed_split
 
 
 class PMR(Concat):

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iibalance.calibration import HeldOut
-from iibalance.data.base import Batch, Split
-from iibalance.head import HeadOutput
+from iibalance.nn.calibration import HeldOut
+from iibalance.data.dataset import Batch, Split
+from iibalance.nn.head import HeadOutput
 from iibalance.methods.base import Method
 from iibalance.methods.concat import present_only
-from iibalance.methods.multitask import Losses, own_cross_entropies
-from iibalance.model import MultimodalClassifier, embed_split
+from iibalance.methods.heads import Losses, own_cross_entropies
+from iibalance.nn.model import MultimodalClassifier, embed_split
 from iibalance.names import as_sequence, check_names
 from iibalance.temperature import fit_temperature
 
@@ -56,7 +56,7 @@ class EnergyHead(nn.Module):
     def forward(
         self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], targets: Tensor | None = None, *, mask: Tensor | None = None, progress: float = 1.0
     ) -> HeadOutput:
-        """As :class:`~iibalance.head.IIBalanceHead`; the loss is the fused and the own cross-entropies' sum, ``weights`` are the confidences with their graph."""
+        """As :class:`~iibalance.nn.head.IIBalanceHead`; the loss is the fused and the own cross-entropies' sum, ``weights`` are the confidences with their graph."""
         if targets is None:
             return self.fuse(embeddings, mask)
         logits = self.heads(embeddings, mask)

@@ -1,0 +1,1 @@
+"""Modules: encoders, the head with its gate and prototypes, the loss, the classifier."""

@@ -1,0 +1,137 @@
+"""Built-in encoders, chosen by input shape. Any ``nn.Module`` that maps [B, ...] to [B, D] serves just as well.
+
+They are small on purpose: good enough to train real data on two cores, plain enough to be read in a minute. A research model brings its own
+encoder (``MultimodalClassifier({"audio": my_resnet, ...}, ...)``) and everything downstream stays the same.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from iibalance.data.dataset import infer_layout
+from iibalance.errors import InputError
+
+
+def build_encoder(shape: Sequence[int], *, embedding_dim: int = 128, width: int = 64, dropout: float = 0.3, layout: str | None = None) -> nn.Module:
+    """The built-in encoder for samples of ``shape`` (without the batch dimension): [B, *shape] float -> [B, embedding_dim].
+
+    ``layout`` is one of ``"vector"``, ``"sequence"``, ``"image"``, ``"video"``; None infers it from the shape
+    (see :func:`iibalance.data.dataset.infer_layout` for the rules). ``width`` scales the hidden channels.
+
+    Raises :class:`~iibalance.errors.InputError` for a layout that does not exist or does not fit the shape.
+
+    >>> encoder = build_encoder((40, 26))  # a sequence: 40 frames of 26 features
+    >>> encoder(torch.zeros(2, 40, 26)).shape
+    torch.Size([2, 128])
+    """
+    shape = tuple(int(size) for size in shape)
+    layout = layout or infer_layout(shape)
+    if layout not in _BUILDERS:
+        raise InputError(f"layout: {layout!r} is none of {', '.join(_BUILDERS)}")
+    if len(shape) not in _BUILDERS[layout][1]:
+        raise InputError(f"layout: {layout!r} does not fit samples of shape {shape}; choose another layout or bring your own encoder")
+    return _BUILDERS[layout][0](shape, embedding_dim, width, dropout)
+
+
+class VectorEncoder(nn.Sequential):
+    """Two hidden layers over [B, D] (anything else is flattened first). Residual-free MLP with batch normalisation."""
+
+    def __init__(self, shape: tuple[int, ...], embedding_dim: int, width: int, dropout: float):
+        features = int(torch.Size(shape).numel())
+        super().__init__(
+            nn.Flatten(),
+            nn.Linear(features, 4 * width, bias=False), nn.BatchNorm1d(4 * width), nn.ReLU(), nn.Dropout(dropout),
+            nn.Linear(4 * width, embedding_dim, bias=False), nn.BatchNorm1d(embedding_dim), nn.ReLU(), nn.Dropout(dropout),
+        )
+
+
+class SequenceEncoder(nn.Module):
+    """Three 1-D convolutions over [B, T, C] (or [B, T, J, C], flattened to T frames), then mean and maximum over time."""
+
+    def __init__(self, shape: tuple[int, ...], embedding_dim: int, width: int, dropout: float):
+        super().__init__()
+        channels = int(torch.Size(shape[1:]).numel())
+        self.convolutions = nn.Sequential(
+            *_block(nn.Conv1d(channels, width, 5, padding=2, bias=False), nn.BatchNorm1d(width), nn.MaxPool1d(2, ceil_mode=True)),
+            *_block(nn.Conv1d(width, 2 * width, 5, padding=2, bias=False), nn.BatchNorm1d(2 * width), nn.MaxPool1d(2, ceil_mode=True)),
+            *_block(nn.Conv1d(2 * width, 2 * width, 3, padding=1, bias=False), nn.BatchNorm1d(2 * width)),
+        )
+        self.project = _projection(4 * width, embedding_dim, dropout)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.convolutions(inputs.flatten(2).transpose(1, 2))  # [B, 2 * width, T / 4]
+        return self.project(torch.cat([hidden.mean(-1), hidden.amax(-1)], 1))
+
+
+class ImageEncoder(nn.Module):
+    """Three 2-D convolutions over [B, C, H, W] ([B, H, W] and channels-last [B, H, W, C] are understood), then average pooling on a 2 x 2 grid."""
+
+    def __init__(self, shape: tuple[int, ...], embedding_dim: int, width: int, dropout: float):
+        super().__init__()
+        self.channels_last = len(shape) == 3 and shape[0] > 4 >= shape[2]
+        channels = 1 if len(shape) == 2 else shape[2] if self.channels_last else shape[0]
+        half = max(width // 2, 1)
+        self.convolutions = nn.Sequential(
+            *_block(nn.Conv2d(channels, half, 5, padding=2, bias=False), nn.BatchNorm2d(half), nn.MaxPool2d(2, ceil_mode=True)),
+            *_block(nn.Conv2d(half, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.MaxPool2d(2, ceil_mode=True)),
+            *_block(nn.Conv2d(width, 2 * width, 3, padding=1, bias=False), nn.BatchNorm2d(2 * width)),
+            nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        )
+        self.convolutions.to(memory_format=torch.channels_last)  # 65 against 102 ms a step of 32 images of 3 x 48 x 48 on one CPU thread
+        self.project = _projection(8 * width, embedding_dim, dropout)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if inputs.dim() == 3:
+            inputs = inputs.unsqueeze(1)
+        elif self.channels_last:
+            inputs = inputs.movedim(-1, 1)
+        return self.project(self.convolutions(inputs))
+
+
+class VideoEncoder(nn.Module):
+    """Frame-wise 2-D convolutions over short clips [B, T, H, W] ([B, T, C, H, W], [B, T, H, W, C]), then 1-D convolutions over time."""
+
+    def __init__(self, shape: tuple[int, ...], embedding_dim: int, width: int, dropout: float):
+        super().__init__()
+        self.channels_last = len(shape) == 4 and shape[1] > 4 >= shape[3]
+        channels = 1 if len(shape) == 3 else shape[3] if self.channels_last else shape[1]
+        first, second = max(width // 4, 1), max(width // 2, 1)
+        self.frames = nn.Sequential(
+            *_block(nn.Conv2d(channels, first, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(first), nn.MaxPool2d(2, ceil_mode=True)),
+            *_block(nn.Conv2d(first, second, 3, padding=1, bias=False), nn.BatchNorm2d(second), nn.AdaptiveAvgPool2d((3, 4))), nn.Flatten(),
+        )
+        self.frames.to(memory_format=torch.channels_last)  # 0.10 against 0.14 s a step of 64 clips of 16 x 30 x 40 on one CPU thread
+        self.time = nn.Sequential(
+            nn.Dropout(dropout),
+            *_block(nn.Conv1d(12 * second, 2 * width, 3, padding=1, bias=False), nn.BatchNorm1d(2 * width), nn.MaxPool1d(2, ceil_mode=True)),
+            *_block(nn.Conv1d(2 * width, 2 * width, 3, padding=1, bias=False), nn.BatchNorm1d(2 * width)),
+        )
+        self.project = _projection(4 * width, embedding_dim, dropout)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if inputs.dim() == 4:
+            inputs = inputs.unsqueeze(2)
+        elif self.channels_last:
+            inputs = inputs.movedim(-1, 2)
+        batch, frames = inputs.shape[:2]
+        hidden = self.frames(inputs.flatten(0, 1)).unflatten(0, (batch, frames))  # [B, T, 6 * width]
+        hidden = self.time(hidden.transpose(1, 2))
+        return self.project(torch.cat([hidden.mean(-1), hidden.amax(-1)], 1))
+
+
+def _block(convolution: nn.Module, norm: nn.Module, *pool: nn.Module) -> tuple[nn.Module, ...]:
+    return (convolution, norm, nn.ReLU(), *pool)
+
+
+def _projection(features: int, embedding_dim: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(nn.Dropout(dropout), nn.Linear(features, embedding_dim, bias=False), nn.BatchNorm1d(embedding_dim), nn.ReLU())
+
+
+_BUILDERS = {  # layout -> (class, numbers of dimensions it takes)
+    "vector": (VectorEncoder, (1, 2, 3, 4)),
+    "sequence": (SequenceEncoder, (2, 3, 4)),
+    "image": (ImageEncoder, (2, 3)),
+    "video": (VideoEncoder, (3, 4)),
+}
