@@ -1,4 +1,5 @@
 """Packaging of iibalance: one distribution, two packages (tool settings live in pyproject.toml)."""
+
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -28,7 +29,13 @@ setup(
     ],
     extras_require={
         "av": ["av", "soundfile", "Pillow"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "pytest-benchmark>=4", "hypothesis>=6", "tensorboard"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "pytest-benchmark>=4",
+            "hypothesis>=6",
+            "tensorboard",
+        ],
     },
     entry_points={"console_scripts": ["iibalance = iibalance.__main__:main"]},
     classifiers=[

@@ -1,4 +1,5 @@
 """A control for the heads of iibalance: the same encoders trained alone with the settings that iibalance was tuned to, so that the trainings differ in the method only."""
+
 from iibalance.methods.late import Unimodal
 
 

@@ -1,4 +1,5 @@
 """What this machine can time, and a word on what it cannot."""
+
 from __future__ import annotations
 
 import pytest

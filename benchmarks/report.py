@@ -2,6 +2,7 @@
 
 Reads what ``pytest benchmarks/ --benchmark-only --benchmark-json SAVED.json`` and ``python -m benchmarks.on_gpu`` wrote.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -21,12 +22,28 @@ def read(path: Path) -> tuple[dict, list[dict]]:
         raise SystemExit(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise SystemExit(f"{path}: is not JSON ({error})") from None
-    if isinstance(content, dict) and isinstance(content.get("benchmarks"), list) and "machine_info" in content:
-        rows = [{**entry["extra_info"], "seconds": entry["extra_info"].get("seconds", entry["stats"]["median"])} for entry in content["benchmarks"]]
+    if (
+        isinstance(content, dict)
+        and isinstance(content.get("benchmarks"), list)
+        and "machine_info" in content
+    ):
+        rows = [
+            {
+                **entry["extra_info"],
+                "seconds": entry["extra_info"].get("seconds", entry["stats"]["median"]),
+            }
+            for entry in content["benchmarks"]
+        ]
         return content["machine_info"], rows
-    if isinstance(content, dict) and "environment" in content and isinstance(content.get("measurements"), list):
+    if (
+        isinstance(content, dict)
+        and "environment" in content
+        and isinstance(content.get("measurements"), list)
+    ):
         return content["environment"], content["measurements"]
-    raise SystemExit(f"{path}: holds neither pytest-benchmark's results nor those of benchmarks.on_gpu")
+    raise SystemExit(
+        f"{path}: holds neither pytest-benchmark's results nor those of benchmarks.on_gpu"
+    )
 
 
 def duration(seconds: float | None) -> str:
@@ -45,27 +62,71 @@ def duration(seconds: float | None) -> str:
 
 def table(environment: dict, rows: Sequence[dict]) -> str:
     """One Markdown table for each operator and mode, with the machine above all."""
-    facts = [f"{name} {environment[name]}" for name in ("device", "capability", "driver", "torch", "triton", "python", "date", "commit") if environment.get(name)]
+    facts = [
+        f"{name} {environment[name]}"
+        for name in (
+            "device",
+            "capability",
+            "driver",
+            "torch",
+            "triton",
+            "python",
+            "date",
+            "commit",
+        )
+        if environment.get(name)
+    ]
     lines = ["# Benchmarks", "", ", ".join(facts) + ".", ""]
     if environment.get("dry_run"):
-        lines += ["**A dry run on a CPU with tiny shapes: it shows that the program works, and nothing about speed.**", ""]
-    lines += ["Medians. `graph` is the time of one call among several captured in a CUDA graph, without launch gaps; GB/s are the least bytes of the operation",
-              "over that time; share is of a copy's bandwidth measured in the same run.", ""]
+        lines += [
+            "**A dry run on a CPU with tiny shapes: it shows that the program works, and nothing about speed.**",
+            "",
+        ]
+    lines += [
+        "Medians. `graph` is the time of one call among several captured in a CUDA graph, without launch gaps; GB/s are the least bytes of the operation",
+        "over that time; share is of a copy's bandwidth measured in the same run.",
+        "",
+    ]
     for op, mode in dict.fromkeys((row["op"], row["mode"]) for row in rows):
         chosen = [row for row in rows if (row["op"], row["mode"]) == (op, mode)]
-        lines += [f"## {op}, {mode}", "", "| shape | dtype | implementation | time | graph | against eager | peak memory | GB/s | share |",
-                  "|---|---|---|---:|---:|---:|---:|---:|---:|"]
+        lines += [
+            f"## {op}, {mode}",
+            "",
+            "| shape | dtype | implementation | time | graph | against eager | peak memory | GB/s | share |",
+            "|---|---|---|---:|---:|---:|---:|---:|---:|",
+        ]
         for row in chosen:
-            eager = next((other for other in chosen if other["row"] == "reference" and other["shape"] == row["shape"]
-                          and other.get("dtype") == row.get("dtype") and other.get("seconds")), None)
+            eager = next(
+                (
+                    other
+                    for other in chosen
+                    if other["row"] == "reference"
+                    and other["shape"] == row["shape"]
+                    and other.get("dtype") == row.get("dtype")
+                    and other.get("seconds")
+                ),
+                None,
+            )
             if not row.get("seconds"):
-                lines.append(f"| {row['shape']} | {row.get('dtype', '')} | {row['row']} | {row.get('error', 'not measured')[:80]} | | | | | |")
+                lines.append(
+                    f"| {row['shape']} | {row.get('dtype', '')} | {row['row']} | {row.get('error', 'not measured')[:80]} | | | | | |"
+                )
                 continue
             ratio = f"{eager['seconds'] / row['seconds']:.2f} x" if eager else ""
             memory = f"{row['peak_bytes'] / 2**20:.1f} MiB" if "peak_bytes" in row else ""
             rate = f"{row['gigabytes_per_second']:.0f}" if "gigabytes_per_second" in row else ""
             share = f"{100 * row['share_of_copy']:.0f} %" if "share_of_copy" in row else ""
-            cells = (row["shape"], row.get("dtype", ""), row["row"], duration(row["seconds"]), duration(row.get("graph_seconds")), ratio, memory, rate, share)
+            cells = (
+                row["shape"],
+                row.get("dtype", ""),
+                row["row"],
+                duration(row["seconds"]),
+                duration(row.get("graph_seconds")),
+                ratio,
+                memory,
+                rate,
+                share,
+            )
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
@@ -82,17 +143,30 @@ def picture(rows: Sequence[dict], path: Path, title: str) -> bool:
 
     rows = [row for row in rows if row.get("seconds")]
     groups = list(dict.fromkeys((row["op"], row["mode"]) for row in rows))
-    figure, axes = pyplot.subplots(2, max(1, len(groups)), figsize=(max(6, 3.2 * len(groups)), 7.5), squeeze=False)
+    figure, axes = pyplot.subplots(
+        2, max(1, len(groups)), figsize=(max(6, 3.2 * len(groups)), 7.5), squeeze=False
+    )
     names = list(dict.fromkeys((row["row"], row.get("dtype", "")) for row in rows))
     for column, (op, mode) in enumerate(groups):
         chosen = [row for row in rows if (row["op"], row["mode"]) == (op, mode)]
         shapes = list(dict.fromkeys(row["shape"] for row in chosen))
         for line, key, scale in ((0, "seconds", 1e3), (1, "peak_bytes", 2**-20)):
             for index, name in enumerate(names):
-                points = [(shapes.index(row["shape"]), row[key] * scale) for row in chosen if (row["row"], row.get("dtype", "")) == name and row.get(key)]
+                points = [
+                    (shapes.index(row["shape"]), row[key] * scale)
+                    for row in chosen
+                    if (row["row"], row.get("dtype", "")) == name and row.get(key)
+                ]
                 if points:
-                    axes[line][column].plot(*zip(*points), marker="o", color=f"C{index}", label=" ".join(filter(None, name)))
-            axes[line][column].set_xticks(range(len(shapes)), shapes, rotation=30, ha="right", fontsize=6)
+                    axes[line][column].plot(
+                        *zip(*points),
+                        marker="o",
+                        color=f"C{index}",
+                        label=" ".join(filter(None, name)),
+                    )
+            axes[line][column].set_xticks(
+                range(len(shapes)), shapes, rotation=30, ha="right", fontsize=6
+            )
             if axes[line][column].lines:
                 axes[line][column].set_yscale("log")
         axes[0][column].set_title(f"{op}\n{mode}", fontsize=8)
@@ -112,8 +186,10 @@ def write(output: Path, environment: dict, rows: Sequence[dict], extra: str = ""
     output.mkdir(parents=True, exist_ok=True)
     written = [output / "benchmarks.md"]
     note = ""
-    title = f"{environment.get('device', '')}, torch {environment.get('torch', '')}, {environment.get('date', '')}" + (
-        " (dry run: not a measurement)" if environment.get("dry_run") else "")
+    title = (
+        f"{environment.get('device', '')}, torch {environment.get('torch', '')}, {environment.get('date', '')}"
+        + (" (dry run: not a measurement)" if environment.get("dry_run") else "")
+    )
     if picture(rows, output / "benchmarks.png", title):
         written.append(output / "benchmarks.png")
         note = "\n![time and peak memory by shape](benchmarks.png)\n"
@@ -125,15 +201,25 @@ def write(output: Path, environment: dict, rows: Sequence[dict], extra: str = ""
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.partition("\n")[0])
-    parser.add_argument("saved", nargs="+", type=Path, help="JSON files of pytest-benchmark or benchmarks.on_gpu")
-    parser.add_argument("--output", type=Path, required=True, help="folder for benchmarks.md and benchmarks.png")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument(
+        "saved", nargs="+", type=Path, help="JSON files of pytest-benchmark or benchmarks.on_gpu"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for benchmarks.md and benchmarks.png"
+    )
     options = parser.parse_args(arguments)
     read_files = [read(path) for path in options.saved]
     devices = {environment.get("device") for environment, _ in read_files}
     if len(devices) > 1:
-        raise SystemExit(f"the files are from different machines ({', '.join(map(str, devices))}); make one report for each")
-    for path in write(options.output, read_files[0][0], [row for _, rows in read_files for row in rows]):
+        raise SystemExit(
+            f"the files are from different machines ({', '.join(map(str, devices))}); make one report for each"
+        )
+    for path in write(
+        options.output, read_files[0][0], [row for _, rows in read_files for row in rows]
+    ):
         print(path)
 
 

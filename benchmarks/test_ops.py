@@ -1,4 +1,5 @@
 """Every operator, mode and shape: eager reference, compiled reference, the kernels, and a peer where one does the same work."""
+
 from __future__ import annotations
 
 import functools
@@ -24,15 +25,24 @@ def planned() -> list:
                 for row in ROWS:
                     if row == "cdist" and op != "prototype_distance":
                         continue
-                    if DEVICE == "cpu" and (row == "triton" or (row == "compiled" and (shape != SHAPES[1] or mode == "backward"))):
+                    if DEVICE == "cpu" and (
+                        row == "triton"
+                        or (row == "compiled" and (shape != SHAPES[1] or mode == "backward"))
+                    ):
                         continue
-                    found.append(pytest.param(op, mode, shape, row, id=f"{op}-{mode}-{shape}-{row}".replace(" ", "-")))
+                    found.append(
+                        pytest.param(
+                            op, mode, shape, row, id=f"{op}-{mode}-{shape}-{row}".replace(" ", "-")
+                        )
+                    )
     if DEVICE == "cpu":
-        LEFT_OUT.extend([
-            "triton: there is no GPU, and timings of interpreted kernels mean nothing",
-            f"compiled: only {SHAPES[1]}, forward and step; each compilation takes seconds, and the command is to stay under five minutes",
-            f"{ONLY_ALIGNMENT}: only with a GPU",
-        ])
+        LEFT_OUT.extend(
+            [
+                "triton: there is no GPU, and timings of interpreted kernels mean nothing",
+                f"compiled: only {SHAPES[1]}, forward and step; each compilation takes seconds, and the command is to stay under five minutes",
+                f"{ONLY_ALIGNMENT}: only with a GPU",
+            ]
+        )
     return found
 
 
@@ -50,7 +60,14 @@ def test_op(benchmark, bandwidth, op, mode, shape, row):
     case = case_of(op, shape)
     call = timed(case, row, mode)
     benchmark.group = f"{op} {mode} {shape}"
-    benchmark.extra_info |= {"op": op, "mode": mode, "shape": str(shape), "row": row, "dtype": "fp32", "least_bytes": case.bytes[mode]}
+    benchmark.extra_info |= {
+        "op": op,
+        "mode": mode,
+        "shape": str(shape),
+        "row": row,
+        "dtype": "fp32",
+        "least_bytes": case.bytes[mode],
+    }
     if DEVICE == "cpu":
         rounds = 3 if shape.batch >= 4096 else 20
         benchmark.pedantic(call, rounds=rounds, warmup_rounds=1)
@@ -63,4 +80,8 @@ def test_op(benchmark, bandwidth, op, mode, shape, row):
     benchmark.pedantic(synchronised, rounds=20, warmup_rounds=5)
     measured = timing.measure(call, DEVICE)
     rate = case.bytes[mode] / measured.get("graph_seconds", measured["seconds"])
-    benchmark.extra_info |= {**measured, "gigabytes_per_second": rate / 1e9, "share_of_copy": rate / bandwidth}
+    benchmark.extra_info |= {
+        **measured,
+        "gigabytes_per_second": rate / 1e9,
+        "share_of_copy": rate / bandwidth,
+    }

@@ -1,4 +1,5 @@
 """Measuring: times and memory of a call, what the device can do at most, and what machine this is."""
+
 from __future__ import annotations
 
 import datetime
@@ -18,9 +19,14 @@ ROOT = Path(__file__).resolve().parents[1]
 def environment(device: str) -> dict:
     """Machine, versions, date and commit of a measurement."""
     facts = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(), "commit": _output("git", "rev-parse", "HEAD"),
-        "device": "cpu", "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "commit": _output("git", "rev-parse", "HEAD"),
+        "device": "cpu",
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
     try:
         import triton
@@ -31,8 +37,12 @@ def environment(device: str) -> dict:
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         facts |= {
-            "device": properties.name, "capability": f"{properties.major}.{properties.minor}", "multiprocessors": properties.multi_processor_count,
-            "memory_gib": round(properties.total_memory / 2**30, 1), "cuda": torch.version.cuda, "hip": torch.version.hip,
+            "device": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
             "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         }
     return facts
@@ -68,7 +78,9 @@ def measure(call: Callable[[], object], device: str, *, milliseconds: int = 50) 
     call()
     torch.cuda.synchronize()
     result = {"peak_bytes": torch.cuda.max_memory_allocated() - before}
-    middle, low, high = do_bench(call, warmup=milliseconds // 2, rep=milliseconds, quantiles=[0.5, 0.2, 0.8])
+    middle, low, high = do_bench(
+        call, warmup=milliseconds // 2, rep=milliseconds, quantiles=[0.5, 0.2, 0.8]
+    )
     result |= {"seconds": middle / 1000, "low": low / 1000, "high": high / 1000}
     try:
         result["graph_seconds"] = graph_replay(call)
@@ -112,7 +124,11 @@ def copy_bandwidth(device: str, *, mebibytes: int = 1024) -> float:
 def matmul_rates(device: str, *, side: int = 8192) -> dict[str, float]:
     """Floating-point operations a second of a square product, by precision."""
     rates, before = {}, torch.get_float32_matmul_precision()
-    for name, dtype, precision in (("fp32", torch.float32, "highest"), ("tf32", torch.float32, "high"), ("bf16", torch.bfloat16, "highest")):
+    for name, dtype, precision in (
+        ("fp32", torch.float32, "highest"),
+        ("tf32", torch.float32, "high"),
+        ("bf16", torch.bfloat16, "highest"),
+    ):
         torch.set_float32_matmul_precision(precision)
         a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
         rates[name] = 2 * side**3 / measure(lambda: a @ b, device, milliseconds=100)["seconds"]

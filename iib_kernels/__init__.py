@@ -10,14 +10,50 @@
 
 Each runs as Triton kernels or as plain PyTorch (``impl=``); the kernels' autograd Functions are exported beside it.
 """
+
 from iib_kernels.alignment import AlignmentLossFunction, AlignmentOutput, alignment_loss
-from iib_kernels.fusion import FusionCrossEntropyFunction, FusionLossOutput, FusionOutput, GatedFusionFunction, fusion_cross_entropy, gated_fusion
-from iib_kernels.prototype import NearestOutput, NearestPrototypeFunction, PrototypeDistanceFunction, nearest_prototype, prototype_distance
-from iib_kernels.update import UpdatePrototypesFunction, class_sums, ema_from_sums, snapshot, update_prototypes
+from iib_kernels.fusion import (
+    FusionCrossEntropyFunction,
+    FusionLossOutput,
+    FusionOutput,
+    GatedFusionFunction,
+    fusion_cross_entropy,
+    gated_fusion,
+)
+from iib_kernels.prototype import (
+    NearestOutput,
+    NearestPrototypeFunction,
+    PrototypeDistanceFunction,
+    nearest_prototype,
+    prototype_distance,
+)
+from iib_kernels.update import (
+    UpdatePrototypesFunction,
+    class_sums,
+    ema_from_sums,
+    snapshot,
+    update_prototypes,
+)
 
 __version__ = "0.1.0"
 __all__ = [
-    "AlignmentLossFunction", "AlignmentOutput", "FusionCrossEntropyFunction", "FusionLossOutput", "FusionOutput", "GatedFusionFunction", "NearestOutput",
-    "NearestPrototypeFunction", "PrototypeDistanceFunction", "UpdatePrototypesFunction", "alignment_loss", "class_sums", "ema_from_sums",
-    "fusion_cross_entropy", "gated_fusion", "nearest_prototype", "prototype_distance", "snapshot", "update_prototypes",
+    "AlignmentLossFunction",
+    "AlignmentOutput",
+    "FusionCrossEntropyFunction",
+    "FusionLossOutput",
+    "FusionOutput",
+    "GatedFusionFunction",
+    "NearestOutput",
+    "NearestPrototypeFunction",
+    "PrototypeDistanceFunction",
+    "UpdatePrototypesFunction",
+    "alignment_loss",
+    "class_sums",
+    "ema_from_sums",
+    "fusion_cross_entropy",
+    "gated_fusion",
+    "nearest_prototype",
+    "prototype_distance",
+    "snapshot",
+    "update_prototypes",
 ]

@@ -1,4 +1,5 @@
 """Argument checks shared by the public functions: every message names the argument, what it is and what was expected."""
+
 from __future__ import annotations
 
 import numbers
@@ -14,7 +15,11 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def describe(value: object) -> str:
     """A tensor's dtype and shape, or what else it is."""
-    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    return (
+        f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        if isinstance(value, Tensor)
+        else type(value).__name__
+    )
 
 
 def check_float(value: object, name: str) -> Tensor:
@@ -22,13 +27,17 @@ def check_float(value: object, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
     if value.dtype not in FLOATS:
-        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {describe(value)}; convert it with .float()")
+        raise TypeError(
+            f"{name}: expected float16, bfloat16, float32 or float64, got {describe(value)}; convert it with .float()"
+        )
     return value
 
 
 def check_shape(value: Tensor, shape: Sequence[int | None], name: str, letters: str) -> Tensor:
     """ValueError unless ``value`` has ``shape`` (None = any size); ``letters`` says it for the message, as in ``"[B, D]"``."""
-    if value.dim() != len(shape) or any(size is not None and size != actual for size, actual in zip(shape, value.shape)):
+    if value.dim() != len(shape) or any(
+        size is not None and size != actual for size, actual in zip(shape, value.shape)
+    ):
         known = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name}: expected shape {letters} = [{known}], got {describe(value)}")
     return value
@@ -42,8 +51,12 @@ def check_choice(value: object, options: Sequence[str], name: str) -> None:
 
 def check_number(value: object, name: str) -> None:
     """TypeError unless ``value`` is a real number; a tensor, which would have to be read on the host, is not."""
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name}: expected a number, got {describe(value)}; it is not differentiated")
+    if isinstance(value, bool) or not isinstance(
+        value, (numbers.Real, torch.SymInt, torch.SymFloat)
+    ):
+        raise TypeError(
+            f"{name}: expected a number, got {describe(value)}; it is not differentiated"
+        )
 
 
 def check_integer(value: object, name: str) -> None:
@@ -55,9 +68,13 @@ def check_integer(value: object, name: str) -> None:
 def tensor_list(values: object, name: str, count: int | None = None) -> list[Tensor]:
     """A non-empty sequence of floating-point tensors as a list, of ``count`` if given; TypeError or ValueError naming the entry."""
     if isinstance(values, Tensor) or not isinstance(values, Sequence):
-        raise TypeError(f"{name}: expected a sequence with one tensor a modality, got {describe(values)}; wrap a single one in a list")
+        raise TypeError(
+            f"{name}: expected a sequence with one tensor a modality, got {describe(values)}; wrap a single one in a list"
+        )
     if not len(values) or (count is not None and len(values) != count):
-        raise ValueError(f"{name}: expected {'at least one tensor' if count is None else f'{count} tensors, one a modality'}, got {len(values)}")
+        raise ValueError(
+            f"{name}: expected {'at least one tensor' if count is None else f'{count} tensors, one a modality'}, got {len(values)}"
+        )
     return [check_float(value, f"{name}[{index}]") for index, value in enumerate(values)]
 
 
@@ -65,26 +82,41 @@ def check_device(reference: Tensor, **others: Tensor | None) -> None:
     """ValueError unless all tensors stand on one device."""
     for name, value in others.items():
         if value is not None and value.device != reference.device:
-            raise ValueError(f"{name}: is on {value.device}, the other arguments on {reference.device}; move it there")
+            raise ValueError(
+                f"{name}: is on {value.device}, the other arguments on {reference.device}; move it there"
+            )
 
 
-def check_mask(mask: object, shape: Sequence[int], name: str = "mask", *, rows_need_one: bool = False) -> Tensor | None:
+def check_mask(
+    mask: object, shape: Sequence[int], name: str = "mask", *, rows_need_one: bool = False
+) -> Tensor | None:
     """A bool tensor of ``shape`` [..., M] or None. With ``rows_need_one``, a row without any True is a ValueError where values may be looked at."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"{name}: expected a bool tensor (True = present), got {describe(mask)}")
     if tuple(mask.shape) != tuple(shape):
-        raise ValueError(f"{name}: expected shape {list(shape)} (samples, modalities), got {list(mask.shape)}")
+        raise ValueError(
+            f"{name}: expected shape {list(shape)} (samples, modalities), got {list(mask.shape)}"
+        )
     if rows_need_one and eager_on_cpu(mask):
         empty = ~mask.any(-1)
         if empty.any():
             row = int(empty.flatten().nonzero()[0])
-            raise ValueError(f"{name}: row {row} has no modality present; leave such samples out, there is nothing to fuse")
+            raise ValueError(
+                f"{name}: row {row} has no modality present; leave such samples out, there is nothing to fuse"
+            )
     return mask
 
 
-def check_targets(targets: object, shape: Sequence[int], num_classes: int, ignore_index: int, *, replace: bool = True) -> Tensor:
+def check_targets(
+    targets: object,
+    shape: Sequence[int],
+    num_classes: int,
+    ignore_index: int,
+    *,
+    replace: bool = True,
+) -> Tensor:
     """Class indices of ``shape`` as int64, with ``ignore_index`` in place of any that is out of range; without ``replace`` as they are, for kernels that
     look at each themselves.
 
@@ -92,10 +124,18 @@ def check_targets(targets: object, shape: Sequence[int], num_classes: int, ignor
     ignored: it is never used as an index.
     """
     check_integer(ignore_index, "ignore_index")
-    if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+    if not isinstance(targets, Tensor) or targets.dtype not in (
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.uint8,
+        torch.int8,
+    ):
         raise TypeError(f"targets: expected int64 class indices, got {describe(targets)}")
     if tuple(targets.shape) != tuple(shape):
-        raise ValueError(f"targets: expected shape {list(shape)}, one class index a sample, got {list(targets.shape)}")
+        raise ValueError(
+            f"targets: expected shape {list(shape)}, one class index a sample, got {list(targets.shape)}"
+        )
     if not replace and not eager_on_cpu(targets):
         return targets
     targets = targets.long()
@@ -110,5 +150,9 @@ def check_targets(targets: object, shape: Sequence[int], num_classes: int, ignor
 
 def refuse_grad(name: str, *values: Tensor | None) -> None:
     """ValueError if an argument that no gradient reaches asks for one."""
-    if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values):
-        raise ValueError(f"{name}: requires grad, but this function gives it no gradient; pass {name}.detach()")
+    if torch.is_grad_enabled() and any(
+        value is not None and value.requires_grad for value in values
+    ):
+        raise ValueError(
+            f"{name}: requires grad, but this function gives it no gradient; pass {name}.detach()"
+        )

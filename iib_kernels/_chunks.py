@@ -1,4 +1,5 @@
 """Rows in chunks, so that work arrays of [rows, K] stay small whatever the batch."""
+
 from __future__ import annotations
 
 import torch

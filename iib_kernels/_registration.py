@@ -1,4 +1,5 @@
 """Operators of torch.library: one helper for schema, implementation and fake."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

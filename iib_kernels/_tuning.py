@@ -1,4 +1,5 @@
 """Block sizes and warps, by the sizes of a call: small static tables. IIB_KERNELS_AUTOTUNE=1 times a few alternatives on the first call of each size."""
+
 from __future__ import annotations
 
 import os
@@ -23,7 +24,12 @@ class Launch(NamedTuple):
 
     def options(self) -> dict[str, int | bool]:
         """Keyword arguments of the launch. On NVIDIA all registers may be used: left alone, ptxas spills a few to fit one more block."""
-        options = {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        options = {
+            **self.blocks,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
         return options if hip() else {**options, "maxnreg": 255}
 
 
@@ -54,31 +60,68 @@ def fusion(classes: int, modalities: int, wide: bool) -> list[Launch]:
         columns //= 2
     rows = max(1, min(32, (1024 if wide else 2048) // (columns * power_of_two(modalities))))
     warps = 8 if columns * modalities >= (2048 if wide else 4096) else 4
-    return [Launch({"BLOCK_B": count, "BLOCK_K": columns}, warps) for count in dict.fromkeys((rows, max(1, rows // 2), rows * 2))]
+    return [
+        Launch({"BLOCK_B": count, "BLOCK_K": columns}, warps)
+        for count in dict.fromkeys((rows, max(1, rows // 2), rows * 2))
+    ]
 
 
 def alignment(classes: int, width: int, modalities: int, itemsize: int) -> list[Launch]:
     """Rows, classes and components of a tile of scores; all modalities' tiles are held at once."""
     columns = tile(classes, ALIGNMENT_CLASSES if classes <= ALIGNMENT_CLASSES else 64)
-    warps = 8 if (modalities > 3 or columns > 64 or (columns > 32 and itemsize > 2)) and not hip() else 4
+    warps = (
+        8
+        if (modalities > 3 or columns > 64 or (columns > 32 and itemsize > 2)) and not hip()
+        else 4
+    )
     return [Launch({"BLOCK_B": 16, "BLOCK_K": columns, "BLOCK_D": depth(width, itemsize)}, warps)]
 
 
 def alignment_tiled(width: int, itemsize: int) -> list[Launch]:
     """The same, with CHUNK components of a gradient kept over all classes."""
-    return [Launch({"BLOCK_B": 16, "BLOCK_K": 32, "BLOCK_D": depth(width, itemsize), "CHUNK": tile(width, 256 if itemsize <= 4 else 64)}, 8)]
+    return [
+        Launch(
+            {
+                "BLOCK_B": 16,
+                "BLOCK_K": 32,
+                "BLOCK_D": depth(width, itemsize),
+                "CHUNK": tile(width, 256 if itemsize <= 4 else 64),
+            },
+            8,
+        )
+    ]
 
 
 def distance(batch: int, classes: int, width: int, itemsize: int) -> list[Launch]:
     """Tile of distances."""
-    columns, rows = tile(classes, 128 if itemsize <= 4 else 32), tile(batch, 64 if batch >= 1024 and itemsize <= 4 else 16)
-    return [Launch({"BLOCK_B": rows, "BLOCK_K": columns, "BLOCK_D": depth(width, itemsize)}, 8 if itemsize > 2 else 4)]
+    columns, rows = (
+        tile(classes, 128 if itemsize <= 4 else 32),
+        tile(batch, 64 if batch >= 1024 and itemsize <= 4 else 16),
+    )
+    return [
+        Launch(
+            {"BLOCK_B": rows, "BLOCK_K": columns, "BLOCK_D": depth(width, itemsize)},
+            8 if itemsize > 2 else 4,
+        )
+    ]
 
 
 def distance_backward(batch: int, classes: int, width: int, itemsize: int) -> list[Launch]:
     """Tile of the distances' gradient, and CHUNK components at a time."""
-    columns, rows = tile(classes, 32 if itemsize > 4 else 64 if hip() else 128), tile(batch, 32 if itemsize <= 4 else 16)
-    return [Launch({"BLOCK_B": rows, "BLOCK_K": columns, "CHUNK": tile(width, 64 if itemsize <= 4 else 32)}, 8)]
+    columns, rows = (
+        tile(classes, 32 if itemsize > 4 else 64 if hip() else 128),
+        tile(batch, 32 if itemsize <= 4 else 16),
+    )
+    return [
+        Launch(
+            {
+                "BLOCK_B": rows,
+                "BLOCK_K": columns,
+                "CHUNK": tile(width, 64 if itemsize <= 4 else 32),
+            },
+            8,
+        )
+    ]
 
 
 def nearest_backward(width: int) -> list[Launch]:
@@ -90,7 +133,11 @@ def nearest_backward(width: int) -> list[Launch]:
 def update(width: int) -> list[Launch]:
     """Rows of one class at a time, found among SEARCH targets."""
     components = tile(width, COMPONENTS)
-    return [Launch({"SEARCH": 256, "BLOCK_B": max(1, min(64, 8192 // components)), "BLOCK_D": components})]
+    return [
+        Launch(
+            {"SEARCH": 256, "BLOCK_B": max(1, min(64, 8192 // components)), "BLOCK_D": components}
+        )
+    ]
 
 
 _best: dict[tuple, Launch] = {}
@@ -108,5 +155,8 @@ def run(key: tuple, candidates: list[Launch], launch: Callable[[Launch], object]
     if key not in _best:
         from triton.testing import do_bench
 
-        _best[key] = min(candidates, key=lambda candidate: do_bench(lambda: launch(candidate), return_mode="median"))
+        _best[key] = min(
+            candidates,
+            key=lambda candidate: do_bench(lambda: launch(candidate), return_mode="median"),
+        )
     return launch(_best[key])

@@ -5,6 +5,7 @@ rules and bounded memory. The equations are this project's own formulation of ar
 
 Shapes: B samples, K classes, M modalities; features[m] is [B, D_m], prototypes[m] [K, D_m], logits[m] [..., K].
 """
+
 from __future__ import annotations
 
 import math
@@ -32,15 +33,25 @@ def prototype_distance(features: Tensor, prototypes: Tensor, metric: str = "cosi
     return (squares - 2 * features @ prototypes.mT).clamp_min(0)
 
 
-def prototype_log_posterior(features: Tensor, prototypes: Tensor, temperature: float = 0.2, metric: str = "cosine", seen: Tensor | None = None) -> Tensor:
+def prototype_log_posterior(
+    features: Tensor,
+    prototypes: Tensor,
+    temperature: float = 0.2,
+    metric: str = "cosine",
+    seen: Tensor | None = None,
+) -> Tensor:
     """log q(i, .) = log_softmax_k(-d2(i, k) / tau) over the seen classes, [B, K]; -inf for classes not seen (section 2)."""
     scores = -prototype_distance(features, prototypes, metric) / temperature
     if seen is not None:
-        scores = scores.masked_fill(~seen & seen.any(), NEVER)  # with no class seen the rows do not count: any finite numbers will do
+        scores = scores.masked_fill(
+            ~seen & seen.any(), NEVER
+        )  # with no class seen the rows do not count: any finite numbers will do
     return scores.log_softmax(-1)
 
 
-def nearest_prototype(features: Tensor, prototypes: Tensor, metric: str = "cosine", seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def nearest_prototype(
+    features: Tensor, prototypes: Tensor, metric: str = "cosine", seen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Squared distance to the nearest seen prototype and its class, [B] and [B]; 0 and -1 where no class has been seen."""
     distance = prototype_distance(features, prototypes, metric)
     if seen is None:
@@ -50,8 +61,15 @@ def nearest_prototype(features: Tensor, prototypes: Tensor, metric: str = "cosin
 
 
 def alignment_loss(
-    features: Sequence[Tensor], prototypes: Sequence[Tensor], targets: Tensor, budgets: Tensor, temperature: float = 0.2, metric: str = "cosine",
-    seen: Sequence[Tensor] | None = None, mask: Tensor | None = None, ignore_index: int = -100,
+    features: Sequence[Tensor],
+    prototypes: Sequence[Tensor],
+    targets: Tensor,
+    budgets: Tensor,
+    temperature: float = 0.2,
+    metric: str = "cosine",
+    seen: Sequence[Tensor] | None = None,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Section 3, per sample: contrastive C_m(i), alignment A_m(i), confidence q_m(i, y_i), each [B, M], and which of them count, [B, M] bool.
 
@@ -62,20 +80,30 @@ def alignment_loss(
     anchor, relative = anchor_and_relative(budgets)
     valid = targets != ignore_index
     y = torch.where(valid, targets, 0)
-    log_q = torch.stack([prototype_log_posterior(f, p, temperature, metric, None if seen is None else seen[m])
-                         for m, (f, p) in enumerate(zip(features, prototypes))])  # [M, B, K]
+    log_q = torch.stack(
+        [
+            prototype_log_posterior(f, p, temperature, metric, None if seen is None else seen[m])
+            for m, (f, p) in enumerate(zip(features, prototypes))
+        ]
+    )  # [M, B, K]
     counts = valid[:, None].expand(-1, count) if mask is None else valid[:, None] & mask
     if seen is not None:
         counts = counts & torch.stack([s[y] for s in seen], 1)
-    log_true = torch.where(counts, log_q.gather(2, y.expand(count, -1)[..., None]).squeeze(2).T, 0.0)  # [B, M]
+    log_true = torch.where(
+        counts, log_q.gather(2, y.expand(count, -1)[..., None]).squeeze(2).T, 0.0
+    )  # [B, M]
     confidence = torch.where(counts, log_true.exp(), 0.0)
-    log_anchor = log_q.index_select(0, anchor[None]).squeeze(0).detach()  # log_q[anchor] would read the anchor on the host
+    log_anchor = (
+        log_q.index_select(0, anchor[None]).squeeze(0).detach()
+    )  # log_q[anchor] would read the anchor on the host
     q_anchor = log_anchor.exp()
     # A class that either of the two has not seen carries no evidence to compare: left out of the sum
     both = (log_q > NEVER) & (log_anchor > NEVER)
     difference = torch.where(both, log_anchor, 0.0) - torch.where(both, log_q, 0.0)
     divergence = (torch.where(both, q_anchor, 0.0) * difference).sum(-1).T  # KL(q_a || q_m), [B, M]
-    alignment = torch.where(aligned(counts, anchor), deviation(confidence, relative, anchor) * divergence, 0.0)
+    alignment = torch.where(
+        aligned(counts, anchor), deviation(confidence, relative, anchor) * divergence, 0.0
+    )
     return -log_true, alignment, confidence, counts
 
 
@@ -88,25 +116,40 @@ def anchor_and_relative(budgets: Tensor) -> tuple[Tensor, Tensor]:
 def deviation(confidence: Tensor, relative: Tensor, anchor: Tensor) -> Tensor:
     """delta_m(i) = max(0, rho_m q_a(i, y_i) - q_m(i, y_i)), [B, M], without gradient."""
     confidence = confidence.detach()
-    return (relative * confidence.gather(1, anchor.expand(len(confidence), 1)) - confidence).clamp_min(0)
+    return (
+        relative * confidence.gather(1, anchor.expand(len(confidence), 1)) - confidence
+    ).clamp_min(0)
 
 
 def aligned(counts: Tensor, anchor: Tensor) -> Tensor:
     """Which rows of which modality are drawn towards the anchor, [B, M]: where both count, and never the anchor itself."""
-    return counts & counts.gather(1, anchor.expand(len(counts), 1)) & (torch.arange(counts.shape[1], device=counts.device) != anchor)
+    return (
+        counts
+        & counts.gather(1, anchor.expand(len(counts), 1))
+        & (torch.arange(counts.shape[1], device=counts.device) != anchor)
+    )
 
 
 def gated_fusion(
-    logits: Sequence[Tensor], log_prior: Tensor | None = None, gate_logits: Tensor | None = None, temperature: Tensor | float = 1.0,
-    uncertainty_weight: Tensor | float = 1.0, scale: Tensor | float = 1.0, mask: Tensor | None = None,
+    logits: Sequence[Tensor],
+    log_prior: Tensor | None = None,
+    gate_logits: Tensor | None = None,
+    temperature: Tensor | float = 1.0,
+    uncertainty_weight: Tensor | float = 1.0,
+    scale: Tensor | float = 1.0,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Section 4: fused logits f [..., K], weights w [..., M], uncertainty u [..., M] and the scaled logits t [..., M, K]."""
     stacked = torch.stack(list(logits), -2)
     if mask is not None:
-        stacked = torch.where(mask[..., None], stacked, 0.0)  # what stands in a missing modality's row is nobody's business
+        stacked = torch.where(
+            mask[..., None], stacked, 0.0
+        )  # what stands in a missing modality's row is nobody's business
     count, classes = stacked.shape[-2:]
     # new_full, not as_tensor, which on a GPU copies from the host: that synchronises and cannot be captured in a graph
-    per_modality = lambda value: (value if isinstance(value, Tensor) else stacked.new_full((), value)).expand(count)
+    per_modality = lambda value: (
+        value if isinstance(value, Tensor) else stacked.new_full((), value)
+    ).expand(count)
     ruled_out = stacked == NEVER  # kept out of every product: 0 * inf would be NaN in a gradient
     finite = torch.where(ruled_out, 0.0, stacked) / per_modality(temperature)[:, None]
     t = torch.where(ruled_out, NEVER, finite)
@@ -120,17 +163,27 @@ def gated_fusion(
         score = score.masked_fill(~mask, NEVER)
     weights = score.softmax(-1)
     fused = scale * (weights[..., None] * finite).sum(-2)
-    fused = fused.masked_fill((ruled_out & (weights[..., None] > 0)).any(-2), NEVER)  # by a modality with any say
+    fused = fused.masked_fill(
+        (ruled_out & (weights[..., None] > 0)).any(-2), NEVER
+    )  # by a modality with any say
     return fused, weights, uncertainty, t
 
 
 def entropy(logits: Tensor) -> Tensor:
     """H(softmax(logits)) over the last dimension, nats; 0 log 0 = 0."""
     log_p = logits.log_softmax(-1)
-    return -torch.where(log_p > NEVER, log_p.exp() * torch.where(log_p > NEVER, log_p, 0.0), 0.0).sum(-1)
+    return -torch.where(
+        log_p > NEVER, log_p.exp() * torch.where(log_p > NEVER, log_p, 0.0), 0.0
+    ).sum(-1)
 
 
-def class_sums(features: Tensor, targets: Tensor, num_classes: int, metric: str = "cosine", ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+def class_sums(
+    features: Tensor,
+    targets: Tensor,
+    num_classes: int,
+    metric: str = "cosine",
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
     """Sum of the embeddings (normalised for ``"cosine"``) of each class [K, D] and number of them [K] int64."""
     member = targets == torch.arange(num_classes, device=targets.device)[:, None]  # [K, B]
     member = member & (targets != ignore_index)
@@ -140,7 +193,12 @@ def class_sums(features: Tensor, targets: Tensor, num_classes: int, metric: str 
 
 
 def ema_from_sums(
-    prototypes: Tensor, counts: Tensor, sums: Tensor, batch_counts: Tensor, momentum: float = 0.9, metric: str = "cosine"
+    prototypes: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    batch_counts: Tensor,
+    momentum: float = 0.9,
+    metric: str = "cosine",
 ) -> tuple[Tensor, Tensor]:
     """Section 2: p <- normalise(mu p + (1 - mu) mean) for classes in the batch; the mean itself the first time; new prototypes and counts."""
     mean = sums / batch_counts.clamp_min(1)[:, None]

@@ -1,19 +1,45 @@
 """The prototypes' moving average, and its two halves for data-parallel training (method page, section 2)."""
+
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
 from iib_kernels import _tuning, reference
-from iib_kernels._checks import check_choice, check_device, check_float, check_integer, check_number, check_shape, check_targets, describe
+from iib_kernels._checks import (
+    check_choice,
+    check_device,
+    check_float,
+    check_integer,
+    check_number,
+    check_shape,
+    check_targets,
+    describe,
+)
 from iib_kernels._chunks import rows_per_chunk, spans
 from iib_kernels._registration import register
-from iib_kernels._runtime import accumulator, apply, choose, compute_dtype, distinct, eager_on_cpu, on_device, scalar
+from iib_kernels._runtime import (
+    accumulator,
+    apply,
+    choose,
+    compute_dtype,
+    distinct,
+    eager_on_cpu,
+    on_device,
+    scalar,
+)
 from iib_kernels.prototype import METRICS
 
 
 def update_prototypes(
-    prototypes: Tensor, counts: Tensor, features: Tensor, targets: Tensor, *, momentum: float = 0.9, metric: str = "cosine", ignore_index: int = -100,
+    prototypes: Tensor,
+    counts: Tensor,
+    features: Tensor,
+    targets: Tensor,
+    *,
+    momentum: float = 0.9,
+    metric: str = "cosine",
+    ignore_index: int = -100,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """New prototypes and counts after one batch: p <- normalise(mu p + (1 - mu) mean of its class's embeddings) (method page, section 2).
@@ -35,14 +61,31 @@ def update_prototypes(
             [1., 0.]]), tensor([0, 1]))
     """
     check_shape(check_float(prototypes, "prototypes"), (None, None), "prototypes", "[K, D]")
-    check_shape(check_float(features, "features"), (None, prototypes.shape[1]), "features", "[B, D]")
+    check_shape(
+        check_float(features, "features"), (None, prototypes.shape[1]), "features", "[B, D]"
+    )
     if choose(impl, features) == "triton":
         check_choice(metric, METRICS, "metric")
         _check_moving(prototypes, momentum, counts=counts)
-        targets = check_targets(targets, features.shape[:1], prototypes.shape[0], ignore_index, replace=False)
+        targets = check_targets(
+            targets, features.shape[:1], prototypes.shape[0], ignore_index, replace=False
+        )
         check_device(prototypes, counts=counts, features=features, targets=targets)
-        return apply(UpdatePrototypesFunction, *distinct([prototypes, counts, features, targets]), momentum, metric == "cosine", ignore_index)
-    sums, batch_counts = class_sums(features, targets, len(prototypes), metric=metric, ignore_index=ignore_index, impl="reference")
+        return apply(
+            UpdatePrototypesFunction,
+            *distinct([prototypes, counts, features, targets]),
+            momentum,
+            metric == "cosine",
+            ignore_index,
+        )
+    sums, batch_counts = class_sums(
+        features,
+        targets,
+        len(prototypes),
+        metric=metric,
+        ignore_index=ignore_index,
+        impl="reference",
+    )
     return ema_from_sums(prototypes, counts, sums, batch_counts, momentum=momentum, metric=metric)
 
 
@@ -62,7 +105,13 @@ def snapshot(prototypes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def class_sums(
-    features: Tensor, targets: Tensor, num_classes: int, *, metric: str = "cosine", ignore_index: int = -100, impl: str = "auto"
+    features: Tensor,
+    targets: Tensor,
+    num_classes: int,
+    *,
+    metric: str = "cosine",
+    ignore_index: int = -100,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Sums of each class's embeddings in a batch, and how many there were: the half of :func:`update_prototypes` before the all-reduce (section 2).
 
@@ -88,19 +137,31 @@ def class_sums(
     if num_classes < 1:
         raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
     implementation = choose(impl, features)
-    targets = check_targets(targets, features.shape[:1], num_classes, ignore_index, replace=implementation == "reference")
+    targets = check_targets(
+        targets,
+        features.shape[:1],
+        num_classes,
+        ignore_index,
+        replace=implementation == "reference",
+    )
     check_device(features, targets=targets)
     if implementation == "triton":
-        return _CLASS_SUMS(features.detach(), targets, num_classes, metric == "cosine", ignore_index)
+        return _CLASS_SUMS(
+            features.detach(), targets, num_classes, metric == "cosine", ignore_index
+        )
     with torch.autocast(features.device.type, enabled=False):
         rows = features.detach().to(compute_dtype(features))
         rows = reference.normalize(rows) if metric == "cosine" else rows
         counts = targets != ignore_index
         rows = torch.where(counts[:, None], rows, 0.0)  # an ignored row may hold anything
-        place = torch.where(counts, targets, num_classes)  # ignored rows go to a row of their own, which is dropped
+        place = torch.where(
+            counts, targets, num_classes
+        )  # ignored rows go to a row of their own, which is dropped
         if eager_on_cpu(features):
             sums = rows.new_zeros(num_classes + 1, rows.shape[1]).index_add_(0, place, rows)
-            return sums[:-1], place.new_zeros(num_classes + 1).index_add_(0, place, counts.long())[:-1]
+            return sums[:-1], place.new_zeros(num_classes + 1).index_add_(0, place, counts.long())[
+                :-1
+            ]
         # On a GPU, and in compiled code, index_add_ is atomic and adds in any order; a matrix product does not. Classes in chunks: [classes, B] at a time
         sums, totals = [], []
         for start, stop in spans(num_classes, rows_per_chunk(len(rows), rows.dtype, 2)):
@@ -112,7 +173,13 @@ def class_sums(
 
 @torch.no_grad()
 def ema_from_sums(
-    prototypes: Tensor, counts: Tensor, sums: Tensor, batch_counts: Tensor, *, momentum: float = 0.9, metric: str = "cosine"
+    prototypes: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    batch_counts: Tensor,
+    *,
+    momentum: float = 0.9,
+    metric: str = "cosine",
 ) -> tuple[Tensor, Tensor]:
     """The moving average of :func:`update_prototypes`, from class sums and counts (summed over processes where there are several) (section 2).
 
@@ -137,7 +204,9 @@ def ema_from_sums(
     _check_moving(prototypes, momentum, counts=counts, batch_counts=batch_counts)
     check_device(prototypes, counts=counts, sums=sums, batch_counts=batch_counts)
     dtype = compute_dtype(prototypes, sums)
-    moved, total = reference.ema_from_sums(prototypes.detach().to(dtype), counts, sums.to(dtype), batch_counts, momentum, metric)
+    moved, total = reference.ema_from_sums(
+        prototypes.detach().to(dtype), counts, sums.to(dtype), batch_counts, momentum, metric
+    )
     return moved.to(prototypes.dtype), total
 
 
@@ -155,7 +224,17 @@ def _check_moving(prototypes: Tensor, momentum: float, **counts: Tensor) -> None
 # ----- Triton: launcher, operators, autograd Function
 
 
-def _gather(prototypes, counts, features, targets, momentum, cosine, ignore_index, prototypes_out, counts_out) -> None:
+def _gather(
+    prototypes,
+    counts,
+    features,
+    targets,
+    momentum,
+    cosine,
+    ignore_index,
+    prototypes_out,
+    counts_out,
+) -> None:
     """Launch: class sums, or (prototypes given) the moving average."""
     from iib_kernels._kernels.prototype import prototype_update
 
@@ -167,14 +246,34 @@ def _gather(prototypes, counts, features, targets, momentum, cosine, ignore_inde
 
     def launch(config: _tuning.Launch) -> None:
         prototype_update[(counts_out.shape[0],)](
-            prototypes, *(prototypes.stride() if move else (0, 0)), counts, counts.stride(0) if move else 0, features, *features.stride(),
-            targets, targets.stride(0), ignore_index, scalar(momentum, dtype, features.device), prototypes_out, counts_out, batch, width,
-            MOVE=move, COSINE=cosine, NUMBER_POINTER=dtype == torch.float64, ACC=accumulator(dtype), ONE_BLOCK=width <= config.blocks["BLOCK_D"],
+            prototypes,
+            *(prototypes.stride() if move else (0, 0)),
+            counts,
+            counts.stride(0) if move else 0,
+            features,
+            *features.stride(),
+            targets,
+            targets.stride(0),
+            ignore_index,
+            scalar(momentum, dtype, features.device),
+            prototypes_out,
+            counts_out,
+            batch,
+            width,
+            MOVE=move,
+            COSINE=cosine,
+            NUMBER_POINTER=dtype == torch.float64,
+            ACC=accumulator(dtype),
+            ONE_BLOCK=width <= config.blocks["BLOCK_D"],
             **config.options(),
         )
 
     with on_device(features):
-        _tuning.run(("update", batch, width, counts_out.shape[0], features.dtype), _tuning.update(width), launch)
+        _tuning.run(
+            ("update", batch, width, counts_out.shape[0], features.dtype),
+            _tuning.update(width),
+            launch,
+        )
 
 
 def _update(prototypes, counts, features, targets, momentum, cosine, ignore_index):
@@ -195,15 +294,25 @@ def _sums(features, targets, num_classes, cosine, ignore_index):
 
 def _sums_fake(features, targets, num_classes, cosine, ignore_index):
     like = features.new_empty
-    return like(num_classes, features.shape[1], dtype=compute_dtype(features)), like(num_classes, dtype=torch.int64)
+    return like(num_classes, features.shape[1], dtype=compute_dtype(features)), like(
+        num_classes, dtype=torch.int64
+    )
 
 
-_SNAPSHOT = register("snapshot(Tensor values) -> Tensor", lambda values: values.clone(), torch.empty_like)
+_SNAPSHOT = register(
+    "snapshot(Tensor values) -> Tensor", lambda values: values.clone(), torch.empty_like
+)
 _UPDATE = register(
     "update_prototypes(Tensor prototypes, Tensor counts, Tensor features, Tensor targets, float momentum, bool cosine, int ignore_index) "
-    "-> (Tensor, Tensor)", _update, _update_fake)
+    "-> (Tensor, Tensor)",
+    _update,
+    _update_fake,
+)
 _CLASS_SUMS = register(
-    "class_sums(Tensor features, Tensor targets, int num_classes, bool cosine, int ignore_index) -> (Tensor, Tensor)", _sums, _sums_fake)
+    "class_sums(Tensor features, Tensor targets, int num_classes, bool cosine, int ignore_index) -> (Tensor, Tensor)",
+    _sums,
+    _sums_fake,
+)
 
 
 class UpdatePrototypesFunction(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 Names are imported when first used, so that ``iibalance --help`` does not wait for torch.
 """
+
 from importlib import import_module
 
 __version__ = "0.1.0"

@@ -1,4 +1,5 @@
 """``python -m iibalance`` and the ``iibalance`` command."""
+
 import gc
 import os
 import sys

@@ -1,4 +1,5 @@
 """A moving average of the weights of a training: what is judged and kept in their place."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -39,12 +40,28 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, horizon: float):
         self.horizon, self.steps = max(1.0, horizon), 0
-        live = {name: value for name, value in model.named_parameters() if value.requires_grad and value.is_floating_point()}
-        for place, module in model.named_modules():  # other buffers are tables and masks: an average of minus infinity would be NaN
+        live = {
+            name: value
+            for name, value in model.named_parameters()
+            if value.requires_grad and value.is_floating_point()
+        }
+        for (
+            place,
+            module,
+        ) in (
+            model.named_modules()
+        ):  # other buffers are tables and masks: an average of minus infinity would be NaN
             if isinstance(module, _NormBase):
-                live |= {f"{place}.{name}" if place else name: value for name, value in module.named_buffers(recurse=False) if value.is_floating_point()}
+                live |= {
+                    f"{place}.{name}" if place else name: value
+                    for name, value in module.named_buffers(recurse=False)
+                    if value.is_floating_point()
+                }
         self.values = {name: value.detach().clone() for name, value in live.items()}
-        self._live, self._values = [value.detach() for value in live.values()], list(self.values.values())
+        self._live, self._values = (
+            [value.detach() for value in live.values()],
+            list(self.values.values()),
+        )
 
     @torch.no_grad()
     def update(self) -> None:
@@ -75,7 +92,10 @@ class WeightAverage:
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint needs."""
-        return {"steps": torch.tensor(self.steps), **{f"average.{name}": value for name, value in self.values.items()}}
+        return {
+            "steps": torch.tensor(self.steps),
+            **{f"average.{name}": value for name, value in self.values.items()},
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

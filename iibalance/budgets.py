@@ -1,4 +1,5 @@
 """Intrinsic Information Budgets (method page, section 1): how much of the label each modality can tell, estimated on held-out data."""
+
 from __future__ import annotations
 
 import math
@@ -12,8 +13,8 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import Tensor
 
 from iibalance.errors import InputError
-from iibalance.names import check_names
 from iibalance.files import read_json, write_json
+from iibalance.names import check_names
 from iibalance.temperature import fit_temperature
 
 PRIOR_FLOOR = 1e-3
@@ -46,18 +47,32 @@ class Budgets:
             if not (isinstance(value, (int, float)) and 0 <= value <= 1):
                 raise InputError(f"budgets: {name} is {value!r}, expected a number in [0, 1]")
             if not (isinstance(error, (int, float)) and 0 <= error < math.inf):
-                raise InputError(f"budgets: the standard error of {name} is {error!r}, expected a number >= 0")
+                raise InputError(
+                    f"budgets: the standard error of {name} is {error!r}, expected a number >= 0"
+                )
         if not len(self.modalities) == len(self.values) == len(self.standard_errors):
-            raise InputError(f"budgets: {len(self.modalities)} modalities, {len(self.values)} values and {len(self.standard_errors)} standard errors")
-        if not (self.label_entropy is None or isinstance(self.label_entropy, (int, float)) and self.label_entropy > 0):
-            raise InputError(f"budgets: label_entropy is {self.label_entropy!r}, expected a number of nats > 0")
+            raise InputError(
+                f"budgets: {len(self.modalities)} modalities, {len(self.values)} values and {len(self.standard_errors)} standard errors"
+            )
+        if not (
+            self.label_entropy is None
+            or isinstance(self.label_entropy, (int, float))
+            and self.label_entropy > 0
+        ):
+            raise InputError(
+                f"budgets: label_entropy is {self.label_entropy!r}, expected a number of nats > 0"
+            )
         if not self.prior_temperature > 0:
-            raise InputError(f"budgets: prior_temperature is {self.prior_temperature}, expected a number > 0")
+            raise InputError(
+                f"budgets: prior_temperature is {self.prior_temperature}, expected a number > 0"
+            )
 
     @classmethod
     def given(cls, values: Mapping[str, float]) -> Budgets:
         """Bring your own: budgets by modality, taken as exact."""
-        return cls(tuple(values), tuple(float(value) for value in values.values()), (0.0,) * len(values))
+        return cls(
+            tuple(values), tuple(float(value) for value in values.values()), (0.0,) * len(values)
+        )
 
     @property
     def anchor(self) -> str:
@@ -74,19 +89,34 @@ class Budgets:
     def prior(self) -> list[float]:
         """pi_m, proportional to b_m ** (1 / T_pi), floored at 1e-3 before normalising; sums to 1."""
         weights = np.array(self.values, dtype=np.float64) ** (1 / self.prior_temperature)
-        weights = weights / weights.sum() if weights.sum() > 0 else np.full(len(weights), 1 / len(weights))
+        weights = (
+            weights / weights.sum()
+            if weights.sum() > 0
+            else np.full(len(weights), 1 / len(weights))
+        )
         weights = np.maximum(weights, PRIOR_FLOOR)
         return (weights / weights.sum()).tolist()
 
     @property
     def uninformative(self) -> list[str]:
         """Modalities whose budget is not above 0 by two standard errors."""
-        return [name for name, value, error in zip(self.modalities, self.values, self.standard_errors) if value <= 2 * error]
+        return [
+            name
+            for name, value, error in zip(self.modalities, self.values, self.standard_errors)
+            if value <= 2 * error
+        ]
 
     def to_dict(self) -> dict:
         """What :meth:`save` writes: the fields, and the anchor and prior that follow from them."""
-        return {**{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()},
-                "anchor": self.anchor, "prior": self.prior, "uninformative": self.uninformative}
+        return {
+            **{
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in asdict(self).items()
+            },
+            "anchor": self.anchor,
+            "prior": self.prior,
+            "uninformative": self.uninformative,
+        }
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, whole or not at all."""
@@ -103,16 +133,26 @@ class Budgets:
                 return cls.given(content)
             if not isinstance(content["modalities"], list):
                 raise InputError(f"modalities: {content['modalities']!r} is not a list of names")
-            return cls(tuple(content["modalities"]), tuple(content["values"]), tuple(content["standard_errors"]), content.get("label_entropy"),
-                       content.get("source", "given"), content.get("prior_temperature", 1.0))
+            return cls(
+                tuple(content["modalities"]),
+                tuple(content["values"]),
+                tuple(content["standard_errors"]),
+                content.get("label_entropy"),
+                content.get("source", "given"),
+                content.get("prior_temperature", 1.0),
+            )
         except (InputError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: {error}; write budgets with Budgets.save, or as {{\"modality\": number in [0, 1]}}") from None
+            raise InputError(
+                f'{path}: {error}; write budgets with Budgets.save, or as {{"modality": number in [0, 1]}}'
+            ) from None
 
     def table(self) -> str:
         """A few lines for a person to read."""
         width = max(len(name) for name in (*self.modalities, "modality"))
         lines = [f"{'modality':<{width}}  budget  +- s.e.  prior"]
-        for name, value, error, prior in zip(self.modalities, self.values, self.standard_errors, self.prior):
+        for name, value, error, prior in zip(
+            self.modalities, self.values, self.standard_errors, self.prior
+        ):
             note = "  anchor" if name == self.anchor else ""
             note += "  no measurable information (kept)" if name in self.uninformative else ""
             lines.append(f"{name:<{width}}  {value:6.3f}  {error:7.3f}  {prior:5.3f}{note}")
@@ -136,7 +176,12 @@ def label_entropy(targets: Tensor, num_classes: int | None = None) -> float:
 
 
 def budgets_from_logits(
-    logits: Mapping[str, Tensor], targets: Tensor, *, mask: Tensor | None = None, entropy: float | None = None, source: str = "given",
+    logits: Mapping[str, Tensor],
+    targets: Tensor,
+    *,
+    mask: Tensor | None = None,
+    entropy: float | None = None,
+    source: str = "given",
 ) -> Budgets:
     """Budgets from held-out logits, [N, K] a modality, of samples that their predictors have not seen.
 
@@ -157,8 +202,12 @@ def budgets_from_logits(
         if not len(y):
             raise InputError(f"mask: {name} is missing in every sample; leave it out")
         losses = torch.nn.functional.cross_entropy(l / fit_temperature(l, y), y, reduction="none")
-        values.append(round(min(1.0, max(0.0, 1 - float(losses.mean()) / entropy)), 12))  # what a CPU's rounding leaves of 0 is 0
-        errors.append(float(losses.std(correction=1)) / math.sqrt(len(y)) / entropy if len(y) > 1 else 1.0)
+        values.append(
+            round(min(1.0, max(0.0, 1 - float(losses.mean()) / entropy)), 12)
+        )  # what a CPU's rounding leaves of 0 is 0
+        errors.append(
+            float(losses.std(correction=1)) / math.sqrt(len(y)) / entropy if len(y) > 1 else 1.0
+        )
     return Budgets(tuple(logits), tuple(values), tuple(errors), entropy, source)
 
 
@@ -171,12 +220,24 @@ def smooth_budgets(previous: Budgets | None, new: Budgets, momentum: float = 0.5
     if previous is None:
         return new
     if previous.modalities != new.modalities:
-        raise InputError(f"previous: has the modalities {', '.join(previous.modalities)}, expected {', '.join(new.modalities)} in this order")
-    mix = lambda old, now: tuple(round(momentum * a + (1 - momentum) * b, 12) for a, b in zip(old, now))
-    return Budgets(new.modalities, mix(previous.values, new.values), mix(previous.standard_errors, new.standard_errors), new.label_entropy, new.source)
+        raise InputError(
+            f"previous: has the modalities {', '.join(previous.modalities)}, expected {', '.join(new.modalities)} in this order"
+        )
+    mix = lambda old, now: tuple(
+        round(momentum * a + (1 - momentum) * b, 12) for a, b in zip(old, now)
+    )
+    return Budgets(
+        new.modalities,
+        mix(previous.values, new.values),
+        mix(previous.standard_errors, new.standard_errors),
+        new.label_entropy,
+        new.source,
+    )
 
 
-def make_folds(targets: Tensor, folds: int, *, groups: Tensor | None = None, seed: int = 0) -> list[np.ndarray]:
+def make_folds(
+    targets: Tensor, folds: int, *, groups: Tensor | None = None, seed: int = 0
+) -> list[np.ndarray]:
     """Row numbers of each held-out fold: stratified by class, disjoint by ``groups`` [N] where given, every row in exactly one fold.
 
     >>> [len(fold) for fold in make_folds(torch.arange(12) % 2, 3)]
@@ -185,10 +246,16 @@ def make_folds(targets: Tensor, folds: int, *, groups: Tensor | None = None, see
     targets = targets.numpy()
     if folds < 2:
         raise InputError(f"budgets.folds: {folds}; at least 2 are needed to hold samples out")
-    smallest = int(np.unique(targets, return_counts=True)[1].min()) if groups is None else len(np.unique(groups))
+    smallest = (
+        int(np.unique(targets, return_counts=True)[1].min())
+        if groups is None
+        else len(np.unique(groups))
+    )
     if smallest < folds:
         what = "samples of the rarest class" if groups is None else "groups"
-        raise InputError(f"budgets.folds: {folds} folds need as many {what}, there are {smallest}; lower budgets.folds")
+        raise InputError(
+            f"budgets.folds: {folds} folds need as many {what}, there are {smallest}; lower budgets.folds"
+        )
     if groups is None:
         splitter = StratifiedKFold(folds, shuffle=True, random_state=seed % 2**32)
         return [held for _, held in splitter.split(targets, targets)]
@@ -196,7 +263,12 @@ def make_folds(targets: Tensor, folds: int, *, groups: Tensor | None = None, see
     return [held for _, held in splitter.split(targets, targets, groups.numpy())]
 
 
-def probe_logits(features: Mapping[str, Tensor], targets: Tensor, folds: Sequence[np.ndarray], mask: Tensor | None = None) -> dict[str, Tensor]:
+def probe_logits(
+    features: Mapping[str, Tensor],
+    targets: Tensor,
+    folds: Sequence[np.ndarray],
+    mask: Tensor | None = None,
+) -> dict[str, Tensor]:
     """Cross-fitted log-probabilities [N, K] of a linear probe (multinomial logistic regression on standardised features) a modality.
 
     No fold helps against features made by a network that was trained on the same labels: on public CMU-MOSI features this gave 0.54 for a modality
@@ -217,10 +289,16 @@ def probe_logits(features: Mapping[str, Tensor], targets: Tensor, folds: Sequenc
             fit = present.copy()
             fit[held] = False
             if len(np.unique(y[fit])) < 2:
-                raise InputError(f"budgets: outside one fold {name} is present for fewer than two classes; lower budgets.folds")
+                raise InputError(
+                    f"budgets: outside one fold {name} is present for fewer than two classes; lower budgets.folds"
+                )
             held = held[present[held]]  # elsewhere may stand anything, NaN included
-            with threadpool_limits(1, user_api="blas"):  # on two shared cores 0.05 s a fit of 1,000 x 240; 3.7 s with OpenBLAS's two threads
-                probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(x[fit], y[fit])
+            with threadpool_limits(
+                1, user_api="blas"
+            ):  # on two shared cores 0.05 s a fit of 1,000 x 240; 3.7 s with OpenBLAS's two threads
+                probe = make_pipeline(
+                    StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)
+                ).fit(x[fit], y[fit])
                 if len(held):
                     out[np.ix_(held, probe.classes_)] = probe.predict_log_proba(x[held])
         result[name] = torch.from_numpy(np.maximum(out, -30.0))

@@ -1,10 +1,11 @@
 """Every option, once: typed dataclasses, the one place where a default stands. The command line and YAML files are made from these."""
+
 from __future__ import annotations
 
 from argparse import ArgumentError
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 
 import yaml
 
@@ -12,8 +13,18 @@ from iibalance.data.dataset import DataConfig
 from iibalance.errors import InputError
 from iibalance.files import write_text
 
-__all__ = ["BudgetConfig", "CalibrationConfig", "DataConfig", "ModelConfig", "ObjectiveConfig", "RunConfig", "TrainingConfig",
-           "config_parser", "load_config", "save_config"]
+__all__ = [
+    "BudgetConfig",
+    "CalibrationConfig",
+    "DataConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "RunConfig",
+    "TrainingConfig",
+    "config_parser",
+    "load_config",
+    "save_config",
+]
 
 
 @dataclass
@@ -52,7 +63,7 @@ class ObjectiveConfig:
 class TrainingConfig:
     """The training loop, the same for every method."""
 
-    batch_size: Optional[int] = None
+    batch_size: int | None = None
     """Samples a step and process; by default 32 for fewer than 1,000 training samples (else an epoch is a handful of steps), 64 from there on."""
     learning_rate: float = 3e-3
     """Peak learning rate (AdamW; linear warm-up over the first tenth, then cosine to 0)."""
@@ -85,9 +96,9 @@ class BudgetConfig:
     refreshed every epoch."""
     folds: int = 3
     """Folds of the training split (disjoint by ``data.groups``)."""
-    epochs: Optional[int] = None
+    epochs: int | None = None
     """Epochs of the unimodal trainings; half of ``epochs`` by default."""
-    path: Optional[str] = None
+    path: str | None = None
     """Take the budgets from this JSON file instead of estimating them."""
 
 
@@ -130,7 +141,7 @@ class RunConfig:
     """Seed of everything random in training (the data's split has its own, ``data.split_seed``)."""
     epochs: int = 30
     """Epochs of the joint training."""
-    output: Optional[str] = None
+    output: str | None = None
     """The run's folder; by default runs/<data>-<method>-seed<seed>, numbered if that is there."""
 
 
@@ -163,7 +174,9 @@ def load_config(path: str | Path) -> RunConfig:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: is not a readable YAML file ({' '.join(str(error).split())})") from None
+        raise InputError(
+            f"{path}: is not a readable YAML file ({' '.join(str(error).split())})"
+        ) from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected options by name")
     parser = config_parser()

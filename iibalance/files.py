@@ -6,6 +6,7 @@
 
 Names that begin with a dot are scratch: left over by a killed process, ignored by readers, removed by the next one to lock the folder.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -16,7 +17,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 from iibalance.errors import InputError
 
@@ -41,7 +42,9 @@ def write_bytes(path: PathLike, data: bytes) -> None:
     ['a']
     """
     path = Path(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: a rename across file systems is a copy
+    scratch = path.with_name(
+        f".{path.name}.{os.getpid()}.tmp"
+    )  # same folder: a rename across file systems is a copy
     try:
         try:
             with open(scratch, "wb") as file:
@@ -54,7 +57,9 @@ def write_bytes(path: PathLike, data: bytes) -> None:
             raise
         _sync_folder(path.parent)  # the rename itself is only on disk once the folder is
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder") from error
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder"
+        ) from error
 
 
 def write_text(path: PathLike, text: str) -> None:
@@ -71,11 +76,17 @@ def write_json(path: PathLike, value: Any) -> None:
     write_text(path, text + "\n")
 
 
-def write_model(path: PathLike, state_dict: Mapping[str, Any], metadata: Optional[Mapping[str, str]] = None) -> None:
+def write_model(
+    path: PathLike, state_dict: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> None:
     """:func:`write_bytes` of a ``state_dict`` of tensors (any device; shared storage is written for each name) as safetensors."""
-    from safetensors.torch import save  # imports torch: seconds that the other functions here can do without
+    from safetensors.torch import (
+        save,
+    )  # imports torch: seconds that the other functions here can do without
 
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()
+    }
     write_bytes(path, save(tensors, metadata=dict(metadata) if metadata else None))
 
 
@@ -89,7 +100,9 @@ def read_json(path: PathLike) -> Any:
     try:
         return json.loads(data.decode("utf-8"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not a whole JSON file ({error}); restore it or run again") from None
+        raise InputError(
+            f"{path}: is not a whole JSON file ({error}); restore it or run again"
+        ) from None
 
 
 def read_model(path: PathLike) -> tuple[dict[str, Any], dict[str, str]]:
@@ -107,9 +120,11 @@ def read_model(path: PathLike) -> tuple[dict[str, Any], dict[str, str]]:
     data = _read(path)
     try:
         tensors = load(data)
-        header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: is not a whole safetensors file ({error}); restore it or train again") from None
+        raise InputError(
+            f"{path}: is not a whole safetensors file ({error}); restore it or train again"
+        ) from None
     return tensors, header.get("__metadata__") or {}
 
 
@@ -128,7 +143,7 @@ class RunFolder:
 
     def __init__(self, path: PathLike):
         self.path = Path(path).expanduser()
-        self._lock: Optional[int] = None
+        self._lock: int | None = None
 
     @property
     def config_path(self) -> Path:
@@ -144,17 +159,25 @@ class RunFolder:
         """
         folder = cls(path)
         if resume and not folder.config_path.is_file():
-            raise InputError(f"{folder.path}: holds no run to resume (no config.yaml); start it without resume")
+            raise InputError(
+                f"{folder.path}: holds no run to resume (no config.yaml); start it without resume"
+            )
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
-            raise InputError(f"{folder.path}: is a file, or lies below one; choose another folder for the run") from None
+            raise InputError(
+                f"{folder.path}: is a file, or lies below one; choose another folder for the run"
+            ) from None
         except OSError as error:
-            raise InputError(f"{folder.path}: cannot be made ({error.strerror or error}); choose another folder for the run") from None
+            raise InputError(
+                f"{folder.path}: cannot be made ({error.strerror or error}); choose another folder for the run"
+            ) from None
         folder._acquire()
         try:
             if not resume and (folder.config_path.exists() or folder.checkpoints()):
-                raise InputError(f"{folder.path}: holds another run; resume it, or choose another folder")
+                raise InputError(
+                    f"{folder.path}: holds another run; resume it, or choose another folder"
+                )
             folder._clean()
         except BaseException:
             folder.close()
@@ -163,7 +186,9 @@ class RunFolder:
 
     def close(self) -> None:
         """Free the lock. Harmless when repeated."""
-        if self._lock in _held:  # not in a forked child, where it was closed and its number may be another file's by now
+        if (
+            self._lock in _held
+        ):  # not in a forked child, where it was closed and its number may be another file's by now
             _held.discard(self._lock)
             os.close(self._lock)
         self._lock = None
@@ -179,7 +204,14 @@ class RunFolder:
         parent = self.path / "checkpoints"
         if not parent.is_dir():
             return []
-        return sorted((entry for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith(".")), key=_order)
+        return sorted(
+            (
+                entry
+                for entry in parent.iterdir()
+                if entry.is_dir() and not entry.name.startswith(".")
+            ),
+            key=_order,
+        )
 
     @contextmanager
     def checkpoint(self, name: str, *, keep: int = 2) -> Iterator[Path]:
@@ -189,7 +221,9 @@ class RunFolder:
         nothing is kept of it.
         """
         if self._lock is None:
-            raise ValueError(f"{self.path}: is only open for reading; RunFolder.create makes and locks a folder for writing")
+            raise ValueError(
+                f"{self.path}: is only open for reading; RunFolder.create makes and locks a folder for writing"
+            )
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise ValueError(f"checkpoint name {name!r}: use letters, digits, '-', '_' and '.'")
         if keep < 1:
@@ -197,13 +231,17 @@ class RunFolder:
         parent = self.path / "checkpoints"
         newest = self.checkpoints()[-1:]
         if newest and _order(newest[0]) >= _order(parent / name):
-            raise ValueError(f"checkpoint name {name!r} does not come after {newest[0].name!r}: resuming would take the wrong one")
+            raise ValueError(
+                f"checkpoint name {name!r} does not come after {newest[0].name!r}: resuming would take the wrong one"
+            )
         scratch = parent / f".writing-{name}"
         try:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
         except OSError as error:
-            raise InputError(f"{scratch}: cannot be made ({error.strerror or error}); free space or choose another folder") from error
+            raise InputError(
+                f"{scratch}: cannot be made ({error.strerror or error}); free space or choose another folder"
+            ) from error
         try:
             yield scratch
             _write_manifest(scratch)
@@ -216,12 +254,14 @@ class RunFolder:
         for old in self.checkpoints()[:-keep]:  # only now that the new one is safe on disk
             _discard(old)
 
-    def latest_checkpoint(self) -> Optional[Path]:
+    def latest_checkpoint(self) -> Path | None:
         """The newest checkpoint, every file checked against its manifest, or None if there is none. InputError names a damaged file."""
         found = self.checkpoints()
         if not found:
             return None
-        remedy = f"delete {found[-1]} to resume from " + ("the one before" if len(found) > 1 else "the start")
+        remedy = f"delete {found[-1]} to resume from " + (
+            "the one before" if len(found) > 1 else "the start"
+        )
         _verify_manifest(found[-1], remedy)
         return found[-1]
 
@@ -230,7 +270,9 @@ class RunFolder:
         try:
             self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror or error}); choose another folder for the run") from None
+            raise InputError(
+                f"{self.path}: cannot be written ({error.strerror or error}); choose another folder for the run"
+            ) from None
         _held.add(self._lock)
         if fcntl is None:
             return
@@ -238,13 +280,19 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
-            raise InputError(f"{self.path}: another process is training into this folder; wait for it, or choose another folder") from None
+            raise InputError(
+                f"{self.path}: another process is training into this folder; wait for it, or choose another folder"
+            ) from None
         except OSError:  # a file system without locks (some network mounts): go on as if alone
             pass
 
     def _clean(self) -> None:
         parent = self.path / "checkpoints"
-        for entry in [*self.path.glob(".*.tmp"), *parent.glob(".writing-*"), *parent.glob(".removing-*")]:
+        for entry in [
+            *self.path.glob(".*.tmp"),
+            *parent.glob(".writing-*"),
+            *parent.glob(".removing-*"),
+        ]:
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
             else:
@@ -282,7 +330,10 @@ def _write_manifest(folder: Path) -> None:
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": file_digest(path, sync=True)}
+            files[path.relative_to(folder).as_posix()] = {
+                "size": path.stat().st_size,
+                "sha256": file_digest(path, sync=True),
+            }
         elif path.is_dir():
             _sync_folder(path)
     write_json(folder / MANIFEST, {"files": files})  # and with it the folder itself
@@ -291,7 +342,10 @@ def _write_manifest(folder: Path) -> None:
 def _verify_manifest(folder: Path, remedy: str) -> None:
     try:
         manifest = read_json(folder / MANIFEST)
-        files = [(name, int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()]
+        files = [
+            (name, int(entry["size"]), str(entry["sha256"]))
+            for name, entry in manifest["files"].items()
+        ]
     except (InputError, KeyError, TypeError, AttributeError, ValueError):
         raise InputError(f"{folder / MANIFEST}: is missing or damaged; {remedy}") from None
     for name, size, digest in files:

@@ -3,6 +3,7 @@
 Everything is computed on the CPU in float64, and means are exactly rounded sums (``math.fsum``), so that neither the number of threads nor
 the device moves the last bit: the ``metrics.json`` of a resumed run equals that of the run which was never interrupted.
 """
+
 from __future__ import annotations
 
 import math
@@ -17,7 +18,9 @@ IGNORE_INDEX = -100  # rows with this target contribute nothing, here as in the 
 MAX_PLAYERS = 6  # 2**6 = 64 evaluations of a test set; every further player doubles them
 
 
-def classification_metrics(log_probabilities: Tensor, targets: Tensor, *, bins: int = 15) -> dict[str, float]:
+def classification_metrics(
+    log_probabilities: Tensor, targets: Tensor, *, bins: int = 15
+) -> dict[str, float]:
     """The five numbers reported of any predictor: ``accuracy``, ``macro_f1``, ``nll``, ``ece``, ``brier`` (method.md, section 6).
 
     ``log_probabilities`` [N, K] floating point, normalised over K (natural logarithm; -inf is a probability of 0), ``targets`` [N]
@@ -48,13 +51,17 @@ def classification_metrics(log_probabilities: Tensor, targets: Tensor, *, bins: 
     return {
         "accuracy": (predictions == targets).sum().item() / len(targets),
         "macro_f1": _macro_f1(predictions, targets, log_probabilities.shape[1]),
-        "nll": max(0.0, _mean(-log_probabilities[rows, targets])),  # float32 may round a certain row to +1e-7
+        "nll": max(
+            0.0, _mean(-log_probabilities[rows, targets])
+        ),  # float32 may round a certain row to +1e-7
         "ece": math.fsum(gaps) / len(targets),
         "brier": _mean(squared.sum(1)),
     }
 
 
-def reliability_curve(log_probabilities: Tensor, targets: Tensor, bins: int = 15) -> tuple[Tensor, Tensor, Tensor]:
+def reliability_curve(
+    log_probabilities: Tensor, targets: Tensor, bins: int = 15
+) -> tuple[Tensor, Tensor, Tensor]:
     """Confidence against accuracy in equal-mass bins: what a reliability diagram draws and the ECE sums (method.md, section 6).
 
     Takes what :func:`classification_metrics` takes and raises what it raises. Samples are sorted by confidence (the probability of the
@@ -75,7 +82,9 @@ def reliability_curve(log_probabilities: Tensor, targets: Tensor, bins: int = 15
         raise ValueError(f"bins: {bins!r} is not a whole number of at least 1")
     log_probabilities, targets = _checked(log_probabilities, targets)
     log_confidence, predictions = log_probabilities.max(1)
-    log_confidence, order = log_confidence.sort(stable=True)  # ties are found before exp(), whose last bit may differ between lanes
+    log_confidence, order = log_confidence.sort(
+        stable=True
+    )  # ties are found before exp(), whose last bit may differ between lanes
     correct = (predictions == targets).double()[order]
     _, group, size = log_confidence.unique_consecutive(return_inverse=True, return_counts=True)
     correct = (torch.bincount(group, weights=correct) / size)[group]
@@ -83,7 +92,11 @@ def reliability_curve(log_probabilities: Tensor, targets: Tensor, bins: int = 15
     confidence = [_mean(part) for part in log_confidence.exp().tensor_split(parts)]
     accuracy = [_mean(part) for part in correct.tensor_split(parts)]
     count = [len(part) for part in correct.tensor_split(parts)]
-    return torch.tensor(confidence, dtype=torch.float64), torch.tensor(accuracy, dtype=torch.float64), torch.tensor(count)
+    return (
+        torch.tensor(confidence, dtype=torch.float64),
+        torch.tensor(accuracy, dtype=torch.float64),
+        torch.tensor(count),
+    )
 
 
 def exact_shapley(value: Callable[[tuple[bool, ...]], float], num_players: int) -> list[float]:
@@ -103,18 +116,30 @@ def exact_shapley(value: Callable[[tuple[bool, ...]], float], num_players: int) 
     if num_players < 1:
         raise ValueError(f"num_players: {num_players} is less than 1")
     if num_players > MAX_PLAYERS:
-        raise ValueError(f"num_players: {num_players} would need 2**{num_players} = {2**num_players} evaluations; exact Shapley values are "
-                         f"computed for at most {MAX_PLAYERS} (merge modalities that belong together, or leave the contributions out)")
+        raise ValueError(
+            f"num_players: {num_players} would need 2**{num_players} = {2**num_players} evaluations; exact Shapley values are "
+            f"computed for at most {MAX_PLAYERS} (merge modalities that belong together, or leave the contributions out)"
+        )
     worth = {}
     for present in product((False, True), repeat=num_players):
         worth[present] = float(value(present))
         if not math.isfinite(worth[present]):
-            raise ValueError(f"value: returned {worth[present]} for the subset {present}; it must be finite")
-    weights = [1 / (num_players * math.comb(num_players - 1, others)) for others in range(num_players)]
+            raise ValueError(
+                f"value: returned {worth[present]} for the subset {present}; it must be finite"
+            )
+    weights = [
+        1 / (num_players * math.comb(num_players - 1, others)) for others in range(num_players)
+    ]
     shares = []
     for player in range(num_players):
-        gains = ((sum(without), worth[without[:player] + (True,) + without[player + 1:]] - worth[without])
-                 for without in worth if not without[player])
+        gains = (
+            (
+                sum(without),
+                worth[without[:player] + (True,) + without[player + 1 :]] - worth[without],
+            )
+            for without in worth
+            if not without[player]
+        )
         shares.append(math.fsum(weights[others] * gain for others, gain in gains))
     return shares
 
@@ -133,14 +158,20 @@ def mean_and_stderr(values: Iterable[float]) -> tuple[float, float]:
     mean = statistics.fmean(values)
     if len(values) == 1:
         return mean, math.nan
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+    return mean, math.sqrt(
+        math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)
+    )
 
 
 def _macro_f1(predictions: Tensor, targets: Tensor, num_classes: int) -> float:
-    from torchmetrics.functional.classification import multiclass_stat_scores  # here: importing it takes 1.7 s
+    from torchmetrics.functional.classification import (
+        multiclass_stat_scores,
+    )  # here: importing it takes 1.7 s
 
     # torchmetrics' own F1 divides in float32, its counts are exact. It knows no single class: a second that never occurs is left out below.
-    scores = multiclass_stat_scores(predictions, targets, num_classes=max(num_classes, 2), average="none")  # [K, 5]
+    scores = multiclass_stat_scores(
+        predictions, targets, num_classes=max(num_classes, 2), average="none"
+    )  # [K, 5]
     true_positive, false_positive, _, false_negative, _ = scores.double().unbind(1)
     doubled = 2 * true_positive
     total = doubled + false_positive + false_negative
@@ -153,12 +184,28 @@ def _mean(values: Tensor | Sequence[float]) -> float:
 
 def _checked(log_probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Both on the CPU, float64 [N, K] and int64 [N], without the ignored rows; ``ValueError`` for what cannot be scored."""
-    if not isinstance(log_probabilities, Tensor) or log_probabilities.dim() != 2 or not log_probabilities.is_floating_point():
-        raise ValueError(f"log_probabilities: expected a floating-point tensor [N, K], got {_described(log_probabilities)}")
-    if (not isinstance(targets, Tensor) or targets.shape != log_probabilities.shape[:1] or targets.is_floating_point()
-            or targets.is_complex() or targets.dtype == torch.bool):
-        raise ValueError(f"targets: expected an integer tensor [N] with N = {len(log_probabilities)}, got {_described(targets)}")
-    log_probabilities, targets = log_probabilities.detach().cpu().double(), targets.detach().cpu().long()
+    if (
+        not isinstance(log_probabilities, Tensor)
+        or log_probabilities.dim() != 2
+        or not log_probabilities.is_floating_point()
+    ):
+        raise ValueError(
+            f"log_probabilities: expected a floating-point tensor [N, K], got {_described(log_probabilities)}"
+        )
+    if (
+        not isinstance(targets, Tensor)
+        or targets.shape != log_probabilities.shape[:1]
+        or targets.is_floating_point()
+        or targets.is_complex()
+        or targets.dtype == torch.bool
+    ):
+        raise ValueError(
+            f"targets: expected an integer tensor [N] with N = {len(log_probabilities)}, got {_described(targets)}"
+        )
+    log_probabilities, targets = (
+        log_probabilities.detach().cpu().double(),
+        targets.detach().cpu().long(),
+    )
     kept = targets != IGNORE_INDEX
     if not kept.all():
         log_probabilities, targets = log_probabilities[kept], targets[kept]
@@ -169,10 +216,14 @@ def _checked(log_probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
     if outside.any():
         raise ValueError(f"targets: holds {targets[outside][0].item()}, outside 0..{classes - 1}")
     if not (log_probabilities.logsumexp(1).abs() < 1e-3).all():  # written so that NaN fails too
-        raise ValueError("log_probabilities: a row is NaN or its probabilities do not sum to 1 (within 0.001); "
-                         "pass log_softmax(logits.float(), 1)")
+        raise ValueError(
+            "log_probabilities: a row is NaN or its probabilities do not sum to 1 (within 0.001); "
+            "pass log_softmax(logits.float(), 1)"
+        )
     return log_probabilities, targets
 
 
 def _described(value: object) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    return (
+        f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    )

@@ -1,4 +1,5 @@
 """Modalities are named by the user: what a name may be, and how dicts and lists of per-modality values are brought in one order."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,22 +19,31 @@ def check_names(names: Iterable[str]) -> tuple[str, ...]:
     names = tuple(names)
     for name in names:
         if not isinstance(name, str) or not name or "." in name or "=" in name or "," in name:
-            raise InputError(f"modalities: {name!r} cannot name a modality; use a non-empty string without '.', '=' and ','")
+            raise InputError(
+                f"modalities: {name!r} cannot name a modality; use a non-empty string without '.', '=' and ','"
+            )
     if len(set(names)) < len(names):
-        raise InputError(f"modalities: {', '.join(names)} holds a name twice; give each modality its own")
+        raise InputError(
+            f"modalities: {', '.join(names)} holds a name twice; give each modality its own"
+        )
     if not names:
         raise InputError("modalities: at least one is needed")
     return names
 
 
-def as_sequence(values: Mapping[str, Value] | Sequence[Value], names: Sequence[str], argument: str) -> list[Value]:
+def as_sequence(
+    values: Mapping[str, Value] | Sequence[Value], names: Sequence[str], argument: str
+) -> list[Value]:
     """``values`` (a dict by name, or a list in order) as a list in the order of ``names``.
 
     >>> as_sequence({"visual": 2, "audio": 1}, ("audio", "visual"), "embeddings")
     [1, 2]
     """
     if isinstance(values, Mapping):
-        missing, extra = [n for n in names if n not in values], [n for n in values if n not in names]
+        missing, extra = (
+            [n for n in names if n not in values],
+            [n for n in values if n not in names],
+        )
         if missing or extra:
             raise ValueError(
                 f"{argument}: expected the modalities {', '.join(names)}, got {', '.join(map(str, values)) or 'none'}; "
@@ -41,5 +51,7 @@ def as_sequence(values: Mapping[str, Value] | Sequence[Value], names: Sequence[s
             )
         return [values[name] for name in names]
     if len(values) != len(names):
-        raise ValueError(f"{argument}: expected {len(names)} entries in the order {', '.join(names)}, got {len(values)}")
+        raise ValueError(
+            f"{argument}: expected {len(names)} entries in the order {', '.join(names)}, got {len(values)}"
+        )
     return list(values)

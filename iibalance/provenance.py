@@ -1,4 +1,5 @@
 """What a result came from: the code and the packages it depends on."""
+
 from __future__ import annotations
 
 import hashlib
@@ -17,7 +18,9 @@ def code_digest() -> str:
     digest = hashlib.sha256()
     for package in (Path(__file__).parent, Path(iib_kernels.__file__).parent):
         for path in sorted(package.rglob("*.py")):
-            digest.update(str(path.relative_to(package.parent)).encode() + b"\0" + path.read_bytes())
+            digest.update(
+                str(path.relative_to(package.parent)).encode() + b"\0" + path.read_bytes()
+            )
     return digest.hexdigest()[:12]
 
 

@@ -1,9 +1,9 @@
 """One temperature for a set of logits, fitted on held-out samples."""
+
 from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 
@@ -18,6 +18,7 @@ def fit_temperature(logits: Tensor, targets: Tensor, *, weight: float = 1.0) -> 
     The prior on log T has standard deviation 1 and counts as much as one sample, which keeps T finite where every sample is right. Bisection on the
     derivative in float64: deterministic, in [0.05, 20].
 
+    >>> import torch
     >>> logits = torch.tensor([[4.0, 0.0]]).repeat(1000, 1)
     >>> targets = torch.tensor([0] * 731 + [1] * 269)  # right 73.1 % of the time: sigmoid(1), so the logits are four times too large (and the prior is mild)
     >>> round(fit_temperature(logits, targets), 2)

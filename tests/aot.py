@@ -3,6 +3,7 @@
 The public operators run on CPU tensors with Triton's launch replaced by a recorder, so that each variant is compiled with the signature, constants and
 block sizes that a GPU would get. Needs TRITON_INTERPRET unset; the interpreter and the compiler cannot share a process.
 """
+
 from __future__ import annotations
 
 import json
@@ -29,9 +30,25 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-PAIRS = {"bf16, fp32": (torch.bfloat16, torch.float32), "tf32": (torch.float32, torch.float32)}  # features and prototypes; products in TF32 where it exists
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64", torch.int32: "i32", torch.bool: "i1"}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+PAIRS = {
+    "bf16, fp32": (torch.bfloat16, torch.float32),
+    "tf32": (torch.float32, torch.float32),
+}  # features and prototypes; products in TF32 where it exists
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -55,7 +72,10 @@ def recorded(call) -> list[tuple]:
 def _describe(value, path: tuple, constants: dict, attributes: dict):
     """Type of one argument as the launcher would specialise it; constants and divisibility by 16 are added to their tables."""
     if isinstance(value, tuple):
-        return tuple(_describe(entry, (*path, index), constants, attributes) for index, entry in enumerate(value))
+        return tuple(
+            _describe(entry, (*path, index), constants, attributes)
+            for index, entry in enumerate(value)
+        )
     if value is None or (isinstance(value, int) and value == 1):
         constants[path] = value
         return "constexpr"
@@ -65,7 +85,7 @@ def _describe(value, path: tuple, constants: dict, attributes: dict):
     if isinstance(value, int):
         if value % 16 == 0:
             attributes[path] = [["tt.divisibility", 16]]
-        return "i32" if -2**31 <= value < 2**31 else "i64"
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
     return "fp32"
 
 
@@ -88,16 +108,30 @@ def resources(compiled) -> dict:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
-            text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+            text = subprocess.run(
+                [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+            ).stdout
         read = lambda key: int(re.search(rf"\b{key}:(\d+)", text).group(1))
-        return {"registers": read("REG"), "spills": read("STACK") // 4, "shared": compiled.metadata.shared}
+        return {
+            "registers": read("REG"),
+            "spills": read("STACK") // 4,
+            "shared": compiled.metadata.shared,
+        }
     read = lambda key: int(re.search(rf"\.{key}:\s*(\d+)", compiled.asm["amdgcn"]).group(1))
-    return {"registers": read("vgpr_count"), "spills": read("vgpr_spill_count"), "shared": compiled.metadata.shared}
+    return {
+        "registers": read("vgpr_count"),
+        "spills": read("vgpr_spill_count"),
+        "shared": compiled.metadata.shared,
+    }
 
 
 def _matrix(rows, columns, dtype, layout):
     """An uninitialised matrix, ``"usual"`` or ``"transposed"``; ``"ones"`` is usual, and every size of the call is 1 (which Triton takes for a constant)."""
-    return torch.empty(columns, rows, dtype=dtype).T if layout == "transposed" else torch.empty(rows, columns, dtype=dtype)
+    return (
+        torch.empty(columns, rows, dtype=dtype).T
+        if layout == "transposed"
+        else torch.empty(rows, columns, dtype=dtype)
+    )
 
 
 def _fusion(dtype, modalities, classes, loss, layout="usual"):
@@ -109,12 +143,39 @@ def _fusion(dtype, modalities, classes, loss, layout="usual"):
     parameters = (vector, vector, scale, [1.0, 1.0, 1.0], mask)
     targets = torch.empty(batch, dtype=torch.int64)
     if loss:
-        losses = torch.ops.iib.fusion_cross_entropy(logits, targets, vector, table, *parameters, -100)
+        losses = torch.ops.iib.fusion_cross_entropy(
+            logits, targets, vector, table, *parameters, -100
+        )
         torch.ops.iib.fusion_cross_entropy_backward(
-            logits, targets, *parameters, -100, losses[2], losses[4], losses[0], losses[1], None, True, True, torch.float32)
+            logits,
+            targets,
+            *parameters,
+            -100,
+            losses[2],
+            losses[4],
+            losses[0],
+            losses[1],
+            None,
+            True,
+            True,
+            torch.float32,
+        )
     else:
-        fused, weights, uncertainty, statistics = torch.ops.iib.gated_fusion(logits, vector, table, *parameters)
-        torch.ops.iib.gated_fusion_backward(logits, *parameters, weights, statistics, fused, weights, uncertainty, True, True, torch.float32)
+        fused, weights, uncertainty, statistics = torch.ops.iib.gated_fusion(
+            logits, vector, table, *parameters
+        )
+        torch.ops.iib.gated_fusion_backward(
+            logits,
+            *parameters,
+            weights,
+            statistics,
+            fused,
+            weights,
+            uncertainty,
+            True,
+            True,
+            torch.float32,
+        )
 
 
 def _tables(dtype, modalities, classes, layout):
@@ -131,8 +192,17 @@ def _alignment(dtype, modalities, classes, layout="usual"):
     features, prototypes = _tables(dtype, modalities, classes, layout)
     batch = len(features[0])
     seen = [torch.empty(classes, dtype=torch.bool)] * modalities
-    shared = (features, prototypes, torch.empty(batch, dtype=torch.int64), torch.empty(modalities), 0.2, True, seen,
-              torch.empty(batch, modalities, dtype=torch.bool), -100)
+    shared = (
+        features,
+        prototypes,
+        torch.empty(batch, dtype=torch.int64),
+        torch.empty(modalities),
+        0.2,
+        True,
+        seen,
+        torch.empty(batch, modalities, dtype=torch.bool),
+        -100,
+    )
     contrastive, alignment, confidence, _, statistics = torch.ops.iib.alignment_loss(*shared)
     torch.ops.iib.alignment_loss_backward(*shared, confidence, statistics, contrastive, alignment)
 
@@ -140,23 +210,31 @@ def _alignment(dtype, modalities, classes, layout="usual"):
 def _nearest(dtype, modalities, classes, layout="usual"):
     """Forward and backward of the nearest prototype."""
     features, prototypes = _tables(dtype, modalities, classes, layout)
-    distance, index = torch.ops.iib.nearest_prototype(features, prototypes, True, [torch.empty(classes, dtype=torch.bool)] * modalities)
+    distance, index = torch.ops.iib.nearest_prototype(
+        features, prototypes, True, [torch.empty(classes, dtype=torch.bool)] * modalities
+    )
     torch.ops.iib.nearest_prototype_backward(features, prototypes, True, index, distance)
 
 
 def _distance(dtype, classes, layout="usual"):
     """Forward and backward of the distances, with both gradients."""
     (*_, features), (*_, prototypes) = _tables(dtype, 2, classes, layout)
-    distance, squares, others, exact = torch.ops.iib.prototype_distance(features, prototypes, True, True)
+    distance, squares, others, exact = torch.ops.iib.prototype_distance(
+        features, prototypes, True, True
+    )
     exact = exact if exact.numel() else distance
-    torch.ops.iib.prototype_distance_backward(features, prototypes, True, squares, others, exact, distance, True, True)
+    torch.ops.iib.prototype_distance_backward(
+        features, prototypes, True, squares, others, exact, distance, True, True
+    )
 
 
 def _update(dtype, classes, layout="usual"):
     """Moving average and class sums."""
     (*_, features), (*_, prototypes) = _tables(dtype, 2, classes, layout)
     targets = torch.empty(len(features), dtype=torch.int64)
-    torch.ops.iib.update_prototypes(prototypes, torch.empty(classes, dtype=torch.int64), features, targets, 0.9, True, -100)
+    torch.ops.iib.update_prototypes(
+        prototypes, torch.empty(classes, dtype=torch.int64), features, targets, 0.9, True, -100
+    )
     torch.ops.iib.class_sums(features, targets, classes, True, -100)
 
 
@@ -170,16 +248,39 @@ def variants(quick: bool) -> list[tuple[str, tuple]]:
             found.append(("nearest", (name, modalities, 309)))
         found += [("fusion", (name, 2, 4000, loss)) for loss in (False, True)]
         found += [("distance", (name, 309)), ("update", (name, 309))]
-    for name, classes, layout in (("bf16, fp32", 309, "usual"), ("tf32", 309, "usual"), ("fp64", 309, "usual"), ("fp32", 309, "transposed"), ("fp32", 1, "ones")):
+    for name, classes, layout in (
+        ("bf16, fp32", 309, "usual"),
+        ("tf32", 309, "usual"),
+        ("fp64", 309, "usual"),
+        ("fp32", 309, "transposed"),
+        ("fp32", 1, "ones"),
+    ):
         modalities = 1 if layout == "ones" else 2
-        found += [("alignment", (name, modalities, size, layout)) for size in dict.fromkeys((min(31, classes), classes))]
-        found += [("nearest", (name, modalities, classes, layout)), ("distance", (name, classes, layout)), ("update", (name, classes, layout))]
+        found += [
+            ("alignment", (name, modalities, size, layout))
+            for size in dict.fromkeys((min(31, classes), classes))
+        ]
+        found += [
+            ("nearest", (name, modalities, classes, layout)),
+            ("distance", (name, classes, layout)),
+            ("update", (name, classes, layout)),
+        ]
         if name in DTYPES:
-            found += [("fusion", (name, modalities, size, loss, layout)) for loss in (False, True) for size in {classes, 1 if classes == 1 else 4000}]
+            found += [
+                ("fusion", (name, modalities, size, loss, layout))
+                for loss in (False, True)
+                for size in {classes, 1 if classes == 1 else 4000}
+            ]
     return found
 
 
-CALLS = {"fusion": _fusion, "alignment": _alignment, "nearest": _nearest, "distance": _distance, "update": _update}
+CALLS = {
+    "fusion": _fusion,
+    "alignment": _alignment,
+    "nearest": _nearest,
+    "distance": _distance,
+    "update": _update,
+}
 
 
 def compile_variant(variant: tuple[str, tuple], targets: tuple[str, ...]) -> list[dict]:
@@ -189,14 +290,26 @@ def compile_variant(variant: tuple[str, tuple], targets: tuple[str, ...]) -> lis
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     for target in targets:
         _tuning.hip = _runtime._hip = lambda: TARGETS[target].backend == "hip"
-        for kernel, named, options in recorded(lambda: CALLS[operator]({**DTYPES, **PAIRS}[dtype], *sizes)):
+        for kernel, named, options in recorded(
+            lambda: CALLS[operator]({**DTYPES, **PAIRS}[dtype], *sizes)
+        ):
             began = time.perf_counter()
-            row = {"kernel": kernel.__name__, "dtype": dtype, "modalities": int(named.get("M", 1)), "sizes": sizes, "target": target,
-                   "num_warps": options.get("num_warps", 4)}
+            row = {
+                "kernel": kernel.__name__,
+                "dtype": dtype,
+                "modalities": int(named.get("M", 1)),
+                "sizes": sizes,
+                "target": target,
+                "num_warps": options.get("num_warps", 4),
+            }
             try:
-                compiled = triton.compile(source(kernel, named), target=TARGETS[target], options=options)
+                compiled = triton.compile(
+                    source(kernel, named), target=TARGETS[target], options=options
+                )
                 row |= resources(compiled)
-                row["wide_rows"] = bool(re.search(r"arith\.muli .*: (?:tensor<[^>]*x)?i64", compiled.asm["ttir"]))
+                row["wide_rows"] = bool(
+                    re.search(r"arith\.muli .*: (?:tensor<[^>]*x)?i64", compiled.asm["ttir"])
+                )
             except Exception as error:  # a row of the table, and the test's failure
                 row["error"] = f"{type(error).__name__}: {error}"[:2000]
             row["seconds"] = round(time.perf_counter() - began, 2)
@@ -213,8 +326,16 @@ def main() -> None:
     targets = tuple(TARGETS)
     wanted = [variant for variant in variants(quick) if not chosen or variant[0] in chosen]
     with ProcessPoolExecutor(2) as pool:
-        rows = [row for rows in pool.map(compile_variant, wanted, [targets] * len(wanted)) for row in rows]
-    output.write_text(json.dumps({"torch": torch.__version__, "triton": triton.__version__, "rows": rows}, indent=1))
+        rows = [
+            row
+            for rows in pool.map(compile_variant, wanted, [targets] * len(wanted))
+            for row in rows
+        ]
+    output.write_text(
+        json.dumps(
+            {"torch": torch.__version__, "triton": triton.__version__, "rows": rows}, indent=1
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Fixtures shared by all tests, and their order: quick ones first, so that a mistake shows early."""
+
 from __future__ import annotations
 
 import os
@@ -10,15 +11,21 @@ import tempfile
 from itertools import accumulate
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning cost several times the work on a shared machine
-if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n 2: a core for each process, none for its threads
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # threads that wait by spinning cost several times the work on a shared machine
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # pytest -n 2: a core for each process, none for its threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels run on CPU tensors
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # read when triton is imported: kernels run on CPU tensors
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +34,9 @@ def data_folder() -> Path:
     given = os.environ.get("IIBALANCE_DATA")
     folder = Path(given) if given else Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
-        pytest.skip(f"no real data: {folder} is absent (set IIBALANCE_DATA to the folder that holds avletters/, utd_mhad/, ...)")
+        pytest.skip(
+            f"no real data: {folder} is absent (set IIBALANCE_DATA to the folder that holds avletters/, utd_mhad/, ...)"
+        )
     return folder
 
 
@@ -40,7 +49,12 @@ def _compile(config: pytest.Config) -> None:
     output = Path(tempfile.mkdtemp()) / "rows.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "tests/aot.py", str(output)]
-    process = subprocess.Popen(command, cwd=root, env={**environment, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=root,
+        env={**environment, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
     config.stash[COMPILATION] = process, output
 
 
@@ -79,7 +93,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
             if self.collection_is_completed and self.collection is None:
                 nodeids = next(iter(self.registered_collections.values()))
                 files = [nodeid.split("::")[0] for nodeid in nodeids]
-                self.run_of = dict(zip(nodeids, accumulate(int(file != before) for file, before in zip(files, [None, *files]))))
+                self.run_of = dict(
+                    zip(
+                        nodeids,
+                        accumulate(
+                            int(file != before) for file, before in zip(files, [None, *files])
+                        ),
+                    )
+                )
             super().schedule()
 
         def _split_scope(self, nodeid: str) -> str:
@@ -91,4 +112,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     waits = lambda item: item.path.name == "test_triton_aot.py"
-    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, waits(item)))  # stable: the order within each part stays
+    items.sort(
+        key=lambda item: (item.get_closest_marker("slow") is not None, waits(item))
+    )  # stable: the order within each part stays

@@ -8,6 +8,7 @@ Inside, every pointer carries the number of the argument it was made from in its
 to belong to one argument, even where arguments overlap in memory, and straying from one tensor into its neighbour shows. Triton's interpreter
 is private: it was checked with 3.6.0 and 3.7.1, and nothing else in the tests touches it.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -37,6 +38,7 @@ class MemoryAccessError(AssertionError):
 @dataclasses.dataclass
 class Launch:
     """One launch: the bytes of unmasked lanes loaded and stored, by argument (the entries of a tuple are ``name[0]``, ``name[1]``, ...)."""
+
     name: str
     loaded: Counter[str] = dataclasses.field(default_factory=Counter)
     stored: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -46,6 +48,7 @@ class Launch:
 @dataclasses.dataclass
 class Report:
     """All launches of a ``sanitized`` block, in their order."""
+
     launches: list[Launch] = dataclasses.field(default_factory=list)
 
     @property
@@ -70,7 +73,9 @@ class Report:
 
 
 def _of(counts: Counter[str], names: tuple[str, ...]) -> int:
-    return sum(count for name, count in counts.items() if name in names or name.split("[")[0] in names)
+    return sum(
+        count for name, count in counts.items() if name in names or name.split("[")[0] in names
+    )
 
 
 class _Memory:
@@ -88,7 +93,11 @@ class _Argument:
         self.name, self.memory, self.width = name, memory, tensor.element_size()
         self.layout = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}, {tensor.dtype}"
         self.address, self.start = tensor.data_ptr(), tensor.storage_offset() * self.width
-        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+        span = (
+            1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+            if tensor.numel()
+            else 0
+        )
         self.elements = np.zeros(span, dtype=bool)  # False: a hole of a view
         torch.from_numpy(self.elements).as_strided(tensor.shape, tensor.stride()).fill_(True)
 
@@ -116,13 +125,20 @@ class _Running:
 
     def take(self, named: list[tuple[str, object]]) -> None:
         """Learn the arguments: the host tensors whose addresses the kernel gets (copies, where the caller's are on a device)."""
-        self.keep = named = [entry for name, value in named for entry in _tensors(name, value)]  # kept: tags go by identity
+        self.keep = named = [
+            entry for name, value in named for entry in _tensors(name, value)
+        ]  # kept: tags go by identity
         shared: dict[int, list[torch.Tensor]] = {}
         for _, value in named:
             shared.setdefault(_plain(value).untyped_storage().data_ptr(), []).append(_plain(value))
-        memories = {key: _Memory(tensors[0].untyped_storage(), min(t.element_size() for t in tensors)) for key, tensors in shared.items()}
+        memories = {
+            key: _Memory(tensors[0].untyped_storage(), min(t.element_size() for t in tensors))
+            for key, tensors in shared.items()
+        }
         for name, value in named:
-            self.arguments.append(_Argument(name, _plain(value), memories[_plain(value).untyped_storage().data_ptr()]))
+            self.arguments.append(
+                _Argument(name, _plain(value), memories[_plain(value).untyped_storage().data_ptr()])
+            )
             self.tags[id(value)] = np.uint64(len(self.arguments)) << _TAG_SHIFT
 
     def enter(self, *program: int) -> None:
@@ -135,41 +151,63 @@ class _Running:
     def by(self, number: int) -> str:
         return "other programs" if number == _SEVERAL else f"program {self.programs[number - 1]}"
 
-    def access(self, pointers: internals.TensorHandle, mask: internals.TensorHandle, store: bool) -> internals.TensorHandle:
+    def access(
+        self, pointers: internals.TensorHandle, mask: internals.TensorHandle, store: bool
+    ) -> internals.TensorHandle:
         """Check and count an access by the running program; return the pointers without their tags."""
         lanes = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)]
-        width, tags = internals._get_np_dtype(pointers.get_element_ty()).itemsize, lanes >> _TAG_SHIFT
+        width, tags = (
+            internals._get_np_dtype(pointers.get_element_ty()).itemsize,
+            lanes >> _TAG_SHIFT,
+        )
         for tag in np.unique(tags).tolist():
             addresses = (lanes[tags == tag] & _ADDRESS).astype(np.int64)
             if not 1 <= tag <= len(self.arguments):
-                self.fail(f"{'store to' if store else 'load from'} address {addresses[0]:#x}, outside every argument")
+                self.fail(
+                    f"{'store to' if store else 'load from'} address {addresses[0]:#x}, outside every argument"
+                )
             argument = self.arguments[tag - 1]
-            offsets, where = addresses - argument.address, f"{'store to' if store else 'load from'} {argument.name} at byte offset"
+            offsets, where = (
+                addresses - argument.address,
+                f"{'store to' if store else 'load from'} {argument.name} at byte offset",
+            )
             if width != argument.width:
-                self.fail(f"{where} {offsets[0]}: {width} bytes, but its elements have {argument.width} ({argument.layout})")
+                self.fail(
+                    f"{where} {offsets[0]}: {width} bytes, but its elements have {argument.width} ({argument.layout})"
+                )
             if (outside := argument.outside(offsets)).size:
                 self.fail(f"{where} {outside[0]}: not an element of it ({argument.layout})")
             (self.store if store else self.load)(argument, argument.units(offsets), where)
-            (self.launch.stored if store else self.launch.loaded)[argument.name] += offsets.size * width
+            (self.launch.stored if store else self.launch.loaded)[argument.name] += (
+                offsets.size * width
+            )
         return internals.TensorHandle(pointers.data & _ADDRESS, pointers.dtype)
 
     def load(self, argument: _Argument, units: np.ndarray, where: str) -> None:
         memory, number = argument.memory, len(self.programs)
         writers, readers = memory.writer[units], memory.reader[units]
         if (raced := (writers != 0) & (writers != number)).any():
-            self.fail(f"{where} {argument.offset(units[raced][0])}: stored by {self.by(writers[raced][0])} in the same launch")
+            self.fail(
+                f"{where} {argument.offset(units[raced][0])}: stored by {self.by(writers[raced][0])} in the same launch"
+            )
         memory.reader[units] = np.where((readers == 0) | (readers == number), number, _SEVERAL)
 
     def store(self, argument: _Argument, units: np.ndarray, where: str) -> None:
         memory, number = argument.memory, len(self.programs)
         writers, readers = memory.writer[units], memory.reader[units]
         if (again := writers != 0).any():
-            self.fail(f"{where} {argument.offset(units[again][0])}: stored twice, first by {self.by(writers[again][0])}")
+            self.fail(
+                f"{where} {argument.offset(units[again][0])}: stored twice, first by {self.by(writers[again][0])}"
+            )
         if (raced := (readers != 0) & (readers != number)).any():
-            self.fail(f"{where} {argument.offset(units[raced][0])}: loaded by {self.by(readers[raced][0])} in the same launch")
+            self.fail(
+                f"{where} {argument.offset(units[raced][0])}: loaded by {self.by(readers[raced][0])} in the same launch"
+            )
         unique, counts = np.unique(units, return_counts=True)
         if unique.size < units.size:
-            self.fail(f"{where} {argument.offset(unique[counts > 1][0])}: stored twice, by two lanes of one store")
+            self.fail(
+                f"{where} {argument.offset(unique[counts > 1][0])}: stored twice, by two lanes of one store"
+            )
         memory.writer[units] = number
 
 
@@ -198,11 +236,17 @@ def sanitized() -> Iterator[Report]:
     """Check and count every access of the kernels launched inside, and make int32 overflow raise. Does not nest."""
     builder, executor, report = internals.interpreter_builder, internals.GridExecutor, Report()
     if not interpreted():
-        raise RuntimeError("triton was imported without TRITON_INTERPRET=1: there is no interpreter to watch")
+        raise RuntimeError(
+            "triton was imported without TRITON_INTERPRET=1: there is no interpreter to watch"
+        )
     if "create_masked_load" in vars(builder):
         raise RuntimeError("sanitized() is already on: it does not nest")
     call, take, convert = executor.__call__, executor._init_args_hst, internals._implicit_cvt
-    load, store, enter = builder.create_masked_load, builder.create_masked_store, builder.set_grid_idx
+    load, store, enter = (
+        builder.create_masked_load,
+        builder.create_masked_store,
+        builder.set_grid_idx,
+    )
     running: _Running
 
     def checked_call(self, *args, **kwargs):
@@ -211,7 +255,9 @@ def sanitized() -> Iterator[Report]:
         running = _Running(report.launches[-1])
         try:
             return call(self, *args, **kwargs)
-        except internals.InterpreterError as error:  # one more around the cause for each function of the kernel it went through
+        except (
+            internals.InterpreterError
+        ) as error:  # one more around the cause for each function of the kernel it went through
             cause = error
             while cause is not None and not isinstance(cause, MemoryAccessError):
                 cause = cause.__cause__
@@ -243,7 +289,17 @@ def sanitized() -> Iterator[Report]:
     def refused(*_, **__):
         running.fail("atomic operation: its order, and so its sum, differs from run to run")
 
-    with mock.patch.multiple(executor, __call__=checked_call, _init_args_hst=checked_take), mock.patch.object(internals, "_implicit_cvt", tagged), \
-            mock.patch.multiple(builder, create_masked_load=checked_load, create_masked_store=checked_store, set_grid_idx=checked_enter,
-                                create_atomic_rmw=refused, create_atomic_cas=refused, options=dataclasses.replace(builder.options, debug=True)):
+    with (
+        mock.patch.multiple(executor, __call__=checked_call, _init_args_hst=checked_take),
+        mock.patch.object(internals, "_implicit_cvt", tagged),
+        mock.patch.multiple(
+            builder,
+            create_masked_load=checked_load,
+            create_masked_store=checked_store,
+            set_grid_idx=checked_enter,
+            create_atomic_rmw=refused,
+            create_atomic_cas=refused,
+            options=dataclasses.replace(builder.options, debug=True),
+        ),
+    ):
         yield report

@@ -1,4 +1,5 @@
 """The method page's sections 2 to 4 once more, in loops over float64 numbers: slow, and written apart from iib_kernels.reference on purpose."""
+
 import math
 
 import numpy as np
@@ -36,7 +37,9 @@ def alignment(features, prototypes, targets, budgets, tau, metric, seen, mask, i
             if y == ignore or not present or y not in known:
                 posterior.append(None)
                 continue
-            values = softmax([-distance(features[m][i], prototypes[m][k], metric) / tau for k in known])
+            values = softmax(
+                [-distance(features[m][i], prototypes[m][k], metric) / tau for k in known]
+            )
             posterior.append(dict(zip(known, values)))
             C[i, m], q_true[i, m], counts[i, m] = -math.log(posterior[m][y]), posterior[m][y], 1
         for m in range(M):
@@ -45,14 +48,23 @@ def alignment(features, prototypes, targets, budgets, tau, metric, seen, mask, i
             rho = budgets[m] / budgets[anchor] if budgets[anchor] > 0 else 1.0
             delta = max(0.0, rho * posterior[anchor][y] - posterior[m][y])
             common = [k for k in posterior[anchor] if k in posterior[m]]
-            A[i, m] = delta * sum(posterior[anchor][k] * (math.log(posterior[anchor][k]) - math.log(posterior[m][k])) for k in common if posterior[anchor][k] > 0)
+            A[i, m] = delta * sum(
+                posterior[anchor][k] * (math.log(posterior[anchor][k]) - math.log(posterior[m][k]))
+                for k in common
+                if posterior[anchor][k] > 0
+            )
     return C, A, q_true, counts
 
 
 def fusion(logits, log_prior, gate_logits, temperature, kappa, scale, mask):
     """Fused logits [N, K], weights and uncertainty [N, M], scaled logits [N, M, K] for logits [M, N, K]."""
     M, N, K = logits.shape
-    fused, weights, uncertainty, scaled = np.zeros((N, K)), np.zeros((N, M)), np.zeros((N, M)), np.zeros((N, M, K))
+    fused, weights, uncertainty, scaled = (
+        np.zeros((N, K)),
+        np.zeros((N, M)),
+        np.zeros((N, M)),
+        np.zeros((N, M, K)),
+    )
     for i in range(N):
         scores = []
         for m in range(M):
@@ -62,11 +74,15 @@ def fusion(logits, log_prior, gate_logits, temperature, kappa, scale, mask):
             t = [l / temperature[m] for l in logits[m, i]]
             scaled[i, m] = t
             p = softmax(t)
-            uncertainty[i, m] = -sum(x * math.log(x) for x in p if x > 0) / math.log(K) if K > 1 else 0.0
+            uncertainty[i, m] = (
+                -sum(x * math.log(x) for x in p if x > 0) / math.log(K) if K > 1 else 0.0
+            )
             scores.append(log_prior[m] + gate_logits[i, m] - kappa[m] * uncertainty[i, m])
         weights[i] = softmax(scores)
         for k in range(K):
-            fused[i, k] = scale * sum(weights[i, m] * scaled[i, m, k] for m in range(M) if weights[i, m] > 0)
+            fused[i, k] = scale * sum(
+                weights[i, m] * scaled[i, m, k] for m in range(M) if weights[i, m] > 0
+            )
         for m in range(M):
             if mask is not None and not mask[i][m]:
                 uncertainty[i, m] = 1.0 if K > 1 else 0.0  # nothing is known of it

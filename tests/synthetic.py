@@ -1,4 +1,5 @@
 """A small data set of the user's own kind, and the command line as a user runs it. Shared by the tests of the command line."""
+
 from __future__ import annotations
 
 import os
@@ -21,7 +22,14 @@ def arrays(count: int = 200, seed: int = 0) -> dict[str, np.ndarray]:
     has_audio[::11] = False
     has_visual[5::13] = False
     has_visual[~has_audio] = True
-    return {"x_audio": audio, "x_visual": visual, "y": y, "mask_audio": has_audio, "mask_visual": has_visual, "speaker": np.arange(count) // 10}
+    return {
+        "x_audio": audio,
+        "x_visual": visual,
+        "y": y,
+        "mask_audio": has_audio,
+        "mask_visual": has_visual,
+        "speaker": np.arange(count) // 10,
+    }
 
 
 def write(path: Path, **changes) -> Path:
@@ -44,4 +52,10 @@ def environment(**more: str) -> dict[str, str]:
 
 def call(*arguments, timeout: float = 300, **more: str) -> subprocess.CompletedProcess:
     """Run the command line in a process of its own."""
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=timeout, env=environment(**more))
+    return subprocess.run(
+        command(*arguments),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(**more),
+    )

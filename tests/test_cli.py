@@ -1,4 +1,5 @@
 """The command line from end to end on a small npz file: every command, what a run's folder holds, and that the numbers in it agree."""
+
 from __future__ import annotations
 
 import contextlib
@@ -21,13 +22,24 @@ import yaml
 
 import iibalance
 from iibalance import cli
-from iibalance.training import loop, stages
 from iibalance.config import RunConfig, load_config
 from iibalance.data import load_data
 from iibalance.files import read_model
+from iibalance.training import loop, stages
 
 METHODS = ["iibalance", "concat", "sum", "unimodal", "ensemble"]
-SMALL = ["--epochs", "2", "--model.width", "8", "--model.embedding_dim", "16", "--calibration.copies", "2", "--training.learning_rate", "0.02"]
+SMALL = [
+    "--epochs",
+    "2",
+    "--model.width",
+    "8",
+    "--model.embedding_dim",
+    "16",
+    "--calibration.copies",
+    "2",
+    "--training.learning_rate",
+    "0.02",
+]
 QUICK = ["--method", "concat", "--training.alone", "false"]  # one training
 TEST = np.arange(200) % 4 == 3  # the rows of the test split
 
@@ -52,7 +64,11 @@ def rows(path: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     split = np.select([TEST, np.arange(200) % 8 == 2], [2, 1], 0)
-    return synthetic.write(tmp_path_factory.mktemp("data") / "clips.npz", split=split, classes=np.array(["go", "stop", "wait"]))
+    return synthetic.write(
+        tmp_path_factory.mktemp("data") / "clips.npz",
+        split=split,
+        classes=np.array(["go", "stop", "wait"]),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +79,17 @@ def train(tmp_path_factory, data):
     def start(*more) -> Path:
         if more not in done:
             folder = tmp_path_factory.mktemp("runs") / "run"
-            run("train", "--data.name", "npz", "--data.path", data, "--output", folder, *SMALL, *more)
+            run(
+                "train",
+                "--data.name",
+                "npz",
+                "--data.path",
+                data,
+                "--output",
+                folder,
+                *SMALL,
+                *more,
+            )
             done[more] = folder
         return done[more]
 
@@ -74,48 +100,85 @@ def train(tmp_path_factory, data):
 def test_file(tmp_path_factory) -> Path:
     """The samples of the test split, as new data to predict."""
     path = tmp_path_factory.mktemp("new") / "test.npz"
-    np.savez(path, **{key: values[TEST] for key, values in synthetic.arrays().items()}, ids=np.array([f"clip{row}" for row in np.flatnonzero(TEST)]))
+    np.savez(
+        path,
+        **{key: values[TEST] for key, values in synthetic.arrays().items()},
+        ids=np.array([f"clip{row}" for row in np.flatnonzero(TEST)]),
+    )
     return path
 
 
 # What a run's folder holds
 
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_files_of_a_run(method, train):
     folder = train("--method", method)
     files = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    expected = {"config.yaml", "run.json", "metrics.json", "history.csv", "model.safetensors", "report.png"}
+    expected = {
+        "config.yaml",
+        "run.json",
+        "metrics.json",
+        "history.csv",
+        "model.safetensors",
+        "report.png",
+    }
     expected |= {"budgets.json"} if method == "iibalance" else set()
     expected |= {"tensorboard"} if importlib.util.find_spec("tensorboard") else set()
     assert files - {"checkpoints"} == expected
     config = load_config(folder / "config.yaml")
-    assert (config.method, config.epochs, config.model.width, config.output) == (method, 2, 8, str(folder))
+    assert (config.method, config.epochs, config.model.width, config.output) == (
+        method,
+        2,
+        8,
+        str(folder),
+    )
     assert [row["epoch"] for row in rows(folder / "history.csv")] == ["1", "2"]
     assert (folder / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     weights, metadata = read_model(folder / "model.safetensors")
     assert json.loads(metadata["iibalance"])["classes"] == ["go", "stop", "wait"]
-    assert sum(values.numel() for values in weights.values()) > read(folder / "metrics.json")["parameters"] > 0
+    assert (
+        sum(values.numel() for values in weights.values())
+        > read(folder / "metrics.json")["parameters"]
+        > 0
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_metrics_have_every_key_and_agree_with_each_other(method, train, data):
     metrics = read(train("--method", method) / "metrics.json")
     test = metrics["test"]
-    assert metrics["method"] == method and metrics["samples"] == {"train": 125, "validation": 25, "test": 50}
+    assert metrics["method"] == method and metrics["samples"] == {
+        "train": 125,
+        "validation": 25,
+        "test": 50,
+    }
     for numbers in (test, *test["modalities"].values()):
-        assert 0 <= numbers["accuracy"] <= 1 and 0 <= numbers["macro_f1"] <= 1 and 0 <= numbers["ece"] <= 1 and 0 <= numbers["brier"] <= 2
+        assert (
+            0 <= numbers["accuracy"] <= 1
+            and 0 <= numbers["macro_f1"] <= 1
+            and 0 <= numbers["ece"] <= 1
+            and 0 <= numbers["brier"] <= 2
+        )
         assert 0 < numbers["nll"] < 5
     assert test["accuracy"] > 0.5, "three classes, and the features tell them apart"
     assert list(test["modalities"]) == list(test["shapley"]) == ["audio", "visual"]
     for own in test["modalities"].values():
         assert own["utilisation"] == own["accuracy"] / own["alone_accuracy"]
     arrays = synthetic.arrays()
-    majority = np.bincount(arrays["y"][(np.arange(200) % 4 != 3) & (np.arange(200) % 8 != 2)]).argmax()
-    assert sum(test["shapley"].values()) == pytest.approx(test["accuracy"] - np.mean(arrays["y"][TEST] == majority), abs=1e-9)
+    majority = np.bincount(
+        arrays["y"][(np.arange(200) % 4 != 3) & (np.arange(200) % 8 != 2)]
+    ).argmax()
+    assert sum(test["shapley"].values()) == pytest.approx(
+        test["accuracy"] - np.mean(arrays["y"][TEST] == majority), abs=1e-9
+    )
     if method == "concat":
         assert test["weights"] is None
     else:
-        assert sum(test["weights"].values()) == pytest.approx(1, abs=1e-6) and min(test["weights"].values()) >= 0
+        assert (
+            sum(test["weights"].values()) == pytest.approx(1, abs=1e-6)
+            and min(test["weights"].values()) >= 0
+        )
     if method == "unimodal":  # the chosen modality, but where it is missing
         best = max(test["weights"], key=test["weights"].get)
         assert test["weights"][best] == pytest.approx(arrays[f"mask_{best}"][TEST].mean(), abs=1e-6)
@@ -126,7 +189,10 @@ def test_metrics_have_every_key_and_agree_with_each_other(method, train, data):
 def test_budgets_in_the_folder_are_those_of_the_metrics(train):
     folder = train("--method", "iibalance")
     budgets, metrics = read(folder / "budgets.json"), read(folder / "metrics.json")
-    assert metrics["budgets"] == dict(zip(budgets["modalities"], budgets["values"])) and budgets["source"] == "unimodal"
+    assert (
+        metrics["budgets"] == dict(zip(budgets["modalities"], budgets["values"]))
+        and budgets["source"] == "unimodal"
+    )
     assert all(0 <= value <= 1 for value in budgets["values"]) and any(budgets["values"])
     weights, _ = read_model(folder / "model.safetensors")
     assert weights["head.budgets"].tolist() == pytest.approx(budgets["values"])
@@ -137,7 +203,9 @@ def test_without_training_alone_there_is_no_utilisation(train):
         assert own["alone_accuracy"] is None and own["utilisation"] is None
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("tensorboard"), reason="tensorboard is not installed")
+@pytest.mark.skipif(
+    not importlib.util.find_spec("tensorboard"), reason="tensorboard is not installed"
+)
 def test_tensorboard_events_are_the_history(train):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -145,13 +213,19 @@ def test_tensorboard_events_are_the_history(train):
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     for column in ("train.loss", "validation.nll", "validation.accuracy.audio"):
         found = {event.step: event.value for event in events.Scalars(column)}
-        assert found == {int(row["epoch"]): pytest.approx(float(row[column]), rel=1e-5) for row in rows(folder / "history.csv")}
+        assert found == {
+            int(row["epoch"]): pytest.approx(float(row[column]), rel=1e-5)
+            for row in rows(folder / "history.csv")
+        }
 
 
 # Prediction
 
+
 @pytest.mark.parametrize("method", METHODS)
-def test_predictions_as_csv_npz_and_in_python_are_the_same_and_give_the_metrics(method, train, test_file, tmp_path):
+def test_predictions_as_csv_npz_and_in_python_are_the_same_and_give_the_metrics(
+    method, train, test_file, tmp_path
+):
     folder = train("--method", method)
     printed = run("predict", folder, "--data.path", test_file, "--output", tmp_path / "p.csv")
     run("predict", folder, "--data.path", test_file, "--output", tmp_path / "p.npz")
@@ -160,24 +234,40 @@ def test_predictions_as_csv_npz_and_in_python_are_the_same_and_give_the_metrics(
         mask, targets = np.stack([file["mask_audio"], file["mask_visual"]], 1), file["y"]
     found = iibalance.load(folder).predict(batch, mask)
     with np.load(tmp_path / "p.npz") as file:
-        assert np.array_equal(file["probabilities"], found.probabilities.numpy()) and list(file["classes"]) == ["go", "stop", "wait"]
+        assert np.array_equal(file["probabilities"], found.probabilities.numpy()) and list(
+            file["classes"]
+        ) == ["go", "stop", "wait"]
         assert list(file["id"]) == [f"clip{row}" for row in np.flatnonzero(TEST)]
         for name, values in (("weights", found.weights), ("uncertainty", found.uncertainty)):
-            assert (name in file) == (values is not None) and (values is None or np.array_equal(file[name], values.numpy()))
+            assert (name in file) == (values is not None) and (
+                values is None or np.array_equal(file[name], values.numpy())
+            )
     lines = rows(tmp_path / "p.csv")
-    table = np.array([[float(line[f"p.{name}"]) for name in ("go", "stop", "wait")] for line in lines])
+    table = np.array(
+        [[float(line[f"p.{name}"]) for name in ("go", "stop", "wait")] for line in lines]
+    )
     assert np.allclose(table, found.probabilities.numpy(), rtol=1e-5, atol=1e-9)
-    assert [line["prediction"] for line in lines] == [["go", "stop", "wait"][index] for index in found.probabilities.argmax(1)]
+    assert [line["prediction"] for line in lines] == [
+        ["go", "stop", "wait"][index] for index in found.probabilities.argmax(1)
+    ]
     assert [line["id"] for line in lines] == [f"clip{row}" for row in np.flatnonzero(TEST)]
     if found.weights is not None:
-        assert np.allclose([[float(line[f"weight.{name}"]) for name in batch] for line in lines], found.weights.numpy(), rtol=1e-5)
-        assert (found.weights.numpy()[~mask] == 0).all() and torch.allclose(found.weights.sum(1), torch.ones(50))
+        assert np.allclose(
+            [[float(line[f"weight.{name}"]) for name in batch] for line in lines],
+            found.weights.numpy(),
+            rtol=1e-5,
+        )
+        assert (found.weights.numpy()[~mask] == 0).all() and torch.allclose(
+            found.weights.sum(1), torch.ones(50)
+        )
     if method == "iibalance":
         assert ((found.uncertainty >= 0) & (found.uncertainty <= 1)).all()
     test = read(folder / "metrics.json")["test"]
     accuracy = float((found.probabilities.argmax(1).numpy() == targets).mean())
     assert accuracy == pytest.approx(test["accuracy"]) and f"{accuracy:.4f}" in printed
-    assert -found.probabilities[torch.arange(50), torch.from_numpy(targets)].log().mean().item() == pytest.approx(test["nll"], rel=1e-4)
+    assert -found.probabilities[
+        torch.arange(50), torch.from_numpy(targets)
+    ].log().mean().item() == pytest.approx(test["nll"], rel=1e-4)
     assert np.allclose(found.probabilities.sum(1), 1, atol=1e-5)
 
 
@@ -188,23 +278,42 @@ def test_predictions_without_a_modality_are_those_with_it_masked(train, test_fil
         visual = file["x_visual"][has]
     np.savez(tmp_path / "a.npz", x_audio=audio)
     visual[0] = np.nan  # a missing row may hold anything
-    np.savez(tmp_path / "m.npz", x_audio=audio, x_visual=visual, mask_visual=np.zeros(len(audio), bool))
-    np.savez(tmp_path / "half.npz", x_audio=audio, x_visual=visual, mask_visual=np.arange(len(audio)) > 0)
+    np.savez(
+        tmp_path / "m.npz", x_audio=audio, x_visual=visual, mask_visual=np.zeros(len(audio), bool)
+    )
+    np.savez(
+        tmp_path / "half.npz", x_audio=audio, x_visual=visual, mask_visual=np.arange(len(audio)) > 0
+    )
     arrays = {}
     for name in ("a", "m", "half"):
-        run("predict", folder, "--data.path", tmp_path / f"{name}.npz", "--output", tmp_path / f"{name}-p.npz")
+        run(
+            "predict",
+            folder,
+            "--data.path",
+            tmp_path / f"{name}.npz",
+            "--output",
+            tmp_path / f"{name}-p.npz",
+        )
         with np.load(tmp_path / f"{name}-p.npz") as file:
             arrays[name] = dict(file)
     assert np.array_equal(arrays["a"]["probabilities"], arrays["m"]["probabilities"])
     found = iibalance.load(folder).predict({"audio": audio})  # in Python, too
-    assert np.array_equal(found.probabilities.numpy(), arrays["a"]["probabilities"]) and (found.weights.numpy() == [1, 0]).all()
-    assert (arrays["a"]["weights"] == [1, 0]).all() and (arrays["half"]["weights"][0] == [1, 0]).all()
+    assert (
+        np.array_equal(found.probabilities.numpy(), arrays["a"]["probabilities"])
+        and (found.weights.numpy() == [1, 0]).all()
+    )
+    assert (arrays["a"]["weights"] == [1, 0]).all() and (
+        arrays["half"]["weights"][0] == [1, 0]
+    ).all()
     assert np.allclose(arrays["half"]["probabilities"][0], arrays["a"]["probabilities"][0])
-    assert np.abs(arrays["half"]["probabilities"][1:] - arrays["a"]["probabilities"][1:]).max() > 1e-3
+    assert (
+        np.abs(arrays["half"]["probabilities"][1:] - arrays["a"]["probabilities"][1:]).max() > 1e-3
+    )
     assert list(arrays["a"]["id"]) == [str(row) for row in range(len(audio))]
 
 
 # Evaluation
+
 
 @pytest.mark.parametrize("method", ["iibalance", "concat"])
 def test_a_clean_evaluation_repeats_the_metrics(method, train, data, tmp_path):
@@ -215,7 +324,10 @@ def test_a_clean_evaluation_repeats_the_metrics(method, train, data, tmp_path):
     shutil.copy(data, tmp_path / "copy.npz")
     run("evaluate", folder, "--data.path", tmp_path / "copy.npz", "--output", tmp_path / "e.json")
     other = read(tmp_path / "e.json")["test"]  # standardised back and forth
-    assert other["nll"] == pytest.approx(clean["test"]["nll"], rel=1e-4) and other["accuracy"] == clean["test"]["accuracy"]
+    assert (
+        other["nll"] == pytest.approx(clean["test"]["nll"], rel=1e-4)
+        and other["accuracy"] == clean["test"]["accuracy"]
+    )
 
 
 def test_another_file_is_standardised_as_the_training_data_were(train, data, tmp_path):
@@ -225,7 +337,9 @@ def test_another_file_is_standardised_as_the_training_data_were(train, data, tmp
     arrays["x_audio"][arrays["split"] != 2] *= 100  # its own statistics would be others
     np.savez(tmp_path / "other.npz", **arrays)
     run("evaluate", folder, "--data.path", tmp_path / "other.npz", "--output", tmp_path / "e.json")
-    assert read(tmp_path / "e.json")["test"]["nll"] == pytest.approx(read(folder / "metrics.json")["test"]["nll"], rel=1e-3)
+    assert read(tmp_path / "e.json")["test"]["nll"] == pytest.approx(
+        read(folder / "metrics.json")["test"]["nll"], rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("kind", ["noise", "missing", "shuffled"])
@@ -239,11 +353,16 @@ def test_a_degradation_changes_one_modality_and_is_reproducible(kind, train, tmp
 
     all_rows = ["--fraction", "1", "--strength", "20"]
     found = evaluate("a.json", *all_rows)
-    assert evaluate("b.json", *all_rows) == found and (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert (
+        evaluate("b.json", *all_rows) == found
+        and (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    )
     assert found["modalities"]["visual"] == clean["modalities"]["visual"]
     assert found["accuracy"] < clean["accuracy"]
     if kind == "missing":
-        sole = (synthetic.arrays()["mask_audio"] & ~synthetic.arrays()["mask_visual"])[TEST].mean()  # a sample keeps its only modality
+        sole = (synthetic.arrays()["mask_audio"] & ~synthetic.arrays()["mask_visual"])[
+            TEST
+        ].mean()  # a sample keeps its only modality
         assert found["weights"]["audio"] == pytest.approx(sole, abs=1e-6)
     else:
         assert found["modalities"]["audio"]["accuracy"] < clean["modalities"]["audio"]["accuracy"]
@@ -256,14 +375,30 @@ def test_a_degradation_changes_one_modality_and_is_reproducible(kind, train, tmp
 def test_several_degradations_at_once(train, tmp_path):
     folder = train("--method", "iibalance")
     clean = read(folder / "metrics.json")["test"]
-    run("evaluate", folder, "--degrade", "audio=noise", "visual=shuffled", "--fraction", "1", "--output", tmp_path / "e.json")
+    run(
+        "evaluate",
+        folder,
+        "--degrade",
+        "audio=noise",
+        "visual=shuffled",
+        "--fraction",
+        "1",
+        "--output",
+        tmp_path / "e.json",
+    )
     found = read(tmp_path / "e.json")["test"]
-    assert all(found["modalities"][name]["accuracy"] < clean["modalities"][name]["accuracy"] for name in ("audio", "visual"))
+    assert all(
+        found["modalities"][name]["accuracy"] < clean["modalities"][name]["accuracy"]
+        for name in ("audio", "visual")
+    )
 
 
 # Options
 
-def test_defaults_are_those_of_the_dataclasses_and_configuration_files_go_round(data, tmp_path, capsys):
+
+def test_defaults_are_those_of_the_dataclasses_and_configuration_files_go_round(
+    data, tmp_path, capsys
+):
     def print_config(*more) -> dict:
         with pytest.raises(SystemExit) as end:
             cli.run(["train", *map(str, more), "--print_config"])
@@ -271,8 +406,21 @@ def test_defaults_are_those_of_the_dataclasses_and_configuration_files_go_round(
         return yaml.safe_load(capsys.readouterr().out)
 
     defaults = print_config()
-    assert {key: value for key, value in defaults.items() if key in asdict(RunConfig())} == asdict(RunConfig())
-    options = ["--data.name", "npz", "--data.path", data, "--data.modalities", "visual,audio", *SMALL, *QUICK, "--seed", "3"]
+    assert {key: value for key, value in defaults.items() if key in asdict(RunConfig())} == asdict(
+        RunConfig()
+    )
+    options = [
+        "--data.name",
+        "npz",
+        "--data.path",
+        data,
+        "--data.modalities",
+        "visual,audio",
+        *SMALL,
+        *QUICK,
+        "--seed",
+        "3",
+    ]
     first = print_config(*options)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(first))
     assert print_config("--config", tmp_path / "run.yaml") == first
@@ -281,8 +429,12 @@ def test_defaults_are_those_of_the_dataclasses_and_configuration_files_go_round(
     run("train", "--config", tmp_path / "run.yaml", "--output", tmp_path / "b")
     run("train", "--config", tmp_path / "a" / "config.yaml", "--output", tmp_path / "c")
     for name in ("b", "c"):
-        assert (tmp_path / "a" / "metrics.json").read_bytes() == (tmp_path / name / "metrics.json").read_bytes()
-        assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / name / "model.safetensors").read_bytes()
+        assert (tmp_path / "a" / "metrics.json").read_bytes() == (
+            tmp_path / name / "metrics.json"
+        ).read_bytes()
+        assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
+            tmp_path / name / "model.safetensors"
+        ).read_bytes()
     assert list(read(tmp_path / "a" / "metrics.json")["test"]["modalities"]) == ["visual", "audio"]
 
 
@@ -290,8 +442,20 @@ def test_help_lists_every_option_with_its_description(capsys):
     with pytest.raises(SystemExit):
         cli.run(["train", "--help"])
     text = capsys.readouterr().out
-    for option in ("--config", "--print_config", "--data.name {digits,npz}", "--data.path", "--data.modalities", "--data.groups", "--method", "--kernels",
-                   "--seed", "--epochs", "--output", "--resume DIR"):
+    for option in (
+        "--config",
+        "--print_config",
+        "--data.name {digits,npz}",
+        "--data.path",
+        "--data.modalities",
+        "--data.groups",
+        "--method",
+        "--kernels",
+        "--seed",
+        "--epochs",
+        "--output",
+        "--resume DIR",
+    ):
         assert option in text, option
     assert "Folds of the training split" in text
 
@@ -300,18 +464,47 @@ def test_seeds(train, data, tmp_path):
     first = train(*QUICK)
     for seed, same in ((0, True), (1, False)):
         folder = tmp_path / str(seed)
-        run("train", "--data.name", "npz", "--data.path", data, "--output", folder, *SMALL, *QUICK, "--seed", seed)
+        run(
+            "train",
+            "--data.name",
+            "npz",
+            "--data.path",
+            data,
+            "--output",
+            folder,
+            *SMALL,
+            *QUICK,
+            "--seed",
+            seed,
+        )
         for name in ("model.safetensors", "history.csv"):
             assert ((folder / name).read_bytes() == (first / name).read_bytes()) is same
 
 
 def test_budgets_alone_and_budgets_given(data, train, tmp_path):
-    printed = run("budgets", "--data.name", "npz", "--data.path", data, "--budgets.source", "probe", "--output", tmp_path / "b.json")
+    printed = run(
+        "budgets",
+        "--data.name",
+        "npz",
+        "--data.path",
+        data,
+        "--budgets.source",
+        "probe",
+        "--output",
+        tmp_path / "b.json",
+    )
     budgets = read(tmp_path / "b.json")
-    assert budgets["modalities"] == ["audio", "visual"] and budgets["values"][0] > budgets["values"][1] > 0
+    assert (
+        budgets["modalities"] == ["audio", "visual"]
+        and budgets["values"][0] > budgets["values"][1] > 0
+    )
     assert f"{budgets['values'][0]:.3f}" in printed and "anchor" in printed.splitlines()[1]
     folder = train("--budgets.path", str(tmp_path / "b.json"), "--training.alone", "false")
-    assert read(folder / "budgets.json")["values"] == budgets["values"] == list(read(folder / "metrics.json")["budgets"].values())
+    assert (
+        read(folder / "budgets.json")["values"]
+        == budgets["values"]
+        == list(read(folder / "metrics.json")["budgets"].values())
+    )
     (tmp_path / "given.json").write_text('{"visual": 0.9, "audio": 0.1}')  # by name, in any order
     folder = train("--budgets.path", str(tmp_path / "given.json"), "--training.alone", "false")
     assert read(folder / "metrics.json")["budgets"] == {"audio": 0.1, "visual": 0.9}
@@ -320,42 +513,95 @@ def test_budgets_alone_and_budgets_given(data, train, tmp_path):
 
 
 def test_budgets_alone_by_unimodal_trainings(data, tmp_path):
-    run("budgets", "--data.name", "npz", "--data.path", data, "--data.modalities", "visual,audio", "--epochs", "4", "--output", tmp_path / "b.json")
+    run(
+        "budgets",
+        "--data.name",
+        "npz",
+        "--data.path",
+        data,
+        "--data.modalities",
+        "visual,audio",
+        "--epochs",
+        "4",
+        "--output",
+        tmp_path / "b.json",
+    )
     budgets = read(tmp_path / "b.json")
-    assert budgets["modalities"] == ["visual", "audio"] and budgets["source"] == "unimodal" and 0 < budgets["values"][0] < budgets["values"][1] < 1
+    assert (
+        budgets["modalities"] == ["visual", "audio"]
+        and budgets["source"] == "unimodal"
+        and 0 < budgets["values"][0] < budgets["values"][1] < 1
+    )
 
 
 @pytest.mark.parametrize("source", ["probe", "online"])
 def test_other_sources_of_budgets(source, train):
     folder = train("--budgets.source", source, "--training.alone", "false")
     budgets, history = read(folder / "budgets.json"), rows(folder / "history.csv")
-    assert budgets["source"] == source and read(folder / "metrics.json")["budgets"] == dict(zip(budgets["modalities"], budgets["values"]))
+    assert budgets["source"] == source and read(folder / "metrics.json")["budgets"] == dict(
+        zip(budgets["modalities"], budgets["values"])
+    )
     assert all(0 <= value <= 1 for value in budgets["values"]) and any(budgets["values"])
     assert ("budget.audio" in history[0]) == (source == "online")
     if source == "online":
-        assert [budgets["values"]] == [[float(row[f"budget.{name}"]) for name in ("audio", "visual")] for row in history
-                                       if float(row["validation.nll"]) == min(float(row["validation.nll"]) for row in history)]
+        assert [budgets["values"]] == [
+            [float(row[f"budget.{name}"]) for name in ("audio", "visual")]
+            for row in history
+            if float(row["validation.nll"]) == min(float(row["validation.nll"]) for row in history)
+        ]
 
 
 def test_gradient_accumulation_takes_fewer_steps(train, data, tmp_path, monkeypatch):
     counts = []
     step = torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *more, **options: counts.append(1) or step(self, *more, **options))
+    monkeypatch.setattr(
+        torch.optim.AdamW,
+        "step",
+        lambda self, *more, **options: counts.append(1) or step(self, *more, **options),
+    )
     for accumulation in (1, 2):
         counts.clear()
-        run("train", "--data.name", "npz", "--data.path", data, "--output", tmp_path / str(accumulation), *SMALL, *QUICK,
-            "--training.batch_size", "25", "--training.gradient_accumulation", accumulation)
-        assert len(counts) == 2 * math.ceil(5 / accumulation)  # 2 epochs of 5 batches; the last batches of an epoch are stepped with, too
-    assert (tmp_path / "1" / "model.safetensors").read_bytes() != (tmp_path / "2" / "model.safetensors").read_bytes()
+        run(
+            "train",
+            "--data.name",
+            "npz",
+            "--data.path",
+            data,
+            "--output",
+            tmp_path / str(accumulation),
+            *SMALL,
+            *QUICK,
+            "--training.batch_size",
+            "25",
+            "--training.gradient_accumulation",
+            accumulation,
+        )
+        assert len(counts) == 2 * math.ceil(
+            5 / accumulation
+        )  # 2 epochs of 5 batches; the last batches of an epoch are stepped with, too
+    assert (tmp_path / "1" / "model.safetensors").read_bytes() != (
+        tmp_path / "2" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_mixed_precision_is_close_but_not_equal(train):
     full, mixed = (train(*QUICK, *more) for more in ((), ("--training.mixed_precision", "bf16")))
-    first, second = (float(rows(folder / "history.csv")[0]["train.loss"]) for folder in (full, mixed))
+    first, second = (
+        float(rows(folder / "history.csv")[0]["train.loss"]) for folder in (full, mixed)
+    )
     assert 1e-7 < abs(first - second) < 0.05
-    assert {values.dtype for values in read_model(mixed / "model.safetensors")[0].values() if values.is_floating_point()} == {torch.float32}
-    assert train(*QUICK, "--training.gradient_accumulation", "1") and (full / "model.safetensors").read_bytes() == (
-        train(*QUICK, "--training.gradient_accumulation", "1") / "model.safetensors").read_bytes(), "the precision of an earlier run must not stay"
+    assert {
+        values.dtype
+        for values in read_model(mixed / "model.safetensors")[0].values()
+        if values.is_floating_point()
+    } == {torch.float32}
+    assert (
+        train(*QUICK, "--training.gradient_accumulation", "1")
+        and (full / "model.safetensors").read_bytes()
+        == (
+            train(*QUICK, "--training.gradient_accumulation", "1") / "model.safetensors"
+        ).read_bytes()
+    ), "the precision of an earlier run must not stay"
 
 
 def test_modality_dropout_hides_modalities_in_training_alone(data, tmp_path, monkeypatch):
@@ -368,46 +614,114 @@ def test_modality_dropout_hides_modalities_in_training_alone(data, tmp_path, mon
 
     drop = loop.drop_modalities
     monkeypatch.setattr(loop, "drop_modalities", record)
-    run("train", "--data.name", "npz", "--data.path", data, "--output", tmp_path / "run", *SMALL, *QUICK, "--training.modality_dropout", "0.4",
-        "--training.batch_size", "25")
+    run(
+        "train",
+        "--data.name",
+        "npz",
+        "--data.path",
+        data,
+        "--output",
+        tmp_path / "run",
+        *SMALL,
+        *QUICK,
+        "--training.modality_dropout",
+        "0.4",
+        "--training.batch_size",
+        "25",
+    )
     assert len(masks) == 10 and {probability for probability, _, _ in masks} == {0.4}
     before, after = (float(sum(values)) / 10 for values in list(zip(*masks))[1:])
-    assert before > 0.9 and 0.5 < after / before < 0.85  # 0.6 of them, and what a sample keeps at least
+    assert (
+        before > 0.9 and 0.5 < after / before < 0.85
+    )  # 0.6 of them, and what a sample keeps at least
 
 
 def test_groups_keep_speakers_apart_in_splits_and_folds(tmp_path, monkeypatch):
     path, folds = synthetic.write(tmp_path / "clips.npz"), []
     make = stages.make_folds
-    monkeypatch.setattr(stages, "make_folds", lambda *more, **options: folds.append((options["groups"], make(*more, **options))) or folds[-1][1])
-    run("train", "--data.name", "npz", "--data.path", path, "--data.groups", "speaker", "--output", tmp_path / "run", *SMALL, "--training.alone", "false",
-        "--budgets.source", "probe")
+    monkeypatch.setattr(
+        stages,
+        "make_folds",
+        lambda *more, **options: (
+            folds.append((options["groups"], make(*more, **options))) or folds[-1][1]
+        ),
+    )
+    run(
+        "train",
+        "--data.name",
+        "npz",
+        "--data.path",
+        path,
+        "--data.groups",
+        "speaker",
+        "--output",
+        tmp_path / "run",
+        *SMALL,
+        "--training.alone",
+        "false",
+        "--budgets.source",
+        "probe",
+    )
     data = load_data(load_config(tmp_path / "run" / "config.yaml").data)
     parts = [set(part.groups.tolist()) for part in (data.train, data.validation, data.test)]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 20
-    (groups, held), = folds
+    ((groups, held),) = folds
     parts = [set(groups[torch.from_numpy(fold)].tolist()) for fold in held]
     assert sum(map(len, parts)) == len(set.union(*parts)) == len(set(data.train.groups.tolist()))
 
 
 def test_digits_from_the_command_line(tmp_path):
-    run("train", *SMALL, *QUICK, "--epochs", "1", "--data.train_fraction", "0.2", "--output", tmp_path / "run")
+    run(
+        "train",
+        *SMALL,
+        *QUICK,
+        "--epochs",
+        "1",
+        "--data.train_fraction",
+        "0.2",
+        "--output",
+        tmp_path / "run",
+    )
     metrics = read(tmp_path / "run" / "metrics.json")
-    assert metrics["classes"] == 10 and metrics["test"]["accuracy"] > 0.5 and list(metrics["test"]["modalities"]) == ["pixels", "fourier", "shape"]
+    assert (
+        metrics["classes"] == 10
+        and metrics["test"]["accuracy"] > 0.5
+        and list(metrics["test"]["modalities"]) == ["pixels", "fourier", "shape"]
+    )
 
 
 # Processes
 
+
 @pytest.mark.slow
 def test_the_command_and_the_module_are_the_same_program(data, train, tmp_path):
-    done = synthetic.call("train", "--data.name", "npz", "--data.path", data, "--output", tmp_path / "run", *SMALL, *QUICK)
+    done = synthetic.call(
+        "train",
+        "--data.name",
+        "npz",
+        "--data.path",
+        data,
+        "--output",
+        tmp_path / "run",
+        *SMALL,
+        *QUICK,
+    )
     assert done.returncode == 0 and done.stderr == ""
     accuracy = read(tmp_path / "run" / "metrics.json")["test"]["accuracy"]
     assert f"{100 * accuracy:.1f}" in done.stdout and "audio" in done.stdout
     installed = Path(sys.executable).with_name("iibalance")
     if not installed.exists():
         pytest.skip("the command is not installed here")
-    help_of = [subprocess.run([*start, "--help"], capture_output=True, text=True, timeout=300, env=synthetic.environment())
-               for start in ([installed], [sys.executable, "-m", "iibalance"])]
+    help_of = [
+        subprocess.run(
+            [*start, "--help"],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=synthetic.environment(),
+        )
+        for start in ([installed], [sys.executable, "-m", "iibalance"])
+    ]
     assert help_of[0].stdout == help_of[1].stdout and "evaluate" in help_of[0].stdout
 
 
@@ -434,15 +748,42 @@ sys.exit(cli.run(sys.argv[2:]))
 def test_two_processes_train_one_model(data, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(tmp_path / "rank")]
-    options = ["train", "--data.name", "npz", "--data.path", data, "--output", tmp_path / "run", *SMALL, "--training.checkpoint_seconds", "0"]
-    done = subprocess.run([*launch, *map(str, options)], capture_output=True, text=True, timeout=600,
-                          env=synthetic.environment(ACCELERATE_USE_CPU="true"))
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script),
+        str(tmp_path / "rank"),
+    ]
+    options = [
+        "train",
+        "--data.name",
+        "npz",
+        "--data.path",
+        data,
+        "--output",
+        tmp_path / "run",
+        *SMALL,
+        "--training.checkpoint_seconds",
+        "0",
+    ]
+    done = subprocess.run(
+        [*launch, *map(str, options)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=synthetic.environment(ACCELERATE_USE_CPU="true"),
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"rank.{index}") for index in range(2)]
     assert ranks[0]["history"] == ranks[1]["history"]
     for key, values in ranks[0]["weights"].items():
-        if "running_" not in key and "num_batches" not in key:  # batch statistics are each process's own
+        if (
+            "running_" not in key and "num_batches" not in key
+        ):  # batch statistics are each process's own
             assert torch.equal(values, ranks[1]["weights"][key]), key
     assert any("prototypes" in key and values.any() for key, values in ranks[0]["weights"].items())
     assert done.stdout.count("fused") == 1, "one process reports"

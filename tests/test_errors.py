@@ -1,4 +1,5 @@
 """Bad input, from the command line: one line that names the thing, exit code 2, nothing half-written."""
+
 from __future__ import annotations
 
 import json
@@ -37,11 +38,24 @@ def refuse(capsys, tmp_path):
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
     """Every path below ``folder`` with its content."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
 
 
 def options(path: Path, *more) -> list:
-    return ["--data.name", "npz", "--data.path", path, "--epochs", "1", "--output", path.parent / "run", *more]
+    return [
+        "--data.name",
+        "npz",
+        "--data.path",
+        path,
+        "--epochs",
+        "1",
+        "--output",
+        path.parent / "run",
+        *more,
+    ]
 
 
 def changed(key: str, row: int, value, dtype=None) -> dict:
@@ -63,17 +77,35 @@ BAD_FILES = {
     "infinite feature": (changed("x_visual", 12, -np.inf), ["x_visual", "row 12", "-inf"]),
     "feature too large": (changed("x_visual", 12, 1e300), ["x_visual", "row 12", "float32"]),
     "label below range": (changed("y", 9, -1), ["y", "row 9", "-1"]),
-    "label out of range": ({**changed("y", 9, 5), "classes": np.array(["a", "b", "c"])}, ["y", "row 9", "5", "0..2"]),
+    "label out of range": (
+        {**changed("y", 9, 5), "classes": np.array(["a", "b", "c"])},
+        ["y", "row 9", "5", "0..2"],
+    ),
     "label with a gap": (changed("y", 9, 7), ["y", "class 3", "7"]),
     "label float": (changed("y", 0, 1, float), ["y", "float64"]),
     "one class": ({"y": np.zeros(200, int)}, ["y", "class 0", "two"]),
-    "a modality all missing": ({"mask_audio": np.zeros(200, bool), "mask_visual": np.ones(200, bool)}, ["mask_audio", "missing in every", "audio"]),
-    "a row without any modality": ({**changed("mask_audio", 3, False), **changed("mask_visual", 3, False)}, ["row 3", "audio", "visual"]),
+    "a modality all missing": (
+        {"mask_audio": np.zeros(200, bool), "mask_visual": np.ones(200, bool)},
+        ["mask_audio", "missing in every", "audio"],
+    ),
+    "a row without any modality": (
+        {**changed("mask_audio", 3, False), **changed("mask_visual", 3, False)},
+        ["row 3", "audio", "visual"],
+    ),
     "mask of floats": ({"mask_audio": np.ones(200) * 0.5}, ["mask_audio", "0.5"]),
-    "empty test split": ({"split": np.where(split == 2, 0, split)}, ["test split", "empty", "split"]),
-    "empty training split": ({"split": np.where(split == 0, 1, split)}, ["train split", "empty", "split"]),
+    "empty test split": (
+        {"split": np.where(split == 2, 0, split)},
+        ["test split", "empty", "split"],
+    ),
+    "empty training split": (
+        {"split": np.where(split == 0, 1, split)},
+        ["train split", "empty", "split"],
+    ),
     "unknown split code": ({"split": np.where(split == 2, 3, split)}, ["split", "row 2", "3"]),
-    "a class without training sample": ({"split": np.where(synthetic.arrays()["y"] == 1, 2, split)}, ["class 1", "training"]),
+    "a class without training sample": (
+        {"split": np.where(synthetic.arrays()["y"] == 1, 2, split)},
+        ["class 1", "training"],
+    ),
     "features of text": ({"x_audio": np.full((200, 3), "a")}, ["x_audio", "dtype"]),
     "features without a column": ({"x_audio": np.zeros(200)}, ["x_audio", "(200,)"]),
     "pickled objects": ({"x_audio": np.full((200, 3), None, object)}, ["x_audio", "pickled"]),
@@ -89,28 +121,80 @@ def test_a_bad_file_is_refused_before_anything_is_written(case, tmp_path, refuse
 
 
 def test_a_modality_too_rare_to_train_on(tmp_path, refuse):
-    train = {"split": np.where(np.arange(200) < 120, 0, 1 + split % 2), "mask_visual": np.ones(200, bool)}
-    path = synthetic.write(tmp_path / "clips.npz", mask_audio=(np.arange(200) == 7) | (np.arange(200) > 150), **train)
+    train = {
+        "split": np.where(np.arange(200) < 120, 0, 1 + split % 2),
+        "mask_visual": np.ones(200, bool),
+    }
+    path = synthetic.write(
+        tmp_path / "clips.npz", mask_audio=(np.arange(200) == 7) | (np.arange(200) > 150), **train
+    )
     for method in ("iibalance", "concat", "ensemble"):
         refuse("train", *options(path, "--method", method), words=("audio", "1 training sample"))
-    path = synthetic.write(tmp_path / "clips.npz", mask_audio=(np.arange(200) < 3) | (np.arange(200) > 150), **train)
+    path = synthetic.write(
+        tmp_path / "clips.npz", mask_audio=(np.arange(200) < 3) | (np.arange(200) > 150), **train
+    )
     for source in ("unimodal", "probe"):
-        refuse("train", *options(path, "--budgets.source", source), words=("budgets.folds", "audio", "fewer than two classes"))
+        refuse(
+            "train",
+            *options(path, "--budgets.source", source),
+            words=("budgets.folds", "audio", "fewer than two classes"),
+        )
 
 
 def test_a_training_that_diverges_says_so(tmp_path, capsys):
     path = synthetic.write(tmp_path / "clips.npz")
-    assert cli.run(list(map(str, ["train", *options(path, "--method", "concat", "--training.learning_rate", "1e35")]))) == 2
+    assert (
+        cli.run(
+            list(
+                map(
+                    str,
+                    [
+                        "train",
+                        *options(path, "--method", "concat", "--training.learning_rate", "1e35"),
+                    ],
+                )
+            )
+        )
+        == 2
+    )
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "training.learning_rate" in lines[0] and "1e+35" in lines[0]
-    assert not (tmp_path / "run" / "metrics.json").exists() and not (tmp_path / "run" / "model.safetensors").exists()
+    assert (
+        not (tmp_path / "run" / "metrics.json").exists()
+        and not (tmp_path / "run" / "model.safetensors").exists()
+    )
 
 
 def test_budgets_and_predict_refuse_bad_files_too(tmp_path, refuse, trained):
     path = synthetic.write(tmp_path / "clips.npz", **changed("x_audio", 7, np.nan))
-    refuse("budgets", "--data.name", "npz", "--data.path", path, "--output", tmp_path / "budgets.json", words=("clips.npz", "x_audio", "row 7"))
-    refuse("predict", trained, "--data.path", path, "--output", tmp_path / "p.csv", words=("clips.npz", "x_audio", "row 7"))
-    refuse("evaluate", trained, "--data.path", path, "--output", tmp_path / "e.json", words=("clips.npz", "x_audio", "row 7"))
+    refuse(
+        "budgets",
+        "--data.name",
+        "npz",
+        "--data.path",
+        path,
+        "--output",
+        tmp_path / "budgets.json",
+        words=("clips.npz", "x_audio", "row 7"),
+    )
+    refuse(
+        "predict",
+        trained,
+        "--data.path",
+        path,
+        "--output",
+        tmp_path / "p.csv",
+        words=("clips.npz", "x_audio", "row 7"),
+    )
+    refuse(
+        "evaluate",
+        trained,
+        "--data.path",
+        path,
+        "--output",
+        tmp_path / "e.json",
+        words=("clips.npz", "x_audio", "row 7"),
+    )
 
 
 def test_files_that_are_no_npz(tmp_path, refuse):
@@ -119,8 +203,13 @@ def test_files_that_are_no_npz(tmp_path, refuse):
     (tmp_path / "text.npz").write_text("audio,visual\n1,2\n")
     np.save(tmp_path / "one.npy", np.zeros((4, 4)))
     (tmp_path / "folder.npz").mkdir()
-    for name, words in {"cut.npz": ["cut short"], "text.npz": ["not a readable npz"], "one.npy": ["one array"], "folder.npz": ["is a folder"],
-                        "absent.npz": ["no such file"]}.items():
+    for name, words in {
+        "cut.npz": ["cut short"],
+        "text.npz": ["not a readable npz"],
+        "one.npy": ["one array"],
+        "folder.npz": ["is a folder"],
+        "absent.npz": ["no such file"],
+    }.items():
         refuse("train", *options(tmp_path / name), words=(name, *words))
     refuse("train", "--data.name", "npz", "--output", tmp_path / "run", words=("data.path",))
 
@@ -136,26 +225,50 @@ BAD_OPTIONS = {
     "text for a number": (["--epochs", "many"], ["epochs", "many"]),
     "no epochs": (["--epochs", "0"], ["epochs", "0"]),
     "text for a seed": (["--seed", "x"], ["seed"]),
-    "unknown modality": (["--data.modalities", "audio,smell"], ["data.modalities", "smell", "visual"]),
+    "unknown modality": (
+        ["--data.modalities", "audio,smell"],
+        ["data.modalities", "smell", "visual"],
+    ),
     "modality named twice": (["--data.modalities", "audio,audio"], ["data.modalities", "audio"]),
     "unknown group column": (["--data.groups", "family"], ["data.groups", "family", "speaker"]),
     "unknown split column": (["--data.split", "fold"], ["data.split", "fold"]),
     "unknown layout": (["--data.layouts", '{"audio": "cube"}'], ["audio", "cube"]),
     "layout that does not fit": (["--data.layouts", '{"audio": "image"}'], ["audio", "image"]),
     "batch of one": (["--training.batch_size", "1"], ["training.batch_size", "1"]),
-    "negative learning rate": (["--training.learning_rate", "-1"], ["training.learning_rate", "-1"]),
-    "learning rate of NaN": (["--training.learning_rate", "nan"], ["training.learning_rate", "nan"]),
-    "no accumulation": (["--training.gradient_accumulation", "0"], ["training.gradient_accumulation", "0"]),
-    "modality dropout of 1": (["--training.modality_dropout", "1"], ["training.modality_dropout", "1"]),
-    "unknown precision": (["--training.mixed_precision", "fp4"], ["training.mixed_precision", "fp4"]),
+    "negative learning rate": (
+        ["--training.learning_rate", "-1"],
+        ["training.learning_rate", "-1"],
+    ),
+    "learning rate of NaN": (
+        ["--training.learning_rate", "nan"],
+        ["training.learning_rate", "nan"],
+    ),
+    "no accumulation": (
+        ["--training.gradient_accumulation", "0"],
+        ["training.gradient_accumulation", "0"],
+    ),
+    "modality dropout of 1": (
+        ["--training.modality_dropout", "1"],
+        ["training.modality_dropout", "1"],
+    ),
+    "unknown precision": (
+        ["--training.mixed_precision", "fp4"],
+        ["training.mixed_precision", "fp4"],
+    ),
     "negative patience": (["--training.patience", "-2"], ["training.patience", "-2"]),
     "negative weight decay": (["--training.weight_decay", "-1"], ["training.weight_decay", "-1"]),
-    "negative gradient norm": (["--training.max_gradient_norm", "-1"], ["training.max_gradient_norm", "-1"]),
+    "negative gradient norm": (
+        ["--training.max_gradient_norm", "-1"],
+        ["training.max_gradient_norm", "-1"],
+    ),
     "one fold": (["--budgets.folds", "1"], ["folds", "1"]),
     "more folds than samples of a class": (["--budgets.folds", "100"], ["folds", "100"]),
     "unknown budget source": (["--budgets.source", "guess"], ["budgets.source", "guess"]),
     "no budget epochs": (["--budgets.epochs", "0"], ["budgets.epochs", "0"]),
-    "unknown calibration source": (["--calibration.source", "test"], ["calibration.source", "test"]),
+    "unknown calibration source": (
+        ["--calibration.source", "test"],
+        ["calibration.source", "test"],
+    ),
     "no corrupted copies": (["--calibration.copies", "0"], ["calibration.copies", "0"]),
     "negative corruption": (["--calibration.max_strength", "-1"], ["max_strength", "-1"]),
     "prior scale of 0": (["--calibration.prior_scale", "0"], ["calibration.prior_scale", "0"]),
@@ -194,8 +307,13 @@ def test_commands_that_do_not_exist_or_lack_something(tmp_path, refuse, trained)
 
 def test_bad_configuration_files(tmp_path, refuse):
     path, config = synthetic.write(tmp_path / "clips.npz"), tmp_path / "run.yaml"
-    for text, words in {"speed: 3\n": ["speed"], "training:\n  speed: 3\n": ["speed"], "epochs: many\n": ["epochs", "many"], "epochs: [\n": ["run.yaml"],
-                        "- a\n- b\n": ["run.yaml"]}.items():
+    for text, words in {
+        "speed: 3\n": ["speed"],
+        "training:\n  speed: 3\n": ["speed"],
+        "epochs: many\n": ["epochs", "many"],
+        "epochs: [\n": ["run.yaml"],
+        "- a\n- b\n": ["run.yaml"],
+    }.items():
         config.write_text(text)
         refuse("train", "--config", config, *options(path), words=tuple(words))
 
@@ -204,27 +322,50 @@ def test_bad_configuration_files(tmp_path, refuse):
 def test_kernels_that_cannot_run_here(tmp_path, refuse, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr("iib_kernels._runtime.interpreting", lambda: False)
-    refuse("train", *options(synthetic.write(tmp_path / "clips.npz"), "--kernels", "triton"), words=("kernels", "triton", "cpu"))
+    refuse(
+        "train",
+        *options(synthetic.write(tmp_path / "clips.npz"), "--kernels", "triton"),
+        words=("kernels", "triton", "cpu"),
+    )
 
 
 def test_budget_files_that_do_not_fit(tmp_path, refuse):
     path, budgets = synthetic.write(tmp_path / "clips.npz"), tmp_path / "budgets.json"
-    good = {"modalities": ["audio", "visual"], "values": [0.5, 0.2], "standard_errors": [0.1, 0.1], "label_entropy": 1.09, "source": "unimodal"}
+    good = {
+        "modalities": ["audio", "visual"],
+        "values": [0.5, 0.2],
+        "standard_errors": [0.1, 0.1],
+        "label_entropy": 1.09,
+        "source": "unimodal",
+    }
     bad = {
-        "cut": json.dumps(good)[:30], "other": json.dumps({**good, "modalities": ["audio", "smell"]}),
-        "count": json.dumps({**good, "values": [0.5]}), "nan": json.dumps({**good, "values": [0.5, float("nan")]}), "list": "[1, 2]",
+        "cut": json.dumps(good)[:30],
+        "other": json.dumps({**good, "modalities": ["audio", "smell"]}),
+        "count": json.dumps({**good, "values": [0.5]}),
+        "nan": json.dumps({**good, "values": [0.5, float("nan")]}),
+        "list": "[1, 2]",
     }
     for name, text in bad.items():
         budgets.write_text(text)
-        refuse("train", *options(path, "--budgets.path", budgets), words=("smell",) if name == "other" else ("budgets.json",))
+        refuse(
+            "train",
+            *options(path, "--budgets.path", budgets),
+            words=("smell",) if name == "other" else ("budgets.json",),
+        )
 
 
 # What may be wrong with folders
 
+
 def test_output_that_is_a_file_or_below_one_or_not_writable(tmp_path, refuse):
     path = synthetic.write(tmp_path / "clips.npz")
     (tmp_path / "file").write_text("mine")
-    for folder in (tmp_path / "file", tmp_path / "file" / "run", "/proc/iibalance", "/sys/iibalance/run"):
+    for folder in (
+        tmp_path / "file",
+        tmp_path / "file" / "run",
+        "/proc/iibalance",
+        "/sys/iibalance/run",
+    ):
         refuse("train", *options(path), "--output", folder, words=(str(folder),))
     (tmp_path / "readonly").mkdir(mode=0o555)
     if not os.access(tmp_path / "readonly", os.W_OK):  # root may write anywhere
@@ -235,14 +376,36 @@ def test_results_that_cannot_be_written(tmp_path, refuse, trained, data):
     (tmp_path / "file").write_text("mine")
     for target in (tmp_path / "file" / "p.csv", tmp_path / "absent" / "p.npz", Path("/proc/p.csv")):
         refuse("predict", trained, "--data.path", data, "--output", target, words=(str(target),))
-    refuse("predict", trained, "--data.path", data, "--output", tmp_path / "p.txt", words=("p.txt", ".csv", ".npz"))
+    refuse(
+        "predict",
+        trained,
+        "--data.path",
+        data,
+        "--output",
+        tmp_path / "p.txt",
+        words=("p.txt", ".csv", ".npz"),
+    )
     refuse("evaluate", trained, "--output", tmp_path / "absent" / "e.json", words=("absent",))
-    refuse("budgets", *options(data)[:4], "--budgets.source", "probe", "--output", tmp_path / "absent" / "b.json", words=("absent",))
+    refuse(
+        "budgets",
+        *options(data)[:4],
+        "--budgets.source",
+        "probe",
+        "--output",
+        tmp_path / "absent" / "b.json",
+        words=("absent",),
+    )
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path, refuse, trained, data):
     shutil.copytree(trained, tmp_path / "run")
-    refuse("train", *options(data), "--output", tmp_path / "run", words=(str(tmp_path / "run"), "resume"))
+    refuse(
+        "train",
+        *options(data),
+        "--output",
+        tmp_path / "run",
+        words=(str(tmp_path / "run"), "resume"),
+    )
 
 
 def test_folders_without_a_run(tmp_path, refuse, data):
@@ -250,10 +413,19 @@ def test_folders_without_a_run(tmp_path, refuse, data):
     for folder in ("empty", "absent"):
         refuse("train", "--resume", tmp_path / folder, words=("resume", folder))
         refuse("evaluate", tmp_path / folder, words=(folder,))
-        refuse("predict", tmp_path / folder, "--data.path", data, "--output", tmp_path / "p.csv", words=(folder,))
+        refuse(
+            "predict",
+            tmp_path / folder,
+            "--data.path",
+            data,
+            "--output",
+            tmp_path / "p.csv",
+            words=(folder,),
+        )
 
 
 # A finished run, and what may be wrong with it or asked of it
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
@@ -263,7 +435,26 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
-    assert cli.run(list(map(str, ["train", "--method", "concat", "--training.alone", "false", *options(data)[:-2], "--output", folder]))) == 0
+    assert (
+        cli.run(
+            list(
+                map(
+                    str,
+                    [
+                        "train",
+                        "--method",
+                        "concat",
+                        "--training.alone",
+                        "false",
+                        *options(data)[:-2],
+                        "--output",
+                        folder,
+                    ],
+                )
+            )
+        )
+        == 0
+    )
     return folder
 
 
@@ -292,23 +483,48 @@ def test_a_model_of_another_configuration(tmp_path, refuse, trained):
 
 def test_impossible_degradations(refuse, trained):
     refuse("evaluate", trained, "--degrade", "smell=noise", words=("smell", "audio", "visual"))
-    refuse("evaluate", trained, "--degrade", "audio=fog", words=("fog", "noise", "missing", "shuffled"))
+    refuse(
+        "evaluate", trained, "--degrade", "audio=fog", words=("fog", "noise", "missing", "shuffled")
+    )
     refuse("evaluate", trained, "--degrade", "audio", words=("degrade", "audio=noise"))
-    refuse("evaluate", trained, "--degrade", "audio=noise", "--fraction", "1.5", words=("fraction", "1.5"))
-    refuse("evaluate", trained, "--degrade", "audio=noise", "--strength", "-1", words=("strength", "-1"))
+    refuse(
+        "evaluate",
+        trained,
+        "--degrade",
+        "audio=noise",
+        "--fraction",
+        "1.5",
+        words=("fraction", "1.5"),
+    )
+    refuse(
+        "evaluate",
+        trained,
+        "--degrade",
+        "audio=noise",
+        "--strength",
+        "-1",
+        words=("strength", "-1"),
+    )
     refuse("evaluate", trained, "--degrade", "audio=noise", "--seed", "x", words=("seed",))
 
 
 def test_samples_that_do_not_fit_the_model(tmp_path, refuse, trained):
     path, output = tmp_path / "new.npz", tmp_path / "p.csv"
     for arrays, words in [
-        ({"x_smell": np.zeros((3, 6))}, ["x_audio", "x_visual", "x_smell"]), ({"x_audio": np.zeros((3, 5))}, ["x_audio", "(5,)", "(6,)"]),
+        ({"x_smell": np.zeros((3, 6))}, ["x_audio", "x_visual", "x_smell"]),
+        ({"x_audio": np.zeros((3, 5))}, ["x_audio", "(5,)", "(6,)"]),
         ({"x_audio": np.zeros((3, 6)), "x_visual": np.zeros((2, 4))}, ["x_visual", "2", "3"]),
-        ({"x_audio": np.zeros((3, 6)), "mask_audio": np.array([1, 0, 1], bool)}, ["row 1", "audio"]),
-        ({"x_audio": np.zeros((3, 6)), "y": np.zeros(3)}, ["y", "float64"]), ({"x_audio": np.zeros((0, 6))}, ["x_audio", "empty"]),
+        (
+            {"x_audio": np.zeros((3, 6)), "mask_audio": np.array([1, 0, 1], bool)},
+            ["row 1", "audio"],
+        ),
+        ({"x_audio": np.zeros((3, 6)), "y": np.zeros(3)}, ["y", "float64"]),
+        ({"x_audio": np.zeros((0, 6))}, ["x_audio", "empty"]),
     ]:
         np.savez(path, **arrays)
-        refuse("predict", trained, "--data.path", path, "--output", output, words=("new.npz", *words))
+        refuse(
+            "predict", trained, "--data.path", path, "--output", output, words=("new.npz", *words)
+        )
 
 
 def test_evaluation_on_data_of_other_classes_or_modalities(tmp_path, refuse, trained):
@@ -322,6 +538,7 @@ def test_evaluation_on_data_of_other_classes_or_modalities(tmp_path, refuse, tra
 
 
 # The same in a process of its own
+
 
 def test_the_process_exits_with_code_2_and_one_line(tmp_path):
     path = synthetic.write(tmp_path / "clips.npz", **changed("x_audio", 7, np.nan))

@@ -1,4 +1,5 @@
 """A run's folder survives being killed at any step, and says so when it does not."""
+
 from __future__ import annotations
 
 import json
@@ -14,10 +15,26 @@ import torch
 
 from iibalance import files
 from iibalance.errors import InputError
-from iibalance.files import RunFolder, read_json, read_model, write_bytes, write_json, write_model, write_text
+from iibalance.files import (
+    RunFolder,
+    read_json,
+    read_model,
+    write_bytes,
+    write_json,
+    write_model,
+    write_text,
+)
 
 fork = multiprocessing.get_context("fork")  # the children only write files
-DISK_STEPS = ["open", "fsync", "replace", "rename", "rmdir", "unlink", "mkdir"]  # of module os: every step that changes what is on disk
+DISK_STEPS = [
+    "open",
+    "fsync",
+    "replace",
+    "rename",
+    "rmdir",
+    "unlink",
+    "mkdir",
+]  # of module os: every step that changes what is on disk
 
 
 def _save(scratch, epoch: int) -> None:
@@ -44,24 +61,40 @@ def run(tmp_path):
 
 # Files
 
+
 def test_files_are_read_as_written(tmp_path):
     write_bytes(tmp_path / "b", b"\0\1")
     write_text(tmp_path / "t", "é\n")
     value = {"z": [1, 2.5, None], "a": "é"}
     write_json(tmp_path / "j.json", value)
-    assert (tmp_path / "b").read_bytes() == b"\0\1" and (tmp_path / "t").read_bytes() == "é\n".encode()
-    assert (tmp_path / "j.json").read_text(encoding="utf-8") == json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    assert read_json(tmp_path / "j.json") == value and list(read_json(tmp_path / "j.json")) == ["z", "a"]
+    assert (tmp_path / "b").read_bytes() == b"\0\1" and (
+        tmp_path / "t"
+    ).read_bytes() == "é\n".encode()
+    assert (tmp_path / "j.json").read_text(encoding="utf-8") == json.dumps(
+        value, indent=2, ensure_ascii=False
+    ) + "\n"
+    assert read_json(tmp_path / "j.json") == value and list(read_json(tmp_path / "j.json")) == [
+        "z",
+        "a",
+    ]
     assert sorted(os.listdir(tmp_path)) == ["b", "j.json", "t"]
     mask = os.umask(0)
     os.umask(mask)
-    assert (tmp_path / "b").stat().st_mode & 0o777 == 0o666 & ~mask  # readable by others, as any file is
+    assert (
+        tmp_path / "b"
+    ).stat().st_mode & 0o777 == 0o666 & ~mask  # readable by others, as any file is
 
 
 def test_model_is_read_as_written(tmp_path):
     shared = torch.arange(6.0)
-    state = {"half": torch.ones(2, dtype=torch.bfloat16), "view": shared.view(2, 3).t(), "tied": shared, "again": shared,
-             "count": torch.tensor(3), "parameter": torch.nn.Parameter(torch.zeros(2))}
+    state = {
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "view": shared.view(2, 3).t(),
+        "tied": shared,
+        "again": shared,
+        "count": torch.tensor(3),
+        "parameter": torch.nn.Parameter(torch.zeros(2)),
+    }
     write_model(tmp_path / "m.safetensors", state, {"version": "1"})
     tensors, metadata = read_model(tmp_path / "m.safetensors")
     assert metadata == {"version": "1"} and set(tensors) == set(state)
@@ -117,17 +150,27 @@ def test_a_failed_write_leaves_the_old_content_and_no_scratch(tmp_path, monkeypa
         write_text(tmp_path / "absent" / "a", "new")
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc to tell which file a descriptor is")
+@pytest.mark.skipif(
+    not os.path.isdir("/proc/self/fd"), reason="needs /proc to tell which file a descriptor is"
+)
 def test_a_file_and_its_folder_are_flushed_in_order(tmp_path, monkeypatch):
     steps = []
     sync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (steps.append("folder" if os.path.isdir(f"/proc/self/fd/{fd}") else "file"), sync(fd)))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda fd: (
+            steps.append("folder" if os.path.isdir(f"/proc/self/fd/{fd}") else "file"),
+            sync(fd),
+        ),
+    )
     monkeypatch.setattr(os, "replace", lambda *a: (steps.append("replace"), replace(*a)))
     write_text(tmp_path / "a", "x")
     assert steps == ["file", "replace", "folder"]
 
 
 # The folder
+
 
 def test_another_run_is_not_overwritten(run):
     run.close()
@@ -171,7 +214,9 @@ def test_unwritable_folder(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "open", refuse)  # permissions do not bind root
-    with pytest.raises(InputError, match="cannot be written .Permission denied.; choose another folder"):
+    with pytest.raises(
+        InputError, match="cannot be written .Permission denied.; choose another folder"
+    ):
         RunFolder.create(tmp_path)
 
 
@@ -185,7 +230,9 @@ def test_one_process_at_a_time(run):
 
 def _hold(path, ready) -> None:
     RunFolder.create(path)
-    worker = fork.Process(target=time.sleep, args=(30,))  # as a DataLoader's worker would, it outlives its killed parent
+    worker = fork.Process(
+        target=time.sleep, args=(30,)
+    )  # as a DataLoader's worker would, it outlives its killed parent
     worker.start()
     ready.send(worker.pid)
     time.sleep(30)
@@ -211,10 +258,14 @@ def test_looking_takes_no_lock_and_makes_nothing(run, tmp_path):
     assert RunFolder(run.path).latest_checkpoint() is None
     with pytest.raises(ValueError, match="only open for reading"):
         _checkpoint(RunFolder(run.path), 1)
-    assert RunFolder(tmp_path / "absent").latest_checkpoint() is None and not (tmp_path / "absent").exists()
+    assert (
+        RunFolder(tmp_path / "absent").latest_checkpoint() is None
+        and not (tmp_path / "absent").exists()
+    )
 
 
 # Checkpoints
+
 
 def test_checkpoints_are_whole_ordered_and_pruned(run):
     assert run.latest_checkpoint() is None
@@ -224,20 +275,33 @@ def test_checkpoints_are_whole_ordered_and_pruned(run):
     assert [path.name for path in run.checkpoints()] == ["epoch-9", "epoch-10"]
     assert sorted(os.listdir(run.path / "checkpoints")) == ["epoch-10", "epoch-9"]
     manifest = read_json(run.latest_checkpoint() / "manifest.json")
-    assert set(manifest["files"]) == {"weights.bin", "state/trainer.json"} and manifest["files"]["weights.bin"]["size"] == 20_000
+    assert (
+        set(manifest["files"]) == {"weights.bin", "state/trainer.json"}
+        and manifest["files"]["weights.bin"]["size"] == 20_000
+    )
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc to tell which file a descriptor is")
+@pytest.mark.skipif(
+    not os.path.isdir("/proc/self/fd"), reason="needs /proc to tell which file a descriptor is"
+)
 def test_everything_is_flushed_before_a_checkpoint_appears(run, monkeypatch):
     flushed, before = [], []
     sync, rename = os.fsync, os.rename
-    monkeypatch.setattr(os, "fsync", lambda fd: (flushed.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), sync(fd)))
-    monkeypatch.setattr(os, "rename", lambda *paths: (before.extend(flushed), flushed.clear(), rename(*paths)))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda fd: (flushed.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), sync(fd)),
+    )
+    monkeypatch.setattr(
+        os, "rename", lambda *paths: (before.extend(flushed), flushed.clear(), rename(*paths))
+    )
     with run.checkpoint("epoch-1") as scratch:
         _save(scratch, 1)
         (scratch / "plain").mkdir()
         (scratch / "plain" / "file").write_text("x")
-    assert {"weights.bin", "trainer.json", "state", "plain", "file", ".writing-epoch-1"} <= set(before)
+    assert {"weights.bin", "trainer.json", "state", "plain", "file", ".writing-epoch-1"} <= set(
+        before
+    )
     assert any(name.startswith(".manifest.json") for name in before) and "checkpoints" in flushed
 
 
@@ -270,16 +334,39 @@ def test_names_must_be_plain_and_grow(run, name):
     assert os.listdir(run.path / "checkpoints") == ["epoch-1"]
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda path: (path / "weights.bin").write_bytes(b"x" * 123),
-     "epoch-2/weights.bin: is truncated: 123 bytes, manifest says 20000; delete .*epoch-2 to resume from the one before"),
-    (lambda path: (path / "weights.bin").write_bytes(b"x" * 20_001), "weights.bin: is too long: 20001 bytes, manifest says 20000; delete"),
-    (lambda path: (path / "weights.bin").write_bytes(b"\2" * 19_999 + b"\3"), "weights.bin: is damaged: its sha256 is not"),
-    (lambda path: (path / "state" / "trainer.json").unlink(), "state/trainer.json: is missing; delete .*epoch-2"),
-    (lambda path: (path / "manifest.json").unlink(), "manifest.json: is missing or damaged; delete .*epoch-2"),
-    (lambda path: (path / "manifest.json").write_text('{"files": {"weights'), "manifest.json: is missing or damaged"),
-    (lambda path: (path / "manifest.json").write_text('{"files": [1]}'), "manifest.json: is missing or damaged"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (
+            lambda path: (path / "weights.bin").write_bytes(b"x" * 123),
+            "epoch-2/weights.bin: is truncated: 123 bytes, manifest says 20000; delete .*epoch-2 to resume from the one before",
+        ),
+        (
+            lambda path: (path / "weights.bin").write_bytes(b"x" * 20_001),
+            "weights.bin: is too long: 20001 bytes, manifest says 20000; delete",
+        ),
+        (
+            lambda path: (path / "weights.bin").write_bytes(b"\2" * 19_999 + b"\3"),
+            "weights.bin: is damaged: its sha256 is not",
+        ),
+        (
+            lambda path: (path / "state" / "trainer.json").unlink(),
+            "state/trainer.json: is missing; delete .*epoch-2",
+        ),
+        (
+            lambda path: (path / "manifest.json").unlink(),
+            "manifest.json: is missing or damaged; delete .*epoch-2",
+        ),
+        (
+            lambda path: (path / "manifest.json").write_text('{"files": {"weights'),
+            "manifest.json: is missing or damaged",
+        ),
+        (
+            lambda path: (path / "manifest.json").write_text('{"files": [1]}'),
+            "manifest.json: is missing or damaged",
+        ),
+    ],
+)
 def test_a_damaged_checkpoint_is_named_and_deleting_it_helps(run, damage, message):
     for epoch in (1, 2):
         _checkpoint(run, epoch)
@@ -299,6 +386,7 @@ def test_the_last_checkpoint_damaged_leaves_only_the_start(run):
 
 # Killed
 
+
 def _die_at(step: int, path) -> None:
     """Write checkpoint 3 over 1 and 2, and die before the given change to the disk."""
     count = 0
@@ -310,6 +398,7 @@ def _die_at(step: int, path) -> None:
             if count > step:
                 os._exit(9)
             return function(*args, **kwargs)
+
         return wrapper
 
     folder = RunFolder.create(path, resume=True)
@@ -337,10 +426,19 @@ def test_killed_before_any_single_step(tmp_path):
         with RunFolder.create(path, resume=True) as folder:
             latest.append(_epoch(folder.latest_checkpoint()))
             histories.append(read_json(path / "history.json")["epoch"])
-            for checkpoint in folder.checkpoints():  # the older ones are whole too, not half removed
+            for (
+                checkpoint
+            ) in folder.checkpoints():  # the older ones are whole too, not half removed
                 files._verify_manifest(checkpoint, "")
-            assert len(folder.checkpoints()) >= 2 and not [name for name in os.listdir(path / "checkpoints") if name.startswith(".")]
-            assert sorted(os.listdir(path)) == [".lock", "checkpoints", "config.yaml", "history.json"]
+            assert len(folder.checkpoints()) >= 2 and not [
+                name for name in os.listdir(path / "checkpoints") if name.startswith(".")
+            ]
+            assert sorted(os.listdir(path)) == [
+                ".lock",
+                "checkpoints",
+                "config.yaml",
+                "history.json",
+            ]
             _checkpoint(folder, 4)
             assert _epoch(folder.latest_checkpoint()) == 4
         shutil.rmtree(path)
@@ -348,7 +446,13 @@ def test_killed_before_any_single_step(tmp_path):
             break
         assert child.exitcode == 9
         step += 1
-    assert step > 15 and latest == sorted(latest) and set(latest) == {2, 3} and set(histories) == {2, 3} and histories[-1] == 3
+    assert (
+        step > 15
+        and latest == sorted(latest)
+        and set(latest) == {2, 3}
+        and set(histories) == {2, 3}
+        and histories[-1] == 3
+    )
 
 
 def _write_forever(path, report) -> None:
@@ -380,7 +484,10 @@ def test_killed_at_random_times(tmp_path):
             pass
         folder = RunFolder(tmp_path)
         latest = _epoch(folder.latest_checkpoint())
-        assert latest in (reported, reported + 1)  # what was said to be saved is there; at most the one in progress beside it
+        assert latest in (
+            reported,
+            reported + 1,
+        )  # what was said to be saved is there; at most the one in progress beside it
         assert latest < 1 or len(folder.checkpoints()) >= 2
         reported = latest
     assert reported > 20

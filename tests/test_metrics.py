@@ -1,4 +1,5 @@
 """The numbers against hand computation, scikit-learn, torchmetrics, an independent loop, and the axioms of Shapley."""
+
 import json
 import math
 
@@ -10,21 +11,31 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, brier_score_loss, f1_score, log_loss
 from torchmetrics.functional.classification import multiclass_f1_score
 
-from iibalance.metrics import classification_metrics, exact_shapley, mean_and_stderr, reliability_curve
+from iibalance.metrics import (
+    classification_metrics,
+    exact_shapley,
+    mean_and_stderr,
+    reliability_curve,
+)
 
 
 def predictions(samples, classes, seed=0, sharpness=2.0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     logits = sharpness * torch.randn(samples, classes, generator=generator, dtype=torch.float64)
     right = torch.rand(samples, generator=generator) < 0.6
-    targets = torch.where(right, logits.argmax(1), torch.randint(classes, (samples,), generator=generator))
+    targets = torch.where(
+        right, logits.argmax(1), torch.randint(classes, (samples,), generator=generator)
+    )
     return logits.log_softmax(1).to(dtype), targets
 
 
 def ece_by_loop(log_probabilities, targets, bins):
     """Written for a reader, sharing nothing with the implementation (no ties in its inputs)."""
     probabilities = log_probabilities.double().exp().numpy()
-    samples = sorted((row.max(), row.argmax() == target) for row, target in zip(probabilities, targets.numpy(), strict=True))
+    samples = sorted(
+        (row.max(), row.argmax() == target)
+        for row, target in zip(probabilities, targets.numpy(), strict=True)
+    )
     bins = min(bins, len(samples))
     smaller, larger_bins = divmod(len(samples), bins)
     gap, start = 0.0, 0
@@ -39,7 +50,9 @@ def ece_by_loop(log_probabilities, targets, bins):
 
 
 def test_hand_computed():
-    log_probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.5, 0.3, 0.2], [0.3, 0.3, 0.4]], dtype=torch.float64).log()
+    log_probabilities = torch.tensor(
+        [[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.5, 0.3, 0.2], [0.3, 0.3, 0.4]], dtype=torch.float64
+    ).log()
     metrics = classification_metrics(log_probabilities, torch.tensor([0, 1, 1, 0]), bins=2)
     assert list(metrics) == ["accuracy", "macro_f1", "nll", "ece", "brier"]
     assert metrics["accuracy"] == 0.5
@@ -59,10 +72,14 @@ def test_against_scikit_learn(samples, classes):
     probabilities, predicted = log_probabilities.exp().numpy(), log_probabilities.argmax(1).numpy()
     labels = list(range(classes))
     assert metrics["accuracy"] == accuracy_score(targets, predicted)
-    assert metrics["macro_f1"] == pytest.approx(f1_score(targets, predicted, average="macro"), abs=1e-12)
+    assert metrics["macro_f1"] == pytest.approx(
+        f1_score(targets, predicted, average="macro"), abs=1e-12
+    )
     float32 = multiclass_f1_score(torch.tensor(predicted), targets, classes, average="macro").item()
     assert metrics["macro_f1"] == pytest.approx(float32, abs=1e-6)
-    assert metrics["nll"] == pytest.approx(log_loss(targets, probabilities, labels=labels), abs=1e-12)
+    assert metrics["nll"] == pytest.approx(
+        log_loss(targets, probabilities, labels=labels), abs=1e-12
+    )
     brier = brier_score_loss(targets, probabilities, labels=labels, scale_by_half=False)
     assert metrics["brier"] == pytest.approx(brier, abs=1e-12)
 
@@ -71,20 +88,30 @@ def test_macro_f1_leaves_out_only_classes_that_occur_nowhere():
     one_hot = torch.nn.functional.one_hot(torch.tensor([0, 0, 1, 1]), 4).double().log()
     # class 0: 2 * 2 / (2 + 2); class 1: predicted twice, never present; classes 2 and 3: nowhere
     targets = torch.tensor([0, 0, 0, 0])
-    assert classification_metrics(one_hot, targets)["macro_f1"] == pytest.approx((2 * 2 / (2 + 4) + 0) / 2, abs=1e-15)
+    assert classification_metrics(one_hot, targets)["macro_f1"] == pytest.approx(
+        (2 * 2 / (2 + 4) + 0) / 2, abs=1e-15
+    )
     assert classification_metrics(one_hot[:2], targets[:2])["macro_f1"] == 1.0
 
 
-@pytest.mark.parametrize(("samples", "bins"), [(500, 15), (97, 10), (15, 15), (16, 15), (7, 15), (1, 15), (50, 1)])
+@pytest.mark.parametrize(
+    ("samples", "bins"), [(500, 15), (97, 10), (15, 15), (16, 15), (7, 15), (1, 15), (50, 1)]
+)
 def test_equal_mass_ece_against_a_loop(samples, bins):
     log_probabilities, targets = predictions(samples, 5, seed=samples)
     ece = classification_metrics(log_probabilities, targets, bins=bins)["ece"]
     assert ece == pytest.approx(ece_by_loop(log_probabilities, targets, bins), abs=1e-14)
     confidence, accuracy, count = reliability_curve(log_probabilities, targets, bins)
-    assert count.sum() == samples and len(count) == min(bins, samples) and count.max() - count.min() <= 1
+    assert (
+        count.sum() == samples
+        and len(count) == min(bins, samples)
+        and count.max() - count.min() <= 1
+    )
     assert (confidence.diff() > 0).all()
     predicted = log_probabilities.argmax(1)
-    assert (confidence * count).sum().item() == pytest.approx(log_probabilities.exp().amax(1).sum().item())
+    assert (confidence * count).sum().item() == pytest.approx(
+        log_probabilities.exp().amax(1).sum().item()
+    )
     assert (accuracy * count).sum().item() == pytest.approx((predicted == targets).sum().item())
 
 
@@ -94,7 +121,9 @@ def test_ties_share_their_accuracy_whatever_the_order():
     targets = (torch.arange(50) >= 30).long()
     _, accuracy, count = reliability_curve(log_probabilities, targets, 15)
     assert accuracy.tolist() == pytest.approx([0.6] * 15) and count.tolist() == [4] * 5 + [3] * 10
-    assert classification_metrics(log_probabilities, targets)["ece"] == pytest.approx(0.0, abs=1e-15)
+    assert classification_metrics(log_probabilities, targets)["ece"] == pytest.approx(
+        0.0, abs=1e-15
+    )
 
 
 def test_neither_order_nor_threads_matter():
@@ -108,13 +137,17 @@ def test_neither_order_nor_threads_matter():
     finally:
         torch.set_num_threads(threads)
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(1))
-    assert classification_metrics(log_probabilities[order], targets[order]) == pytest.approx(first, abs=1e-13)
+    assert classification_metrics(log_probabilities[order], targets[order]) == pytest.approx(
+        first, abs=1e-13
+    )
 
 
 def test_float64_inside():
     """Equals the float64 evaluation of the same float32 numbers exactly; a float32 mean would be off by about 1e-8."""
     log_probabilities, targets = predictions(3000, 6, dtype=torch.float32)
-    assert classification_metrics(log_probabilities, targets) == classification_metrics(log_probabilities.double(), targets.int())
+    assert classification_metrics(log_probabilities, targets) == classification_metrics(
+        log_probabilities.double(), targets.int()
+    )
     exact = math.fsum(-log_probabilities[i, t].item() for i, t in enumerate(targets)) / 3000
     assert classification_metrics(log_probabilities, targets)["nll"] == exact
 
@@ -124,7 +157,9 @@ def test_ignored_rows_and_edges():
     masked = targets.clone()
     masked[::2] = -100
     log_probabilities[0] = float("nan")  # an ignored row may hold anything
-    assert classification_metrics(log_probabilities, masked) == classification_metrics(log_probabilities[1::2], targets[1::2])
+    assert classification_metrics(log_probabilities, masked) == classification_metrics(
+        log_probabilities[1::2], targets[1::2]
+    )
     only = classification_metrics(torch.zeros(4, 1), torch.zeros(4, dtype=torch.long))
     assert only == {"accuracy": 1.0, "macro_f1": 1.0, "nll": 0.0, "ece": 0.0, "brier": 0.0}
     rounded_up = classification_metrics(torch.full((4, 1), 1e-7), torch.zeros(4, dtype=torch.long))
@@ -140,22 +175,29 @@ def test_inputs_are_left_alone():
     assert torch.equal(log_probabilities, copy)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"log_probabilities": torch.randn(4, 3)}, "log_probabilities: .*sum to 1"),
-    ({"log_probabilities": torch.full((4, 3), math.nan)}, "log_probabilities: .*NaN"),
-    ({"log_probabilities": torch.zeros(4)}, r"log_probabilities: .*\[N, K\].*\[4\]"),
-    ({"log_probabilities": torch.zeros(4, 1).long()}, "log_probabilities: .*int64"),
-    ({"log_probabilities": [[0.0]]}, "log_probabilities: .*list"),
-    ({"targets": torch.tensor([0, 1, 2, 3])}, r"targets: holds 3, outside 0\.\.2"),
-    ({"targets": torch.tensor([0, -1, 2, 1])}, "targets: holds -1"),
-    ({"targets": torch.zeros(4)}, "targets: .*float32"),
-    ({"targets": torch.zeros(3).long()}, r"targets: .*N = 4.*\[3\]"),
-    ({"targets": torch.full((4,), -100)}, "targets: there is no sample"),
-    ({"bins": 0}, "bins: 0"),
-    ({"bins": 2.5}, "bins: 2.5"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"log_probabilities": torch.randn(4, 3)}, "log_probabilities: .*sum to 1"),
+        ({"log_probabilities": torch.full((4, 3), math.nan)}, "log_probabilities: .*NaN"),
+        ({"log_probabilities": torch.zeros(4)}, r"log_probabilities: .*\[N, K\].*\[4\]"),
+        ({"log_probabilities": torch.zeros(4, 1).long()}, "log_probabilities: .*int64"),
+        ({"log_probabilities": [[0.0]]}, "log_probabilities: .*list"),
+        ({"targets": torch.tensor([0, 1, 2, 3])}, r"targets: holds 3, outside 0\.\.2"),
+        ({"targets": torch.tensor([0, -1, 2, 1])}, "targets: holds -1"),
+        ({"targets": torch.zeros(4)}, "targets: .*float32"),
+        ({"targets": torch.zeros(3).long()}, r"targets: .*N = 4.*\[3\]"),
+        ({"targets": torch.full((4,), -100)}, "targets: there is no sample"),
+        ({"bins": 0}, "bins: 0"),
+        ({"bins": 2.5}, "bins: 2.5"),
+    ],
+)
 def test_errors_name_the_argument(change, message):
-    arguments = {"log_probabilities": torch.full((4, 3), 1 / 3).log(), "targets": torch.tensor([0, 1, 2, 0]), "bins": 15} | change
+    arguments = {
+        "log_probabilities": torch.full((4, 3), 1 / 3).log(),
+        "targets": torch.tensor([0, 1, 2, 0]),
+        "bins": 15,
+    } | change
     for function in (lambda a, b, bins: classification_metrics(a, b, bins=bins), reliability_curve):
         with pytest.raises(ValueError, match=f"^{message}"):
             function(*arguments.values())
@@ -169,6 +211,7 @@ def game(worths):
     def value(present):
         asked.append(present)
         return worths[sum(bit << player for player, bit in enumerate(present))]
+
     return value, asked
 
 
@@ -184,7 +227,9 @@ def test_shapley_efficiency_and_each_subset_once(drawn):
     players, worths = drawn
     value, asked = game(worths)
     shares = exact_shapley(value, players)
-    assert len(shares) == players and math.fsum(shares) == pytest.approx(worths[-1] - worths[0], abs=1e-12)
+    assert len(shares) == players and math.fsum(shares) == pytest.approx(
+        worths[-1] - worths[0], abs=1e-12
+    )
     assert len(asked) == len(set(asked)) == 2**players and (False,) * players in asked
 
 
@@ -193,6 +238,7 @@ def test_shapley_efficiency_and_each_subset_once(drawn):
 def test_shapley_is_the_mean_marginal_over_orders(drawn, seed):
     """Against the other definition: join in every order (M <= 4 here), take the mean of what a player adds."""
     from itertools import permutations
+
     players, worths = drawn
     players = min(players, 4)
     orders = list(permutations(range(players)))
@@ -202,7 +248,9 @@ def test_shapley_is_the_mean_marginal_over_orders(drawn, seed):
         for player in order:
             expected[player] += worths[inside | 1 << player] - worths[inside]
             inside |= 1 << player
-    assert exact_shapley(game(worths)[0], players) == pytest.approx(list(expected / len(orders)), abs=1e-12)
+    assert exact_shapley(game(worths)[0], players) == pytest.approx(
+        list(expected / len(orders)), abs=1e-12
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -211,13 +259,19 @@ def test_shapley_dummy_and_symmetry(drawn, data):
     players, worths = drawn
     dummy = data.draw(st.integers(0, players - 1))
     shares = exact_shapley(
-        lambda present: worths[sum(bit << p for p, bit in enumerate(present) if p != dummy)] + 0.5 * present[dummy], players)
+        lambda present: (
+            worths[sum(bit << p for p, bit in enumerate(present) if p != dummy)]
+            + 0.5 * present[dummy]
+        ),
+        players,
+    )
     assert shares[dummy] == pytest.approx(0.5, abs=1e-12)
     first, second = data.draw(st.integers(0, players - 1)), data.draw(st.integers(0, players - 1))
 
     def symmetric(present):
         others = sum(bit << p for p, bit in enumerate(present) if p not in (first, second))
         return worths[others] + {0: 0.0, 1: 1.25, 2: -3.0}[present[first] + present[second]]
+
     shares = exact_shapley(symmetric, players)
     assert shares[first] == pytest.approx(shares[second], abs=1e-12)
 
@@ -225,7 +279,12 @@ def test_shapley_dummy_and_symmetry(drawn, data):
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=6), st.floats(-5, 5))
 def test_shapley_of_an_additive_game(gains, offset):
-    shares = exact_shapley(lambda present: offset + sum(gain for gain, here in zip(gains, present, strict=True) if here), len(gains))
+    shares = exact_shapley(
+        lambda present: (
+            offset + sum(gain for gain, here in zip(gains, present, strict=True) if here)
+        ),
+        len(gains),
+    )
     assert shares == pytest.approx(gains, abs=1e-12)
 
 
@@ -246,7 +305,9 @@ def test_shapley_errors():
 
 def test_mean_and_stderr():
     values = [0.1, 0.4, 0.25, 0.9]
-    assert mean_and_stderr(values) == pytest.approx((np.mean(values), np.std(values, ddof=1) / 2), abs=1e-15)
+    assert mean_and_stderr(values) == pytest.approx(
+        (np.mean(values), np.std(values, ddof=1) / 2), abs=1e-15
+    )
     assert mean_and_stderr(iter([2.0, 2.0])) == (2.0, 0.0)
     mean, error = mean_and_stderr([0.5])
     assert mean == 0.5 and math.isnan(error)

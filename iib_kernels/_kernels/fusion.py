@@ -3,6 +3,7 @@
 One program holds BLOCK_B rows. Up to ONE_BLOCK classes the logits of all modalities stay in registers: read once. Beyond, they are read twice: for each
 modality's softmax and entropy, then for the sum.
 """
+
 import triton
 import triton.language as tl
 
@@ -59,8 +60,20 @@ def _merge(top, total, moment, finite, excluded):
 
 @triton.jit
 def _gate(
-    uncertainty, available, log_prior, prior_stride, gate, gate_stride, gate_step, kappa, kappa_stride, kappa_number, row, inside,
-    M: tl.constexpr, ACC: tl.constexpr,
+    uncertainty,
+    available,
+    log_prior,
+    prior_stride,
+    gate,
+    gate_stride,
+    gate_step,
+    kappa,
+    kappa_stride,
+    kappa_number,
+    row,
+    inside,
+    M: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """Softmax over the modalities present of their scores: M weights [rows]."""
     scores = ()
@@ -69,7 +82,9 @@ def _gate(
         if log_prior is not None:
             score += tl.load(log_prior + m * prior_stride).to(ACC)
         if gate is not None:
-            score += tl.load(gate + row * gate_stride + m * gate_step, mask=inside, other=0.0).to(ACC)
+            score += tl.load(gate + row * gate_stride + m * gate_step, mask=inside, other=0.0).to(
+                ACC
+            )
         scores = scores + (tl.where(available[m], score, float("-inf")),)
     top = scores[0]
     for m in tl.static_range(1, M):
@@ -99,10 +114,42 @@ def _fuse(finite, ruled_out, weights, scale, M: tl.constexpr):
 
 @triton.jit
 def fusion_forward(
-    logits, strides, steps, log_prior, prior_stride, gate, gate_stride, gate_step, temperature, temperature_stride, temperature_number,
-    kappa, kappa_stride, kappa_number, scale, scale_number, mask, mask_stride, mask_step, targets, target_stride, ignored,
-    fused_out, weights_out, uncertainty_out, nll_out, unimodal_out, counts_out, statistics_out, batch, classes,
-    M: tl.constexpr, ACC: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+    logits,
+    strides,
+    steps,
+    log_prior,
+    prior_stride,
+    gate,
+    gate_stride,
+    gate_step,
+    temperature,
+    temperature_stride,
+    temperature_number,
+    kappa,
+    kappa_stride,
+    kappa_number,
+    scale,
+    scale_number,
+    mask,
+    mask_stride,
+    mask_step,
+    targets,
+    target_stride,
+    ignored,
+    fused_out,
+    weights_out,
+    uncertainty_out,
+    nll_out,
+    unimodal_out,
+    counts_out,
+    statistics_out,
+    batch,
+    classes,
+    M: tl.constexpr,
+    ACC: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """Logits of M modalities -> weights and uncertainty, with the fused logits or (targets given) with all cross-entropies.
 
@@ -131,7 +178,9 @@ def fusion_forward(
         beyond = (column >= classes)[None, :]
         for m in tl.static_range(M):
             t = _parameter(temperature, temperature_stride, m, temperature_number, ACC)
-            values, out = _scaled(logits[m], row, strides[m], available[m], column, steps[m], column < classes, t, ACC)
+            values, out = _scaled(
+                logits[m], row, strides[m], available[m], column, steps[m], column < classes, t, ACC
+            )
             finite = finite + (values,)
             ruled_out = ruled_out + (out,)
             mass, total, shifted, top = _softmax(values, out | beyond)
@@ -151,8 +200,20 @@ def fusion_forward(
             own = tl.zeros((BLOCK_B,), ACC)
             for start in range(0, classes, BLOCK_K):
                 column = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
-                values, out = _scaled(logits[m], row, strides[m], available[m], column, steps[m], column < classes, t, ACC)
-                top, total, moment = _merge(top, total, moment, values, out | (column >= classes)[None, :])
+                values, out = _scaled(
+                    logits[m],
+                    row,
+                    strides[m],
+                    available[m],
+                    column,
+                    steps[m],
+                    column < classes,
+                    t,
+                    ACC,
+                )
+                top, total, moment = _merge(
+                    top, total, moment, values, out | (column >= classes)[None, :]
+                )
                 if targets is not None:
                     mine = column[None, :] == target[:, None]
                     own += tl.sum(tl.where(mine, tl.where(out, float("-inf"), values), 0.0), 1)
@@ -162,10 +223,27 @@ def fusion_forward(
             tl.store(statistics_out + row * (3 * M + 2) + 2 * M + 1 + m, top, mask=inside)
             tl.store(statistics_out + row * (3 * M + 2) + M + m, entropy, mask=inside)
             if targets is not None:
-                tl.store(unimodal_out + row * M + m, tl.where(counted & available[m], tl.log(total) + (top - own), 0.0), mask=inside)
+                tl.store(
+                    unimodal_out + row * M + m,
+                    tl.where(counted & available[m], tl.log(total) + (top - own), 0.0),
+                    mask=inside,
+                )
 
     weights = _gate(
-        uncertainty, available, log_prior, prior_stride, gate, gate_stride, gate_step, kappa, kappa_stride, kappa_number, row, inside, M, ACC
+        uncertainty,
+        available,
+        log_prior,
+        prior_stride,
+        gate,
+        gate_stride,
+        gate_step,
+        kappa,
+        kappa_stride,
+        kappa_number,
+        row,
+        inside,
+        M,
+        ACC,
     )
     for m in tl.static_range(M):
         tl.store(weights_out + row * M + m, weights[m], mask=inside)
@@ -175,13 +253,18 @@ def fusion_forward(
     if ONE_BLOCK:
         fused, never = _fuse(finite, ruled_out, weights, gamma, M)
         if targets is None:
-            tl.store(fused_out + row[:, None] * classes + column[None, :], tl.where(never, float("-inf"), fused),
-                     mask=inside[:, None] & (column < classes)[None, :])
+            tl.store(
+                fused_out + row[:, None] * classes + column[None, :],
+                tl.where(never, float("-inf"), fused),
+                mask=inside[:, None] & (column < classes)[None, :],
+            )
         else:
             mass, total, shifted, top = _softmax(fused, never | beyond)
             mine = column[None, :] == target[:, None]
             own = tl.sum(tl.where(mine, tl.where(never, float("-inf"), fused), 0.0), 1)
-            tl.store(nll_out + row, tl.where(counted, tl.log(total) + (top - own), 0.0), mask=inside)
+            tl.store(
+                nll_out + row, tl.where(counted, tl.log(total) + (top - own), 0.0), mask=inside
+            )
     else:
         top = tl.full((BLOCK_B,), FLOOR, ACC)
         total = tl.zeros((BLOCK_B,), ACC)
@@ -193,69 +276,173 @@ def fusion_forward(
             outs = ()
             for m in tl.static_range(M):
                 t = _parameter(temperature, temperature_stride, m, temperature_number, ACC)
-                values, out = _scaled(logits[m], row, strides[m], available[m], column, steps[m], column < classes, t, ACC)
+                values, out = _scaled(
+                    logits[m],
+                    row,
+                    strides[m],
+                    available[m],
+                    column,
+                    steps[m],
+                    column < classes,
+                    t,
+                    ACC,
+                )
                 tile = tile + (values,)
                 outs = outs + (out,)
             fused, never = _fuse(tile, outs, weights, gamma, M)
             if targets is None:
-                tl.store(fused_out + row[:, None] * classes + column[None, :], tl.where(never, float("-inf"), fused),
-                         mask=inside[:, None] & (column < classes)[None, :])
+                tl.store(
+                    fused_out + row[:, None] * classes + column[None, :],
+                    tl.where(never, float("-inf"), fused),
+                    mask=inside[:, None] & (column < classes)[None, :],
+                )
             else:
-                top, total, moment = _merge(top, total, moment, fused, never | (column >= classes)[None, :])
+                top, total, moment = _merge(
+                    top, total, moment, fused, never | (column >= classes)[None, :]
+                )
                 mine = column[None, :] == target[:, None]
                 own += tl.sum(tl.where(mine, tl.where(never, float("-inf"), fused), 0.0), 1)
         if targets is None:  # every element of an output is written
-            tl.store(statistics_out + row * (3 * M + 2) + 2 * M, tl.zeros((BLOCK_B,), ACC), mask=inside)
-            tl.store(statistics_out + row * (3 * M + 2) + 3 * M + 1, tl.zeros((BLOCK_B,), ACC), mask=inside)
+            tl.store(
+                statistics_out + row * (3 * M + 2) + 2 * M, tl.zeros((BLOCK_B,), ACC), mask=inside
+            )
+            tl.store(
+                statistics_out + row * (3 * M + 2) + 3 * M + 1,
+                tl.zeros((BLOCK_B,), ACC),
+                mask=inside,
+            )
         else:
-            tl.store(nll_out + row, tl.where(counted, tl.log(total) + (top - own), 0.0), mask=inside)
+            tl.store(
+                nll_out + row, tl.where(counted, tl.log(total) + (top - own), 0.0), mask=inside
+            )
             tl.store(statistics_out + row * (3 * M + 2) + 2 * M, tl.log(total), mask=inside)
             tl.store(statistics_out + row * (3 * M + 2) + 3 * M + 1, top, mask=inside)
 
 
 @triton.jit
 def _output_slope(
-    shifted, never, beyond, log_total, target, column, row, inside, grad_fused, grad_fused_stride, grad_fused_step, grad_nll, classes,
-    CROSS_ENTROPY: tl.constexpr, ACC: tl.constexpr,
+    shifted,
+    never,
+    beyond,
+    log_total,
+    target,
+    column,
+    row,
+    inside,
+    grad_fused,
+    grad_fused_stride,
+    grad_fused_step,
+    grad_nll,
+    classes,
+    CROSS_ENTROPY: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """Gradient of the fused logits, [rows, columns], 0 where they are ruled out, from the logits less their maximum."""
     if CROSS_ENTROPY:
         probability = tl.where(never | beyond, 0.0, tl.exp(shifted - log_total[:, None]))
-        slope = grad_nll[:, None] * (probability - tl.where(column[None, :] == target[:, None], 1.0, 0.0))
-        slope = tl.where(grad_nll[:, None] == 0.0, 0.0, slope)  # rows that do not count may hold anything
+        slope = grad_nll[:, None] * (
+            probability - tl.where(column[None, :] == target[:, None], 1.0, 0.0)
+        )
+        slope = tl.where(
+            grad_nll[:, None] == 0.0, 0.0, slope
+        )  # rows that do not count may hold anything
         slope = tl.where(beyond, 0.0, slope)
     else:
         if grad_fused is None:
             slope = tl.zeros_like(shifted)
         else:
-            slope = load_tile(grad_fused, row, grad_fused_stride, inside, column, grad_fused_step, column < classes).to(ACC)
+            slope = load_tile(
+                grad_fused,
+                row,
+                grad_fused_stride,
+                inside,
+                column,
+                grad_fused_step,
+                column < classes,
+            ).to(ACC)
     return tl.where(never, 0.0, slope)
 
 
 @triton.jit
 def _logit_slope(
-    shifted, ruled_out, beyond, log_total, entropy, slope, weight, gamma, grad_entropy, grad_unimodal, target, column, CROSS_ENTROPY: tl.constexpr,
+    shifted,
+    ruled_out,
+    beyond,
+    log_total,
+    entropy,
+    slope,
+    weight,
+    gamma,
+    grad_entropy,
+    grad_unimodal,
+    target,
+    column,
+    CROSS_ENTROPY: tl.constexpr,
 ):
     """Gradient of one modality's scaled logits (given less their maximum) from the sum, from its entropy (nats) and from its own cross-entropy."""
     excluded = ruled_out | beyond
     log_probability = tl.where(excluded, 0.0, shifted - log_total[:, None])
     probability = tl.where(excluded, 0.0, tl.exp(log_probability))
     result = (gamma * weight)[:, None] * slope
-    result -= tl.where(grad_entropy == 0.0, 0.0, grad_entropy)[:, None] * probability * (log_probability + entropy[:, None])
+    result -= (
+        tl.where(grad_entropy == 0.0, 0.0, grad_entropy)[:, None]
+        * probability
+        * (log_probability + entropy[:, None])
+    )
     if CROSS_ENTROPY:
-        own = grad_unimodal[:, None] * (probability - tl.where(column[None, :] == target[:, None], 1.0, 0.0))
+        own = grad_unimodal[:, None] * (
+            probability - tl.where(column[None, :] == target[:, None], 1.0, 0.0)
+        )
         result += tl.where(grad_unimodal[:, None] == 0.0, 0.0, own)
     return tl.where(excluded, 0.0, result)
 
 
 @triton.jit
 def fusion_backward(
-    logits, strides, steps, temperature, temperature_stride, temperature_number, kappa, kappa_stride, kappa_number, scale, scale_number,
-    mask, mask_stride, mask_step, targets, target_stride, ignored, weights, statistics,
-    grad_fused, grad_fused_stride, grad_fused_step, grad_weights, grad_weights_stride, grad_weights_step,
-    grad_uncertainty, grad_uncertainty_stride, grad_uncertainty_step, grad_nll, grad_nll_stride, grad_unimodal, grad_unimodal_stride, grad_unimodal_step,
-    grad_logits, grad_gate, partial, batch, classes,
-    M: tl.constexpr, CROSS_ENTROPY: tl.constexpr, ACC: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+    logits,
+    strides,
+    steps,
+    temperature,
+    temperature_stride,
+    temperature_number,
+    kappa,
+    kappa_stride,
+    kappa_number,
+    scale,
+    scale_number,
+    mask,
+    mask_stride,
+    mask_step,
+    targets,
+    target_stride,
+    ignored,
+    weights,
+    statistics,
+    grad_fused,
+    grad_fused_stride,
+    grad_fused_step,
+    grad_weights,
+    grad_weights_stride,
+    grad_weights_step,
+    grad_uncertainty,
+    grad_uncertainty_stride,
+    grad_uncertainty_step,
+    grad_nll,
+    grad_nll_stride,
+    grad_unimodal,
+    grad_unimodal_stride,
+    grad_unimodal_step,
+    grad_logits,
+    grad_gate,
+    partial,
+    batch,
+    classes,
+    M: tl.constexpr,
+    CROSS_ENTROPY: tl.constexpr,
+    ACC: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """Gradients of the logits (`grad_logits`: M pointers, or None), of the gate's logits and, summed over each program's rows, of the parameters.
 
@@ -291,7 +478,11 @@ def fusion_backward(
         weight = weight + (tl.load(weights + row * M + m, mask=inside, other=0.0),)
         own_slope = tl.zeros((BLOCK_B,), ACC)
         if grad_unimodal is not None:
-            own_slope = tl.load(grad_unimodal + row * grad_unimodal_stride + m * grad_unimodal_step, mask=counted & present, other=0.0).to(ACC)
+            own_slope = tl.load(
+                grad_unimodal + row * grad_unimodal_stride + m * grad_unimodal_step,
+                mask=counted & present,
+                other=0.0,
+            ).to(ACC)
         unimodal_slope = unimodal_slope + (own_slope,)
 
     # The gradient of the fused logits, and its product with each modality's logits
@@ -301,7 +492,9 @@ def fusion_backward(
         beyond = (column >= classes)[None, :]
         for m in tl.static_range(M):
             t = _parameter(temperature, temperature_stride, m, temperature_number, ACC)
-            values, out = _scaled(logits[m], row, strides[m], available[m], column, steps[m], column < classes, t, ACC)
+            values, out = _scaled(
+                logits[m], row, strides[m], available[m], column, steps[m], column < classes, t, ACC
+            )
             finite = finite + (values,)
             ruled_out = ruled_out + (out,)
             mass, total, shifted, top = _softmax(values, out | beyond)
@@ -316,8 +509,21 @@ def fusion_backward(
             fused_total = tl.log(total)
             fused_top = top
         slope = _output_slope(
-            fused - fused_top[:, None], never, beyond, fused_total, target, column, row, inside, grad_fused, grad_fused_stride, grad_fused_step, nll_slope,
-            classes, CROSS_ENTROPY, ACC,
+            fused - fused_top[:, None],
+            never,
+            beyond,
+            fused_total,
+            target,
+            column,
+            row,
+            inside,
+            grad_fused,
+            grad_fused_stride,
+            grad_fused_step,
+            nll_slope,
+            classes,
+            CROSS_ENTROPY,
+            ACC,
         )
         for m in tl.static_range(M):
             aligned = aligned + (tl.sum(slope * finite[m], 1),)
@@ -328,9 +534,16 @@ def fusion_backward(
             fused_total = tl.load(statistics + row * (3 * M + 2) + 2 * M, mask=inside, other=0.0)
             fused_top = tl.load(statistics + row * (3 * M + 2) + 3 * M + 1, mask=inside, other=0.0)
         for m in tl.static_range(M):
-            shifts = shifts + (tl.load(statistics + row * (3 * M + 2) + 2 * M + 1 + m, mask=inside, other=0.0),)
-            log_totals = log_totals + (tl.load(statistics + row * (3 * M + 2) + m, mask=inside, other=0.0),)
-            entropies = entropies + (tl.load(statistics + row * (3 * M + 2) + M + m, mask=inside, other=0.0) * log_classes,)
+            shifts = shifts + (
+                tl.load(statistics + row * (3 * M + 2) + 2 * M + 1 + m, mask=inside, other=0.0),
+            )
+            log_totals = log_totals + (
+                tl.load(statistics + row * (3 * M + 2) + m, mask=inside, other=0.0),
+            )
+            entropies = entropies + (
+                tl.load(statistics + row * (3 * M + 2) + M + m, mask=inside, other=0.0)
+                * log_classes,
+            )
             aligned = aligned + (tl.zeros((BLOCK_B,), ACC),)
         for start in range(0, classes, BLOCK_K):
             column = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
@@ -338,13 +551,36 @@ def fusion_backward(
             outs = ()
             for m in tl.static_range(M):
                 t = _parameter(temperature, temperature_stride, m, temperature_number, ACC)
-                values, out = _scaled(logits[m], row, strides[m], available[m], column, steps[m], column < classes, t, ACC)
+                values, out = _scaled(
+                    logits[m],
+                    row,
+                    strides[m],
+                    available[m],
+                    column,
+                    steps[m],
+                    column < classes,
+                    t,
+                    ACC,
+                )
                 tile = tile + (values,)
                 outs = outs + (out,)
             fused, never = _fuse(tile, outs, weight, gamma, M)
             slope = _output_slope(
-                fused - fused_top[:, None], never, (column >= classes)[None, :], fused_total, target, column, row, inside, grad_fused, grad_fused_stride,
-                grad_fused_step, nll_slope, classes, CROSS_ENTROPY, ACC,
+                fused - fused_top[:, None],
+                never,
+                (column >= classes)[None, :],
+                fused_total,
+                target,
+                column,
+                row,
+                inside,
+                grad_fused,
+                grad_fused_stride,
+                grad_fused_step,
+                nll_slope,
+                classes,
+                CROSS_ENTROPY,
+                ACC,
             )
             sums = ()
             for m in tl.static_range(M):
@@ -358,7 +594,11 @@ def fusion_backward(
     for m in tl.static_range(M):
         change = gamma * aligned[m]
         if grad_weights is not None:
-            change += tl.load(grad_weights + row * grad_weights_stride + m * grad_weights_step, mask=inside, other=0.0).to(ACC)
+            change += tl.load(
+                grad_weights + row * grad_weights_stride + m * grad_weights_step,
+                mask=inside,
+                other=0.0,
+            ).to(ACC)
         weight_slopes = weight_slopes + (change,)
         mean_slope += weight[m] * change
         scale_slope += weight[m] * aligned[m]
@@ -369,28 +609,55 @@ def fusion_backward(
             tl.store(grad_gate + row * M + m, score_slope, mask=inside)
         change = -_parameter(kappa, kappa_stride, m, kappa_number, ACC) * score_slope
         if grad_uncertainty is not None:
-            change += tl.load(grad_uncertainty + row * grad_uncertainty_stride + m * grad_uncertainty_step, mask=inside, other=0.0).to(ACC)
+            change += tl.load(
+                grad_uncertainty + row * grad_uncertainty_stride + m * grad_uncertainty_step,
+                mask=inside,
+                other=0.0,
+            ).to(ACC)
         uncertainty = tl.where(classes == 1, 0.0, entropies[m] / log_classes)
         entropy_slopes = entropy_slopes + (tl.where(classes == 1, 0.0, change / log_classes),)
         if partial is not None:
             tl.store(partial + program * (3 * M + 1) + m, tl.sum(score_slope, 0))
-            tl.store(partial + program * (3 * M + 1) + M + m, tl.sum(tl.where(active, -uncertainty * score_slope, 0.0), 0))
+            tl.store(
+                partial + program * (3 * M + 1) + M + m,
+                tl.sum(tl.where(active, -uncertainty * score_slope, 0.0), 0),
+            )
     if partial is not None:
-        tl.store(partial + program * (3 * M + 1) + 3 * M, tl.sum(tl.where(active, scale_slope, 0.0), 0))
+        tl.store(
+            partial + program * (3 * M + 1) + 3 * M, tl.sum(tl.where(active, scale_slope, 0.0), 0)
+        )
 
     # To the logits
     if ONE_BLOCK:
         for m in tl.static_range(M):
             t = _parameter(temperature, temperature_stride, m, temperature_number, ACC)
             change = _logit_slope(
-                finite[m] - shifts[m][:, None], ruled_out[m], beyond, log_totals[m], entropies[m], slope, weight[m], gamma, entropy_slopes[m],
-                unimodal_slope[m], target, column, CROSS_ENTROPY,
+                finite[m] - shifts[m][:, None],
+                ruled_out[m],
+                beyond,
+                log_totals[m],
+                entropies[m],
+                slope,
+                weight[m],
+                gamma,
+                entropy_slopes[m],
+                unimodal_slope[m],
+                target,
+                column,
+                CROSS_ENTROPY,
             )
             change = tl.where((available[m] & active)[:, None], change, 0.0) / t
             if grad_logits is not None:
-                tl.store(grad_logits[m] + row[:, None] * classes + column[None, :], change, mask=inside[:, None] & (column < classes)[None, :])
+                tl.store(
+                    grad_logits[m] + row[:, None] * classes + column[None, :],
+                    change,
+                    mask=inside[:, None] & (column < classes)[None, :],
+                )
             if partial is not None:
-                tl.store(partial + program * (3 * M + 1) + 2 * M + m, -tl.sum(tl.where(active, tl.sum(change * finite[m], 1), 0.0), 0))
+                tl.store(
+                    partial + program * (3 * M + 1) + 2 * M + m,
+                    -tl.sum(tl.where(active, tl.sum(change * finite[m], 1), 0.0), 0),
+                )
     else:
         sharpness = ()
         for m in tl.static_range(M):
@@ -402,26 +669,67 @@ def fusion_backward(
             outs = ()
             for m in tl.static_range(M):
                 t = _parameter(temperature, temperature_stride, m, temperature_number, ACC)
-                values, out = _scaled(logits[m], row, strides[m], available[m], column, steps[m], column < classes, t, ACC)
+                values, out = _scaled(
+                    logits[m],
+                    row,
+                    strides[m],
+                    available[m],
+                    column,
+                    steps[m],
+                    column < classes,
+                    t,
+                    ACC,
+                )
                 tile = tile + (values,)
                 outs = outs + (out,)
             fused, never = _fuse(tile, outs, weight, gamma, M)
             slope = _output_slope(
-                fused - fused_top[:, None], never, beyond, fused_total, target, column, row, inside, grad_fused, grad_fused_stride, grad_fused_step, nll_slope,
-                classes, CROSS_ENTROPY, ACC,
+                fused - fused_top[:, None],
+                never,
+                beyond,
+                fused_total,
+                target,
+                column,
+                row,
+                inside,
+                grad_fused,
+                grad_fused_stride,
+                grad_fused_step,
+                nll_slope,
+                classes,
+                CROSS_ENTROPY,
+                ACC,
             )
             sums = ()
             for m in tl.static_range(M):
                 t = _parameter(temperature, temperature_stride, m, temperature_number, ACC)
                 tile_slope = _logit_slope(
-                    tile[m] - shifts[m][:, None], outs[m], beyond, log_totals[m], entropies[m], slope, weight[m], gamma, entropy_slopes[m], unimodal_slope[m],
-                    target, column, CROSS_ENTROPY,
+                    tile[m] - shifts[m][:, None],
+                    outs[m],
+                    beyond,
+                    log_totals[m],
+                    entropies[m],
+                    slope,
+                    weight[m],
+                    gamma,
+                    entropy_slopes[m],
+                    unimodal_slope[m],
+                    target,
+                    column,
+                    CROSS_ENTROPY,
                 )
                 tile_slope = tl.where((available[m] & active)[:, None], tile_slope, 0.0) / t
                 sums = sums + (sharpness[m] - tl.sum(tile_slope * tile[m], 1),)
                 if grad_logits is not None:
-                    tl.store(grad_logits[m] + row[:, None] * classes + column[None, :], tile_slope, mask=inside[:, None] & (column < classes)[None, :])
+                    tl.store(
+                        grad_logits[m] + row[:, None] * classes + column[None, :],
+                        tile_slope,
+                        mask=inside[:, None] & (column < classes)[None, :],
+                    )
             sharpness = sums
         if partial is not None:
             for m in tl.static_range(M):
-                tl.store(partial + program * (3 * M + 1) + 2 * M + m, tl.sum(tl.where(active, sharpness[m], 0.0), 0))
+                tl.store(
+                    partial + program * (3 * M + 1) + 2 * M + m,
+                    tl.sum(tl.where(active, sharpness[m], 0.0), 0),
+                )

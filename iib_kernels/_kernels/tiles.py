@@ -1,4 +1,5 @@
 """What the kernels share: tiles of inner products, and lengths of rows."""
+
 import triton
 import triton.language as tl
 
@@ -21,8 +22,23 @@ def multiply(a, b, total, PRECISION: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def products(
-    x, x_stride, x_step, x_row, x_inside, y, y_stride, y_step, y_row, y_inside, width, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr,
+    x,
+    x_stride,
+    x_step,
+    x_row,
+    x_inside,
+    y,
+    y_stride,
+    y_step,
+    y_row,
+    y_inside,
+    width,
+    ACC: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """x . y [X, Y], |x|^2 [X] and |y|^2 [Y] of rows of two matrices, each component read once."""
     dots = tl.zeros((BLOCK_X, BLOCK_Y), ACC)
@@ -54,7 +70,9 @@ def inverse_length(squares):
 def squared_distance(dots, xx, yy, COSINE: tl.constexpr):
     """|x - y|^2 [X, Y], clamped at 0, of the rows or of the rows at unit length (zero rows stay zero)."""
     if COSINE:
-        distance = tl.where(xx <= 1e-24, 0.0, 1.0)[:, None] + tl.where(yy <= 1e-24, 0.0, 1.0)[None, :]
+        distance = (
+            tl.where(xx <= 1e-24, 0.0, 1.0)[:, None] + tl.where(yy <= 1e-24, 0.0, 1.0)[None, :]
+        )
         distance -= 2.0 * dots * inverse_length(xx)[:, None] * inverse_length(yy)[None, :]
     else:
         distance = xx[:, None] + yy[None, :] - 2.0 * dots

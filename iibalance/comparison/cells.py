@@ -2,6 +2,7 @@
 
 Trainings that several cells have in common (encoders alone, folds) are made once.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -12,23 +13,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Optional, Union
 
 import numpy as np
 import torch
 
-from iibalance.config import BudgetConfig, CalibrationConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainingConfig
+from iibalance.config import (
+    BudgetConfig,
+    CalibrationConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from iibalance.data import load_data
 from iibalance.data.dataset import DataConfig, MultimodalData, Split
 from iibalance.errors import InputError
-from iibalance.training.evaluation import degrade
-from iibalance.training.loop import derive_seed
+from iibalance.files import fcntl, file_digest, read_json, write_bytes, write_json
 from iibalance.methods import METHODS, make_method, own_source
 from iibalance.metrics import classification_metrics
 from iibalance.nn.model import MultimodalClassifier, embed_split
-from iibalance.training.stages import Run
 from iibalance.provenance import code_digest, versions
-from iibalance.files import fcntl, file_digest, read_json, write_bytes, write_json
+from iibalance.training.evaluation import degrade
+from iibalance.training.loop import derive_seed
+from iibalance.training.stages import Run
 from iibalance.training.trainer import Stages, make_accelerator
 
 CLEAN = "clean"
@@ -39,9 +46,9 @@ REFERENCE = "unimodal"  # whose heads are the encoders trained alone: every comp
 class CompareData(DataConfig):
     """A data set of a comparison."""
 
-    epochs: Optional[int] = None
+    epochs: int | None = None
     """Epochs of every method on this set, instead of the comparison's."""
-    folds: Optional[int] = None
+    folds: int | None = None
     """Folds of the budgets on this set, instead of ``budgets.folds``."""
 
 
@@ -51,7 +58,7 @@ class CompareConfig:
 
     data: dict[str, CompareData] = field(default_factory=lambda: {"digits": CompareData()})
     """Data sets by name: ``{avletters: {name: npz, path: avletters.npz, groups: speaker}, ...}``; the options are those of ``train --data.*``."""
-    methods: Union[str, list[str]] = "all"
+    methods: str | list[str] = "all"
     """``all``, or a list of names (joined by commas on the command line); ``my_file.py:MyMethod`` is a name too. The encoders alone are always there."""
     focus: str = "iibalance"
     """The method that is compared with the best of the others (its ablations apart) by a paired bootstrap."""
@@ -64,7 +71,7 @@ class CompareConfig:
     """Seeds, from 0, that every setting is tried with; their mean validation NLL counts. Where validation samples are few, one seed chooses by chance."""
     epochs: int = 20
     """Epochs of every training."""
-    workers: Optional[int] = None
+    workers: int | None = None
     """Processes, one thread each; by default as many as there are cores."""
     fraction: float = 0.5
     """Share of the test samples that a condition degrades."""
@@ -73,7 +80,7 @@ class CompareConfig:
     low_data: float = 0.25
     """Share of the training samples in the low-data condition, for which every method is trained once more; 0 = leave it out. They are drawn with the data's
     ``split_seed`` and are the same for every seed and method: errors over seeds do not cover which ones they are."""
-    low_data_seeds: Optional[int] = None
+    low_data_seeds: int | None = None
     """Seeds of the low-data condition; all of them by default."""
     bootstrap: int = 2000
     """Resamples of the paired bootstrap."""
@@ -82,7 +89,9 @@ class CompareConfig:
     timing_batch: int = 64
     """Samples a timed step."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(width=32))
-    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(progress=False, alone=False))
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(progress=False, alone=False)
+    )
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     budgets: BudgetConfig = field(default_factory=BudgetConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -91,7 +100,13 @@ class CompareConfig:
 
     def method_names(self) -> list[str]:
         """The methods in order, the encoders alone first."""
-        names = list(METHODS) if self.methods == "all" else self.methods.split(",") if isinstance(self.methods, str) else list(self.methods)
+        names = (
+            list(METHODS)
+            if self.methods == "all"
+            else self.methods.split(",")
+            if isinstance(self.methods, str)
+            else list(self.methods)
+        )
         names = [name.strip() for name in names]
         return [REFERENCE, *dict.fromkeys(name for name in names if name != REFERENCE)]
 
@@ -109,8 +124,14 @@ class Cell:
     @property
     def key(self) -> str:
         """A file name."""
-        method = self.method if self.method in METHODS else "own-" + hashlib.sha256(self.method.encode()).hexdigest()[:10]
-        return f"{self.kind}-{self.data}-{method}-seed{self.seed}" + (f"-trial{self.trial}" if self.kind == "trial" else "")
+        method = (
+            self.method
+            if self.method in METHODS
+            else "own-" + hashlib.sha256(self.method.encode()).hexdigest()[:10]
+        )
+        return f"{self.kind}-{self.data}-{method}-seed{self.seed}" + (
+            f"-trial{self.trial}" if self.kind == "trial" else ""
+        )
 
 
 def cell_files(folder: Path, cell: Cell) -> tuple[Path, Path]:
@@ -124,25 +145,43 @@ def run_config(config: CompareConfig, cell: Cell, setting: dict) -> RunConfig:
     if cell.kind == "low":
         data = replace(data, train_fraction=data.train_fraction * config.low_data)
     about = config.data[cell.data]
-    training = replace(config.training, alone=False, progress=False, learning_rate=setting.get("learning_rate", config.training.learning_rate),
-                       weight_decay=setting.get("weight_decay", config.training.weight_decay))
-    own = {key: value for key, value in setting.items() if key not in ("learning_rate", "weight_decay")}
+    training = replace(
+        config.training,
+        alone=False,
+        progress=False,
+        learning_rate=setting.get("learning_rate", config.training.learning_rate),
+        weight_decay=setting.get("weight_decay", config.training.weight_decay),
+    )
+    own = {
+        key: value for key, value in setting.items() if key not in ("learning_rate", "weight_decay")
+    }
     options = RunConfig(
-        data=data, model=config.model, objective=config.objective, training=training, budgets=replace(config.budgets, folds=about.folds or config.budgets.folds),
-        calibration=config.calibration, method=cell.method, method_options={key: value for key, value in own.items() if "." not in key}, seed=cell.seed,
+        data=data,
+        model=config.model,
+        objective=config.objective,
+        training=training,
+        budgets=replace(config.budgets, folds=about.folds or config.budgets.folds),
+        calibration=config.calibration,
+        method=cell.method,
+        method_options={key: value for key, value in own.items() if "." not in key},
+        seed=cell.seed,
         epochs=about.epochs or config.epochs,
     )
     for key, value in own.items():
         section, dot, name = key.partition(".")
         if dot:
-            options = replace(options, **{section: replace(getattr(options, section), **{name: value})})
+            options = replace(
+                options, **{section: replace(getattr(options, section), **{name: value})}
+            )
     return options
 
 
 def data_config(config: CompareConfig, name: str) -> DataConfig:
     """The options of data set ``name``, as ``train --data.*`` takes them."""
     values = asdict(config.data[name])
-    return DataConfig(**{key: value for key, value in values.items() if key not in ("epochs", "folds")})
+    return DataConfig(
+        **{key: value for key, value in values.items() if key not in ("epochs", "folds")}
+    )
 
 
 def conditions(data: MultimodalData, config: CompareConfig, seed: int) -> dict[str, Split]:
@@ -150,7 +189,14 @@ def conditions(data: MultimodalData, config: CompareConfig, seed: int) -> dict[s
     found = {CLEAN: data.test}
     for kind in ("missing", "noise") if len(data.modalities) > 1 else ("noise",):
         for name in data.modalities:
-            found[f"{name} {kind}"] = degrade(data.test, name, kind, fraction=config.fraction, strength=config.strength, seed=derive_seed(seed, kind, name))
+            found[f"{name} {kind}"] = degrade(
+                data.test,
+                name,
+                kind,
+                fraction=config.fraction,
+                strength=config.strength,
+                seed=derive_seed(seed, kind, name),
+            )
     return found
 
 
@@ -167,22 +213,39 @@ def run_cell(folder: str, config: CompareConfig, cell: Cell, setting: dict) -> N
     data = load_data(options.data)
     method = make_method(cell.method, options)
     digest = file_digest(Path(options.data.path).expanduser()) if options.data.path else None
-    about = {"data": asdict(options.data), "sha256": digest, "model": asdict(config.model), "budgets": asdict(options.budgets)}
+    about = {
+        "data": asdict(options.data),
+        "sha256": digest,
+        "model": asdict(config.model),
+        "budgets": asdict(options.budgets),
+    }
     stages = SharedStages(folder, about, options.training, seed=cell.seed, source=source)
     folds = Run.folds_of(method, options, data.train)
     started = time.perf_counter()
-    model, history, budgets, _ = Run(options, data, method, None, make_accelerator(options.training), None, None, folds, stages).fit()
+    model, history, budgets, _ = Run(
+        options, data, method, None, make_accelerator(options.training), None, None, folds, stages
+    ).fit()
     result = {
-        "cell": asdict(cell), "setting": setting, "source": source, "code": code_digest(), "versions": versions(),
-        "epochs": len(history), "parameters": sum(value.numel() for value in model.parameters()),
+        "cell": asdict(cell),
+        "setting": setting,
+        "source": source,
+        "code": code_digest(),
+        "versions": versions(),
+        "epochs": len(history),
+        "parameters": sum(value.numel() for value in model.parameters()),
         "budgets": None if budgets is None else dict(zip(budgets.modalities, budgets.values)),
-        "seconds": time.perf_counter() - started,  # beside other workers, and less where trainings were shared: not a benchmark
+        "seconds": time.perf_counter()
+        - started,  # beside other workers, and less where trainings were shared: not a benchmark
         "validation": _metrics(model, data.validation)[0],
     }
     if cell.kind != "trial":
         arrays = {"targets": data.test.targets.numpy()}
         result["test"] = {}
-        for name, split in conditions(data, config, cell.seed).items() if cell.kind == "test" else [(CLEAN, data.test)]:
+        for name, split in (
+            conditions(data, config, cell.seed).items()
+            if cell.kind == "test"
+            else [(CLEAN, data.test)]
+        ):
             result["test"][name], log_p = _metrics(model, split)
             arrays[name] = log_p.numpy().astype(np.float32)
         predictions.parent.mkdir(exist_ok=True)
@@ -200,13 +263,19 @@ def _metrics(model: MultimodalClassifier, split: Split) -> tuple[dict, torch.Ten
     out = model.eval().head.fuse(embeddings, split.mask.to(embeddings[0].device))
     log_p = out.logits.double().log_softmax(-1).cpu()
     metrics = classification_metrics(log_p, split.targets)
-    metrics["weights"] = None if out.weights is None else dict(zip(model.modalities, out.weights.double().mean(0).tolist()))
+    metrics["weights"] = (
+        None
+        if out.weights is None
+        else dict(zip(model.modalities, out.weights.double().mean(0).tolist()))
+    )
     metrics["modalities"] = {}
     for index, name in enumerate(model.modalities):
         rows = split.mask[:, index]
         own = None
         if out.modality_logits and rows.any():
-            own = classification_metrics(out.modality_logits[index].double().log_softmax(-1).cpu()[rows], split.targets[rows])
+            own = classification_metrics(
+                out.modality_logits[index].double().log_softmax(-1).cpu()[rows], split.targets[rows]
+            )
         metrics["modalities"][name] = own
     return metrics, log_p
 
@@ -223,17 +292,45 @@ def stands(folder: Path, cell: Cell, setting: dict) -> bool:
 class SharedStages(Stages):
     """Trainings kept by what determines them, for all the cells that need one; two processes never make the same one."""
 
-    def __init__(self, folder: Path, about: dict, training: TrainingConfig, *, seed: int, source: str | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        about: dict,
+        training: TrainingConfig,
+        *,
+        seed: int,
+        source: str | None = None,
+    ):
         super().__init__(training, seed=seed)
         self.cache, self.about, self.source = folder / "stages", about, source
 
     def path(self, name: str, key: dict, epochs: int) -> Path:
-        training = {option: value for option, value in asdict(self.training).items() if option not in ("alone", "progress", "checkpoint_seconds")}
-        own = [] if self.source is None or name.startswith(("alone-", "fold-")) else [self.source]  # a user's method changes no training of encoders alone
-        text = json.dumps([name, key, epochs, self.seed, training, self.about, code_digest(), *own], sort_keys=True, default=str)
+        training = {
+            option: value
+            for option, value in asdict(self.training).items()
+            if option not in ("alone", "progress", "checkpoint_seconds")
+        }
+        own = (
+            [] if self.source is None or name.startswith(("alone-", "fold-")) else [self.source]
+        )  # a user's method changes no training of encoders alone
+        text = json.dumps(
+            [name, key, epochs, self.seed, training, self.about, code_digest(), *own],
+            sort_keys=True,
+            default=str,
+        )
         return self.cache / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
 
-    def fit(self, name: str, build, train: Split, validation: Split | None, *, epochs: int, key: dict | None = None, **options):
+    def fit(
+        self,
+        name: str,
+        build,
+        train: Split,
+        validation: Split | None,
+        *,
+        epochs: int,
+        key: dict | None = None,
+        **options,
+    ):
         """As :meth:`Stages.fit`; waits where another process is making the same one."""
         path = self.path(name, key or {}, epochs)
         path.parent.mkdir(exist_ok=True)
@@ -249,5 +346,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise InputError(f"output: another process is running the comparison in {path.parent}") from None
+            raise InputError(
+                f"output: another process is running the comparison in {path.parent}"
+            ) from None
         yield

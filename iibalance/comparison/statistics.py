@@ -1,4 +1,5 @@
 """What a comparison found: means and standard errors, paired bootstrap, ranks; as JSON, Markdown and a picture."""
+
 from __future__ import annotations
 
 import io
@@ -13,19 +14,32 @@ from matplotlib.figure import Figure
 
 from iibalance.comparison.cells import CLEAN, REFERENCE, Cell, CompareConfig, cell_files
 from iibalance.data.dataset import MultimodalData
+from iibalance.files import read_json, write_bytes, write_json, write_text
 from iibalance.methods import method_class
 from iibalance.metrics import mean_and_stderr
 from iibalance.training.report import DPI, GREY, INK, MARKERS, PALETTE, STYLE
-from iibalance.files import read_json, write_bytes, write_json, write_text
 
 METRICS = ("accuracy", "macro_f1", "nll", "ece")
 LOW = "low data"
 TIE = 1e-9  # means no further apart are equal: the same numbers, added in another order
-GROUPS = ("clean", "missing", "noise", LOW)  # conditions of one kind are averaged over the modalities for ranks
+GROUPS = (
+    "clean",
+    "missing",
+    "noise",
+    LOW,
+)  # conditions of one kind are averaged over the modalities for ranks
 
 
-def summarise(folder: Path, config: CompareConfig, sets: Mapping[str, MultimodalData], cells: Sequence[Cell], settings: Mapping, searched: Mapping, seconds: Mapping,
-              failures: Mapping[str, str]) -> dict:
+def summarise(
+    folder: Path,
+    config: CompareConfig,
+    sets: Mapping[str, MultimodalData],
+    cells: Sequence[Cell],
+    settings: Mapping,
+    searched: Mapping,
+    seconds: Mapping,
+    failures: Mapping[str, str],
+) -> dict:
     """Everything that ``comparison.json`` holds, from the cells' files.
 
     ``results`` has, for each data set and method, ``conditions`` -> metric -> mean, standard error and values by seed, ``heads`` (each modality's accuracy on clean
@@ -43,9 +57,27 @@ def summarise(folder: Path, config: CompareConfig, sets: Mapping[str, Multimodal
             continue
         found = read_json(numbers)
         name = method_class(cell.method).name
-        by = ", ".join([f"code {found.get('code', 'not recorded')}", *(f"{package} {number}" for package, number in found.get("versions", {}).items() if number)])
+        by = ", ".join(
+            [
+                f"code {found.get('code', 'not recorded')}",
+                *(
+                    f"{package} {number}"
+                    for package, number in found.get("versions", {}).items()
+                    if number
+                ),
+            ]
+        )
         made[by] = made.get(by, 0) + 1
-        entry = results.setdefault(cell.data, {}).setdefault(name, {"trial": cell.trial, "setting": found["setting"], "conditions": {}, "heads": {}, "seeds": []})
+        entry = results.setdefault(cell.data, {}).setdefault(
+            name,
+            {
+                "trial": cell.trial,
+                "setting": found["setting"],
+                "conditions": {},
+                "heads": {},
+                "seeds": [],
+            },
+        )
         for condition, metrics in found["test"].items():
             condition = LOW if cell.kind == "low" else condition
             row = entry["conditions"].setdefault(condition, {metric: {} for metric in METRICS})
@@ -54,30 +86,83 @@ def summarise(folder: Path, config: CompareConfig, sets: Mapping[str, Multimodal
             if condition == CLEAN:
                 entry["seeds"].append(cell.seed)
                 for modality, own in metrics["modalities"].items():
-                    entry["heads"].setdefault(modality, {})[cell.seed] = None if own is None else own["accuracy"]
+                    entry["heads"].setdefault(modality, {})[cell.seed] = (
+                        None if own is None else own["accuracy"]
+                    )
     for name, methods in results.items():
-        alone = {modality: dict(values) for modality, values in methods.get(REFERENCE, {}).get("heads", {}).items()}
-        timed = {method_class(method).name: times for method, times in seconds.get(name, {}).items()}
+        alone = {
+            modality: dict(values)
+            for modality, values in methods.get(REFERENCE, {}).get("heads", {}).items()
+        }
+        timed = {
+            method_class(method).name: times for method, times in seconds.get(name, {}).items()
+        }
         for method, entry in methods.items():
-            entry["conditions"] = {condition: {metric: _spread(values) for metric, values in row.items()} for condition, row in entry["conditions"].items()}
+            entry["conditions"] = {
+                condition: {metric: _spread(values) for metric, values in row.items()}
+                for condition, row in entry["conditions"].items()
+            }
             heads = {}
             for modality, values in entry["heads"].items():
-                shares = {seed: value / alone[modality][seed] for seed, value in values.items()
-                          if value is not None and alone.get(modality, {}).get(seed)}
+                shares = {
+                    seed: value / alone[modality][seed]
+                    for seed, value in values.items()
+                    if value is not None and alone.get(modality, {}).get(seed)
+                }
                 heads[modality] = {"accuracy": _spread(values), "utilisation": _spread(shares)}
             entry["heads"] = heads
             times = timed.get(method, [])
             entry["seconds_a_step"] = _spread(dict(enumerate(times)))
     return {
-        "focus": focus, "seeds": config.seeds, "low_data_seeds": len({cell.seed for cell in cells if cell.kind == "low"}), "tuning_seeds": config.tuning_seeds, "epochs": {name: data.epochs or config.epochs for name, data in config.data.items()},
-        "trials": [{"data": data, "method": method_class(method).name, "tried": rows} for (data, method), rows in searched.items()],
-        "samples": {name: {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)} for name, data in sets.items()},
+        "focus": focus,
+        "seeds": config.seeds,
+        "low_data_seeds": len({cell.seed for cell in cells if cell.kind == "low"}),
+        "tuning_seeds": config.tuning_seeds,
+        "epochs": {name: data.epochs or config.epochs for name, data in config.data.items()},
+        "trials": [
+            {"data": data, "method": method_class(method).name, "tried": rows}
+            for (data, method), rows in searched.items()
+        ],
+        "samples": {
+            name: {
+                "train": len(data.train),
+                "validation": len(data.validation),
+                "test": len(data.test),
+            }
+            for name, data in sets.items()
+        },
         "modalities": {name: list(data.modalities) for name, data in sets.items()},
-        "results": results, "ranks": ranks({name: {method: entry for method, entry in methods.items() if method not in parts} for name, methods in results.items()}),
-        "ablations": ablations(results, focus, [method for method, whole in parts.items() if whole == focus]),
-        "heads": heads_over_alone(results, focus, list(dict.fromkeys(method_class(cell.method).name for cell in cells if not method_class(cell.method).joint))),
-        "bootstrap": {name: {kind: found for kind in GROUPS if (found := _bootstrap(folder, config, cells, results, name, kind, parts))} for name in results},
-        "made_by": made, "failures": dict(failures),
+        "results": results,
+        "ranks": ranks(
+            {
+                name: {method: entry for method, entry in methods.items() if method not in parts}
+                for name, methods in results.items()
+            }
+        ),
+        "ablations": ablations(
+            results, focus, [method for method, whole in parts.items() if whole == focus]
+        ),
+        "heads": heads_over_alone(
+            results,
+            focus,
+            list(
+                dict.fromkeys(
+                    method_class(cell.method).name
+                    for cell in cells
+                    if not method_class(cell.method).joint
+                )
+            ),
+        ),
+        "bootstrap": {
+            name: {
+                kind: found
+                for kind in GROUPS
+                if (found := _bootstrap(folder, config, cells, results, name, kind, parts))
+            }
+            for name in results
+        },
+        "made_by": made,
+        "failures": dict(failures),
     }
 
 
@@ -87,7 +172,13 @@ def group_means(entry: Mapping, metric: str) -> dict[str, dict[int, float]]:
     for condition, row in entry["conditions"].items():
         kind = condition if condition in GROUPS else condition.rsplit(" ", 1)[1]
         found.setdefault(kind, []).append(row[metric]["values"])
-    return {kind: {seed: sum(row[seed] for row in rows) / len(rows) for seed in set.intersection(*(set(row) for row in rows))} for kind, rows in found.items()}
+    return {
+        kind: {
+            seed: sum(row[seed] for row in rows) / len(rows)
+            for seed in set.intersection(*(set(row) for row in rows))
+        }
+        for kind, rows in found.items()
+    }
 
 
 def best_trial(tried: Mapping) -> int | str:
@@ -102,13 +193,29 @@ def ranks(results: Mapping) -> dict:
         for metric, sign in (("accuracy", -1), ("nll", 1)):
             means = {method: group_means(entry, metric) for method, entry in methods.items()}
             for kind in GROUPS:
-                values = {method: sign * sum(row[kind].values()) / len(row[kind]) for method, row in means.items() if row.get(kind)}
+                values = {
+                    method: sign * sum(row[kind].values()) / len(row[kind])
+                    for method, row in means.items()
+                    if row.get(kind)
+                }
                 for method, value in values.items():
                     better = sum(other < value - TIE for other in values.values())
                     equal = sum(abs(other - value) <= TIE for other in values.values())
-                    table.setdefault(kind, {}).setdefault(metric, {}).setdefault(method, []).append(better + (equal + 1) / 2)
-    return {kind: {metric: {method: {"rank": sum(places) / len(places), "sets": len(places)} for method, places in sorted(rows.items(), key=lambda item: sum(item[1]) / len(item[1]))}
-                   for metric, rows in by_metric.items()} for kind, by_metric in table.items()}
+                    table.setdefault(kind, {}).setdefault(metric, {}).setdefault(method, []).append(
+                        better + (equal + 1) / 2
+                    )
+    return {
+        kind: {
+            metric: {
+                method: {"rank": sum(places) / len(places), "sets": len(places)}
+                for method, places in sorted(
+                    rows.items(), key=lambda item: sum(item[1]) / len(item[1])
+                )
+            }
+            for metric, rows in by_metric.items()
+        }
+        for kind, by_metric in table.items()
+    }
 
 
 def ablations(results: Mapping, focus: str, names: Sequence[str]) -> dict:
@@ -122,10 +229,18 @@ def ablations(results: Mapping, focus: str, names: Sequence[str]) -> dict:
                     ours, theirs = (group_means(methods[name], metric) for name in (focus, method))
                     for kind in ours.keys() & theirs.keys():
                         for seed in ours[kind].keys() & theirs[kind].keys():
-                            by_seed.setdefault(kind, {}).setdefault(seed, []).append(theirs[kind][seed] - ours[kind][seed])
+                            by_seed.setdefault(kind, {}).setdefault(seed, []).append(
+                                theirs[kind][seed] - ours[kind][seed]
+                            )
             for kind, found in by_seed.items():
                 full = max(map(len, found.values()))  # seeds that have every set
-                table.setdefault(kind, {}).setdefault(metric, {})[method] = _spread({seed: sum(values) / full for seed, values in found.items() if len(values) == full})
+                table.setdefault(kind, {}).setdefault(metric, {})[method] = _spread(
+                    {
+                        seed: sum(values) / full
+                        for seed, values in found.items()
+                        if len(values) == full
+                    }
+                )
     return table
 
 
@@ -136,16 +251,29 @@ def heads_over_alone(results: Mapping, focus: str, separate: Sequence[str]) -> d
         for modality, ours in methods.get(focus, {}).get("heads", {}).items():
             for method in separate:
                 theirs = methods.get(method, {}).get("heads", {}).get(modality)
-                if ours["accuracy"] is None or theirs is None or theirs["accuracy"] is None or method == focus:
+                if (
+                    ours["accuracy"] is None
+                    or theirs is None
+                    or theirs["accuracy"] is None
+                    or method == focus
+                ):
                     continue
                 ours_by_seed, by_seed = ours["accuracy"]["values"], theirs["accuracy"]["values"]
-                spread = _spread({seed: value - by_seed[seed] for seed, value in ours_by_seed.items() if seed in by_seed})
+                spread = _spread(
+                    {
+                        seed: value - by_seed[seed]
+                        for seed, value in ours_by_seed.items()
+                        if seed in by_seed
+                    }
+                )
                 if spread is not None:
                     table.setdefault(name, {}).setdefault(modality, {})[method] = spread
     return table
 
 
-def paired_bootstrap(first: np.ndarray, second: np.ndarray, *, resamples: int, seed: int = 0) -> dict[str, float]:
+def paired_bootstrap(
+    first: np.ndarray, second: np.ndarray, *, resamples: int, seed: int = 0
+) -> dict[str, float]:
     """Mean difference of two methods' values [seeds, samples] with its 95 % interval and two-sided p, resampling seeds and test samples with replacement,
     the same ones for both methods.
 
@@ -161,26 +289,54 @@ def paired_bootstrap(first: np.ndarray, second: np.ndarray, *, resamples: int, s
         means[index] = rows[:, generator.integers(samples, size=samples)].mean()
     below, above = (means <= 0).sum(), (means >= 0).sum()
     low, high = np.quantile(means, [0.025, 0.975])
-    return {"difference": float(difference.mean()), "low": float(low), "high": float(high), "p": float(min(1.0, 2 * (min(below, above) + 1) / (resamples + 1)))}
+    return {
+        "difference": float(difference.mean()),
+        "low": float(low),
+        "high": float(high),
+        "p": float(min(1.0, 2 * (min(below, above) + 1) / (resamples + 1))),
+    }
 
 
-def _bootstrap(folder: Path, config: CompareConfig, cells: Sequence[Cell], results: Mapping, name: str, kind: str, parts: Mapping[str, str]) -> dict:
+def _bootstrap(
+    folder: Path,
+    config: CompareConfig,
+    cells: Sequence[Cell],
+    results: Mapping,
+    name: str,
+    kind: str,
+    parts: Mapping[str, str],
+) -> dict:
     """The focus against the best other method by mean accuracy, and by mean NLL; ``parts`` are no others (see :func:`ablation_names`)."""
     methods, focus = results[name], focus_name(config)
     if focus not in methods:
         return {}
     found = {}
     for metric, sign in (("accuracy", -1), ("nll", 1)):
-        means = {method: group_means(entry, metric).get(kind) for method, entry in methods.items() if method == focus or method not in parts}
-        means = {method: sign * sum(row.values()) / len(row) for method, row in means.items() if row}
+        means = {
+            method: group_means(entry, metric).get(kind)
+            for method, entry in methods.items()
+            if method == focus or method not in parts
+        }
+        means = {
+            method: sign * sum(row.values()) / len(row) for method, row in means.items() if row
+        }
         others = {method: value for method, value in means.items() if method != focus}
         if focus not in means or not others:
             continue
         best = min(others, key=others.get)
-        ours, theirs = (_samples(folder, cells, name, method, kind, metric) for method in (focus, best))
+        ours, theirs = (
+            _samples(folder, cells, name, method, kind, metric) for method in (focus, best)
+        )
         seeds = sorted(set(ours) & set(theirs))
         if seeds:
-            found[metric] = {"against": best, **paired_bootstrap(np.stack([ours[seed] for seed in seeds]), np.stack([theirs[seed] for seed in seeds]), resamples=config.bootstrap)}
+            found[metric] = {
+                "against": best,
+                **paired_bootstrap(
+                    np.stack([ours[seed] for seed in seeds]),
+                    np.stack([theirs[seed] for seed in seeds]),
+                    resamples=config.bootstrap,
+                ),
+            }
     return found
 
 
@@ -200,22 +356,36 @@ def ablation_names(methods: Iterable[str]) -> dict[str, str]:
     return {kind.name: kind.ablation_of for kind in kinds if kind.ablation_of in names}
 
 
-def _samples(folder: Path, cells: Sequence[Cell], name: str, method: str, kind: str, metric: str) -> dict[int, np.ndarray]:
+def _samples(
+    folder: Path, cells: Sequence[Cell], name: str, method: str, kind: str, metric: str
+) -> dict[int, np.ndarray]:
     """seed -> per-sample values [N], averaged over the conditions of a kind."""
     found = {}
     for cell in cells:
-        if cell.data != name or method_class(cell.method).name != method or (cell.kind == "low") != (kind == LOW):
+        if (
+            cell.data != name
+            or method_class(cell.method).name != method
+            or (cell.kind == "low") != (kind == LOW)
+        ):
             continue
         numbers, path = cell_files(folder, cell)
         if not (numbers.exists() and path.exists()):
             continue
         with np.load(path, allow_pickle=False) as arrays:
             targets = arrays["targets"]
-            names = [CLEAN] if kind in (CLEAN, LOW) else [key for key in arrays.files if key.endswith(f" {kind}")]
+            names = (
+                [CLEAN]
+                if kind in (CLEAN, LOW)
+                else [key for key in arrays.files if key.endswith(f" {kind}")]
+            )
             values = []
             for key in names:
                 log_p = arrays[key].astype(np.float64)
-                values.append(log_p.argmax(1) == targets if metric == "accuracy" else -log_p[np.arange(len(targets)), targets])
+                values.append(
+                    log_p.argmax(1) == targets
+                    if metric == "accuracy"
+                    else -log_p[np.arange(len(targets)), targets]
+                )
         if values:
             found[cell.seed] = np.mean(values, axis=0)
     return found
@@ -243,16 +413,44 @@ def write_comparison(folder: Path, result: dict) -> None:
 def markdown(result: Mapping) -> str:
     """The tables: ranks, the focus against the best other method, and every data set."""
     focus, lines = result["focus"], ["# Comparison", ""]
-    for about in (result.get("machine") or {}).get("starts", []):  # the first, and each by which the comparison was gone on with
-        packages = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if number)
-        lines += [f"{about['date']}, {about['machine']}, {about['cores']} cores, Python {about['python']}, {packages}.", "", f"Command: `{' '.join(about['command'])}`", ""]
-    low = f" (low data: {_count(result['low_data_seeds'])})" if result["low_data_seeds"] not in (0, result["seeds"]) else ""
-    lines += [f"{_count(result['seeds'])}{low}; mean +- standard error over seeds. Accuracy and F1 in %, NLL in nats. Settings were chosen by validation NLL with {_seeds(result['tuning_seeds'])}, the same number of trials "
-              "for every method; the test split was used once, at the end.", ""]
+    for about in (result.get("machine") or {}).get(
+        "starts", []
+    ):  # the first, and each by which the comparison was gone on with
+        packages = ", ".join(
+            f"{name} {number}" for name, number in about["versions"].items() if number
+        )
+        lines += [
+            f"{about['date']}, {about['machine']}, {about['cores']} cores, Python {about['python']}, {packages}.",
+            "",
+            f"Command: `{' '.join(about['command'])}`",
+            "",
+        ]
+    low = (
+        f" (low data: {_count(result['low_data_seeds'])})"
+        if result["low_data_seeds"] not in (0, result["seeds"])
+        else ""
+    )
+    lines += [
+        f"{_count(result['seeds'])}{low}; mean +- standard error over seeds. Accuracy and F1 in %, NLL in nats. Settings were chosen by validation NLL with {_seeds(result['tuning_seeds'])}, the same number of trials "
+        "for every method; the test split was used once, at the end.",
+        "",
+    ]
     kinds = [kind for kind in GROUPS if kind in result["ranks"]]
     if len(result["made_by"]) > 1:
-        lines += ["Not all of one version: " + "; ".join(f"{count} cells by {by}" for by, count in result["made_by"].items()) + ".", ""]
-    lines += ["## Average rank over data sets", "", "| method | sets | " + " | ".join(f"{kind}: accuracy | {kind}: NLL" for kind in kinds) + " |", "|---|---|" + "---|---|" * len(kinds)]
+        lines += [
+            "Not all of one version: "
+            + "; ".join(f"{count} cells by {by}" for by, count in result["made_by"].items())
+            + ".",
+            "",
+        ]
+    lines += [
+        "## Average rank over data sets",
+        "",
+        "| method | sets | "
+        + " | ".join(f"{kind}: accuracy | {kind}: NLL" for kind in kinds)
+        + " |",
+        "|---|---|" + "---|---|" * len(kinds),
+    ]
     for method in by_rank(result["ranks"]):
         cells, count = [], 0
         for kind in kinds:
@@ -263,70 +461,187 @@ def markdown(result: Mapping) -> str:
         lines.append(f"| {method} | {count} | " + " | ".join(cells) + " |")
     if result["ablations"]:
         kinds = [kind for kind in GROUPS if kind in result["ablations"]]
-        lines += ["", f"## Ablations of {focus}", "", f"Each less {focus}, averaged over the data sets: accuracy in points (below 0: the piece helps) / NLL in nats (above 0: it helps).", "",
-                  "| | " + " | ".join(kinds) + " |", "|---|" + "---|" * len(kinds)]
-        for method in dict.fromkeys(method for kind in kinds for method in result["ablations"][kind]["nll"]):
-            rows = [[result["ablations"][kind][metric].get(method) for metric in ("accuracy", "nll")] for kind in kinds]
-            lines.append(f"| {method} | " + " | ".join(f"{spread_text(accuracy, 100, sign='+')} / {spread_text(nll, 1, 3, sign='+')}" for accuracy, nll in rows) + " |")
-    lines += ["", f"## {focus} against the best other method", "", "Paired bootstrap over seeds and test samples: difference, 95 % interval, p. Accuracy in points (more is better), NLL in nats (less is better).",
-              "", "| data | condition | accuracy: against | difference | p | NLL: against | difference | p |", "|---|---|---|---|---|---|---|---|"]
+        lines += [
+            "",
+            f"## Ablations of {focus}",
+            "",
+            f"Each less {focus}, averaged over the data sets: accuracy in points (below 0: the piece helps) / NLL in nats (above 0: it helps).",
+            "",
+            "| | " + " | ".join(kinds) + " |",
+            "|---|" + "---|" * len(kinds),
+        ]
+        for method in dict.fromkeys(
+            method for kind in kinds for method in result["ablations"][kind]["nll"]
+        ):
+            rows = [
+                [result["ablations"][kind][metric].get(method) for metric in ("accuracy", "nll")]
+                for kind in kinds
+            ]
+            lines.append(
+                f"| {method} | "
+                + " | ".join(
+                    f"{spread_text(accuracy, 100, sign='+')} / {spread_text(nll, 1, 3, sign='+')}"
+                    for accuracy, nll in rows
+                )
+                + " |"
+            )
+    lines += [
+        "",
+        f"## {focus} against the best other method",
+        "",
+        "Paired bootstrap over seeds and test samples: difference, 95 % interval, p. Accuracy in points (more is better), NLL in nats (less is better).",
+        "",
+        "| data | condition | accuracy: against | difference | p | NLL: against | difference | p |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name, by_kind in result["bootstrap"].items():
         for kind, found in by_kind.items():
             cells = []
             for metric, scale, digits in (("accuracy", 100, 1), ("nll", 1, 3)):
                 row = found.get(metric)
-                cells += ["-", "-", "-"] if row is None else [
-                    row["against"], f"{scale * row['difference']:+.{digits}f} [{scale * row['low']:+.{digits}f}, {scale * row['high']:+.{digits}f}]", f"{row['p']:.3f}"]
+                cells += (
+                    ["-", "-", "-"]
+                    if row is None
+                    else [
+                        row["against"],
+                        f"{scale * row['difference']:+.{digits}f} [{scale * row['low']:+.{digits}f}, {scale * row['high']:+.{digits}f}]",
+                        f"{row['p']:.3f}",
+                    ]
+                )
             lines.append(f"| {name} | {kind} | " + " | ".join(cells) + " |")
     lines += _heads_table(result)
     for name, methods in result["results"].items():
         samples, modalities = result["samples"][name], result["modalities"][name]
-        lines += ["", f"## {name}", "", f"{samples['train']} / {samples['validation']} / {samples['test']} samples, {result['epochs'][name]} epochs.", "",
-                  "| method | accuracy | macro-F1 | NLL | ECE | " + " | ".join(f"{modality}: accuracy | utilisation" for modality in modalities) + " | ms a step |",
-                  "|---|---|---|---|---|" + "---|---|" * len(modalities) + "---|"]
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            f"{samples['train']} / {samples['validation']} / {samples['test']} samples, {result['epochs'][name]} epochs.",
+            "",
+            "| method | accuracy | macro-F1 | NLL | ECE | "
+            + " | ".join(f"{modality}: accuracy | utilisation" for modality in modalities)
+            + " | ms a step |",
+            "|---|---|---|---|---|" + "---|---|" * len(modalities) + "---|",
+        ]
         for method, entry in methods.items():
             clean = entry["conditions"].get("clean")
             if clean is None:
                 continue
-            cells = [spread_text(clean["accuracy"], 100), spread_text(clean["macro_f1"], 100), spread_text(clean["nll"], 1, 3), spread_text(clean["ece"], 1, 3)]
+            cells = [
+                spread_text(clean["accuracy"], 100),
+                spread_text(clean["macro_f1"], 100),
+                spread_text(clean["nll"], 1, 3),
+                spread_text(clean["ece"], 1, 3),
+            ]
             for modality in modalities:
                 head = entry["heads"].get(modality) or {}
-                cells += [spread_text(head.get("accuracy"), 100), spread_text(head.get("utilisation"), 1, 3)]
-            lines.append(f"| {method} | " + " | ".join([*cells, spread_text(entry["seconds_a_step"], 1000)]) + " |")
-        conditions = [condition for condition in next(iter(methods.values()))["conditions"] if condition != "clean"]
+                cells += [
+                    spread_text(head.get("accuracy"), 100),
+                    spread_text(head.get("utilisation"), 1, 3),
+                ]
+            lines.append(
+                f"| {method} | "
+                + " | ".join([*cells, spread_text(entry["seconds_a_step"], 1000)])
+                + " |"
+            )
+        conditions = [
+            condition
+            for condition in next(iter(methods.values()))["conditions"]
+            if condition != "clean"
+        ]
         if conditions:
-            lines += ["", "Accuracy / NLL:", "", "| method | " + " | ".join(conditions) + " |", "|---|" + "---|" * len(conditions)]
+            lines += [
+                "",
+                "Accuracy / NLL:",
+                "",
+                "| method | " + " | ".join(conditions) + " |",
+                "|---|" + "---|" * len(conditions),
+            ]
             for method, entry in methods.items():
                 rows = [entry["conditions"].get(condition) for condition in conditions]
-                lines.append(f"| {method} | " + " | ".join("-" if row is None else f"{spread_text(row['accuracy'], 100)} / {spread_text(row['nll'], 1, 2)}" for row in rows) + " |")
+                lines.append(
+                    f"| {method} | "
+                    + " | ".join(
+                        "-"
+                        if row is None
+                        else f"{spread_text(row['accuracy'], 100)} / {spread_text(row['nll'], 1, 2)}"
+                        for row in rows
+                    )
+                    + " |"
+                )
     if result["failures"]:
-        lines += ["", "## Failed", "", *(f"- {key}: {text}" for key, text in result["failures"].items())]
-    lines += ["", "## Chosen settings", "", "| data | method | learning rate | weight decay | own | validation NLL: chosen, all |", "|---|---|---|---|---|---|"]
+        lines += [
+            "",
+            "## Failed",
+            "",
+            *(f"- {key}: {text}" for key, text in result["failures"].items()),
+        ]
+    lines += [
+        "",
+        "## Chosen settings",
+        "",
+        "| data | method | learning rate | weight decay | own | validation NLL: chosen, all |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in result["trials"]:
         rows = row["tried"]
         best = rows[best_trial(rows)]
-        own = ", ".join(f"{key} = {value:g}" for key, value in best.items() if key not in ("learning_rate", "weight_decay", "validation_nll", "validation_accuracy", "seeds"))
-        lines.append(f"| {row['data']} | {row['method']} | {best['learning_rate']:.2g} | {best['weight_decay']:.2g} | {own or '-'} | {best['validation_nll']:.3f}; "
-                     + ", ".join(f"{tried['validation_nll']:.3f}" for tried in rows.values()) + " |")
+        own = ", ".join(
+            f"{key} = {value:g}"
+            for key, value in best.items()
+            if key
+            not in (
+                "learning_rate",
+                "weight_decay",
+                "validation_nll",
+                "validation_accuracy",
+                "seeds",
+            )
+        )
+        lines.append(
+            f"| {row['data']} | {row['method']} | {best['learning_rate']:.2g} | {best['weight_decay']:.2g} | {own or '-'} | {best['validation_nll']:.3f}; "
+            + ", ".join(f"{tried['validation_nll']:.3f}" for tried in rows.values())
+            + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def _heads_table(result: Mapping) -> list[str]:
     """The focus's heads beside encoders trained alone, and how many of them are below."""
-    rows = [(name, modality, row) for name, by_modality in result["heads"].items() for modality, row in by_modality.items()]
+    rows = [
+        (name, modality, row)
+        for name, by_modality in result["heads"].items()
+        for modality, row in by_modality.items()
+    ]
     methods = list(dict.fromkeys(method for _, _, row in rows for method in row))
     if not methods:
         return []
-    lines = ["", f"## {result['focus']}'s heads against encoders trained alone", "", "Accuracy of each modality's own prediction on clean input less that of the same encoder trained alone, "
-             "in points, as each method that trains them so was tuned; paired by seed.", "", "| data | modality | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
-    lines += [f"| {name} | {modality} | " + " | ".join(spread_text(row.get(method), 100, sign="+") for method in methods) + " |" for name, modality, row in rows]
+    lines = [
+        "",
+        f"## {result['focus']}'s heads against encoders trained alone",
+        "",
+        "Accuracy of each modality's own prediction on clean input less that of the same encoder trained alone, "
+        "in points, as each method that trains them so was tuned; paired by seed.",
+        "",
+        "| data | modality | " + " | ".join(methods) + " |",
+        "|---|---|" + "---|" * len(methods),
+    ]
+    lines += [
+        f"| {name} | {modality} | "
+        + " | ".join(spread_text(row.get(method), 100, sign="+") for method in methods)
+        + " |"
+        for name, modality, row in rows
+    ]
     counts = []
     for method in methods:
         found = [row[method] for _, _, row in rows if method in row]
         low = [row for row in found if row["mean"] < 0]
         far = sum(row["error"] is not None and row["mean"] < -2 * row["error"] for row in low)
         counts.append(f"{len(found) - len(low)} of {len(found)}, {far}")
-    return [*lines, "| level or above; below by more than two standard errors | | " + " | ".join(counts) + " |"]
+    return [
+        *lines,
+        "| level or above; below by more than two standard errors | | " + " | ".join(counts) + " |",
+    ]
 
 
 def _count(seeds: int) -> str:
@@ -340,7 +655,10 @@ def _seeds(count: int) -> str:
 def by_rank(table: Mapping) -> list[str]:
     """The methods of :func:`ranks`, the best over all kinds and both metrics first; those that lack one come last."""
     rows = [by_metric[metric] for by_metric in table.values() for metric in ("accuracy", "nll")]
-    return sorted(dict.fromkeys(method for row in rows for method in row), key=lambda method: sum(row.get(method, {"rank": 99})["rank"] for row in rows))
+    return sorted(
+        dict.fromkeys(method for row in rows for method in row),
+        key=lambda method: sum(row.get(method, {"rank": 99})["rank"] for row in rows),
+    )
 
 
 def rank_text(rows: Mapping, method: str, digits: int) -> str:
@@ -348,7 +666,9 @@ def rank_text(rows: Mapping, method: str, digits: int) -> str:
     if method not in rows:
         return "-"
     text = f"{rows[method]['rank']:.{digits}f}"
-    return f"**{text}**" if rows[method]["rank"] == min(row["rank"] for row in rows.values()) else text
+    return (
+        f"**{text}**" if rows[method]["rank"] == min(row["rank"] for row in rows.values()) else text
+    )
 
 
 def spread_text(spread: Mapping | None, scale: float, digits: int = 1, *, sign: str = "") -> str:
@@ -365,7 +685,7 @@ def picture(result: Mapping) -> Figure:
     with matplotlib.style.context(["default", STYLE]):
         figure = Figure(figsize=(7.0, 0.55 + 2.6 * math.ceil(len(kinds) / 2)), layout="constrained")
         axes = figure.subplots(math.ceil(len(kinds) / 2), 2, squeeze=False).ravel()
-        for axis in axes[len(kinds):]:
+        for axis in axes[len(kinds) :]:
             axis.remove()
         methods = sorted({method for kind in kinds for method in result["ranks"][kind]["accuracy"]})
         focus = result["focus"]
@@ -376,13 +696,31 @@ def picture(result: Mapping) -> Figure:
                     continue
                 ours = method == focus
                 colour = PALETTE[1] if ours else PALETTE[0]
-                axis.scatter(accuracy[method]["rank"], nll[method]["rank"], s=40 if ours else 16, color=colour, marker=MARKERS[3] if ours else MARKERS[0], zorder=3)
-                axis.annotate(method, (accuracy[method]["rank"], nll[method]["rank"]), xytext=(3, 3 if number % 2 else -7), textcoords="offset points", fontsize=5.5,
-                              color=INK if ours else GREY)
+                axis.scatter(
+                    accuracy[method]["rank"],
+                    nll[method]["rank"],
+                    s=40 if ours else 16,
+                    color=colour,
+                    marker=MARKERS[3] if ours else MARKERS[0],
+                    zorder=3,
+                )
+                axis.annotate(
+                    method,
+                    (accuracy[method]["rank"], nll[method]["rank"]),
+                    xytext=(3, 3 if number % 2 else -7),
+                    textcoords="offset points",
+                    fontsize=5.5,
+                    color=INK if ours else GREY,
+                )
             axis.set_title(kind, loc="left", fontsize=8)
             axis.set_xlabel("average rank in accuracy")
             axis.set_ylabel("average rank in NLL")
             axis.grid(True)
             axis.margins(0.14)
-        figure.suptitle(f"Average ranks over {len(result['results'])} data sets, {result['seeds']} seeds (1 is best)", x=0.01, ha="left", fontsize=8.5)
+        figure.suptitle(
+            f"Average ranks over {len(result['results'])} data sets, {result['seeds']} seeds (1 is best)",
+            x=0.01,
+            ha="left",
+            fontsize=8.5,
+        )
     return figure

@@ -1,4 +1,5 @@
 """What a training step costs: seconds, method beside method."""
+
 from __future__ import annotations
 
 import sys
@@ -13,14 +14,20 @@ from tqdm.auto import tqdm
 from iibalance.averaging import WeightAverage
 from iibalance.config import RunConfig
 from iibalance.data.dataset import MultimodalData
+from iibalance.files import read_json, write_json
 from iibalance.methods import Method, make_method
 from iibalance.training.stages import Run
-from iibalance.files import read_json, write_json
 from iibalance.training.trainer import alone_model, make_accelerator, only
 
 
 def time_steps(
-    path: Path, config: Callable[[str, str], RunConfig], sets: Mapping[str, MultimodalData], defined: Mapping[str, Sequence[str]], *, steps: int, batch_size: int,
+    path: Path,
+    config: Callable[[str, str], RunConfig],
+    sets: Mapping[str, MultimodalData],
+    defined: Mapping[str, Sequence[str]],
+    *,
+    steps: int,
+    batch_size: int,
     progress: bool = False,
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds of each of ``steps`` training steps, by data set and method: methods take turns in one thread, and nothing else is to run.
@@ -28,14 +35,23 @@ def time_steps(
     Args: ``path``, a JSON file that keeps what was measured; ``config(data set, method)``, the options of a run; ``defined``, the methods of each set.
     """
     found = read_json(path) if path.exists() else {}
-    late = [name for name in sets if any(len(found.get(name, {}).get(method, ())) != steps for method in defined[name])]
+    late = [
+        name
+        for name in sets
+        if any(len(found.get(name, {}).get(method, ())) != steps for method in defined[name])
+    ]
     if not late:
         return found
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for name in tqdm(late, desc="timing", unit="set", disable=None if progress else not sys.stderr.isatty()):
-            step = {method: _stepper(config(name, method), sets[name], batch_size) for method in defined[name]}
+        for name in tqdm(
+            late, desc="timing", unit="set", disable=None if progress else not sys.stderr.isatty()
+        ):
+            step = {
+                method: _stepper(config(name, method), sets[name], batch_size)
+                for method in defined[name]
+            }
             found[name] = {method: [] for method in step}
             for turn in range(steps + 3):
                 for method, one in step.items():
@@ -61,7 +77,9 @@ def _stepper(config: RunConfig, data: MultimodalData, batch_size: int) -> Callab
     else:
         for modality in data.modalities:
             split = only(data.train, modality)
-            alone = alone_model(modality, run.encoders[modality](), split.inputs[modality][:2], data.num_classes)
+            alone = alone_model(
+                modality, run.encoders[modality](), split.inputs[modality][:2], data.num_classes
+            )
             parts.append((alone, Method(config), split))
     work = []
     for model, hooks, split in parts:
@@ -70,10 +88,23 @@ def _stepper(config: RunConfig, data: MultimodalData, batch_size: int) -> Callab
         hooks.before_epoch(model, split, 0.9)
         model.train()
         with torch.no_grad():  # every class seen, as after the first steps of a training
-            model(split.inputs, split.targets, mask=None if bool(split.mask.all()) else split.mask, progress=0.9)
+            model(
+                split.inputs,
+                split.targets,
+                mask=None if bool(split.mask.all()) else split.mask,
+                progress=0.9,
+            )
         batch = split.__getitems__(rows % len(split))
         average = WeightAverage(model, 100.0) if hooks.averaging else None
-        work.append((model, hooks, optimizer, average, batch._replace(mask=None) if bool(batch.mask.all()) else batch))
+        work.append(
+            (
+                model,
+                hooks,
+                optimizer,
+                average,
+                batch._replace(mask=None) if bool(batch.mask.all()) else batch,
+            )
+        )
 
     def step() -> float:
         started = time.perf_counter()

@@ -1,13 +1,20 @@
 """From a source's raw arrays to :class:`MultimodalData`: the checks, splits and standardisation that all sources share."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 import numpy as np
 import torch
 
-from iibalance.data.dataset import DataConfig, MultimodalData, Split, Standardizer, check_layout, infer_layout
+from iibalance.data.dataset import (
+    DataConfig,
+    MultimodalData,
+    Split,
+    Standardizer,
+    check_layout,
+    infer_layout,
+)
 from iibalance.data.splits import hold_out
 from iibalance.errors import InputError
 
@@ -26,8 +33,8 @@ class RawData:
     arrays: dict[str, np.ndarray]
     targets: np.ndarray
     mask: np.ndarray
-    groups: Optional[np.ndarray]
-    split: Optional[np.ndarray]
+    groups: np.ndarray | None
+    split: np.ndarray | None
     class_names: list[str]
 
 
@@ -47,7 +54,10 @@ def assemble(raw: RawData, config: DataConfig) -> MultimodalData:
         chosen = rows[part]
         mask = torch.from_numpy(raw.mask[chosen])
         with np.errstate(over="ignore", invalid="ignore"):  # missing rows may hold anything
-            inputs = {name: torch.from_numpy(array[chosen].astype(np.float32, copy=False)) for name, array in raw.arrays.items()}
+            inputs = {
+                name: torch.from_numpy(array[chosen].astype(np.float32, copy=False))
+                for name, array in raw.arrays.items()
+            }
         if part == "train":
             standardizer.fit(inputs, mask)
         inputs = standardizer.transform(inputs, mask)
@@ -55,21 +65,33 @@ def assemble(raw: RawData, config: DataConfig) -> MultimodalData:
             bad = ~values.flatten(1).isfinite().all(1)
             if bad.any():
                 row = chosen[int(bad.nonzero()[0])]
-                raise InputError(f"{raw.origin}: x_{name}: row {row} is too large to standardise in float32; rescale this feature")
+                raise InputError(
+                    f"{raw.origin}: x_{name}: row {row} is too large to standardise in float32; rescale this feature"
+                )
         groups = None if raw.groups is None else torch.from_numpy(raw.groups[chosen])
         splits[part] = Split(inputs, torch.from_numpy(raw.targets[chosen]), mask, groups)
     return MultimodalData(
-        name=config.name, modalities=tuple(raw.arrays), num_classes=len(raw.class_names), class_names=list(raw.class_names),
-        **splits, standardizer=standardizer, shapes={name: tuple(shape) for name, shape in shapes.items()}, layouts=layouts,
+        name=config.name,
+        modalities=tuple(raw.arrays),
+        num_classes=len(raw.class_names),
+        class_names=list(raw.class_names),
+        **splits,
+        standardizer=standardizer,
+        shapes={name: tuple(shape) for name, shape in shapes.items()},
+        layouts=layouts,
     )
 
 
-def choose_layouts(arrays: dict[str, np.ndarray], given: dict[str, str], origin: str) -> dict[str, str]:
+def choose_layouts(
+    arrays: dict[str, np.ndarray], given: dict[str, str], origin: str
+) -> dict[str, str]:
     """The user's layout of each modality, or the inferred one; InputError names the modality."""
     given = dict(given or {})
     unknown = sorted(set(given) - set(arrays))
     if unknown:
-        raise InputError(f"data.layouts: {unknown[0]!r} is no modality in use; there are {', '.join(arrays)}")
+        raise InputError(
+            f"data.layouts: {unknown[0]!r} is no modality in use; there are {', '.join(arrays)}"
+        )
     layouts = {}
     for name, array in arrays.items():
         try:
@@ -85,7 +107,9 @@ def split_rows(raw: RawData, config: DataConfig) -> dict[str, np.ndarray]:
     seed, targets, groups = config.split_seed, raw.targets, raw.groups
 
     def divide(rows: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-        held = hold_out(targets[rows], fraction, seed=seed, groups=None if groups is None else groups[rows])
+        held = hold_out(
+            targets[rows], fraction, seed=seed, groups=None if groups is None else groups[rows]
+        )
         return rows[~held], rows[held]
 
     if raw.split is None:
@@ -100,8 +124,14 @@ def split_rows(raw: RawData, config: DataConfig) -> dict[str, np.ndarray]:
     rows = {"train": train, "validation": validation, "test": test}
     for code, (part, chosen) in enumerate(rows.items()):
         if not len(chosen):
-            why = f"no row of {config.split!r} is {code}" if raw.split is not None and part != "validation" else "there are too few samples"
-            raise InputError(f"the {part} split is empty: {why}; give more samples or another split column")
+            why = (
+                f"no row of {config.split!r} is {code}"
+                if raw.split is not None and part != "validation"
+                else "there are too few samples"
+            )
+            raise InputError(
+                f"the {part} split is empty: {why}; give more samples or another split column"
+            )
     return rows
 
 
@@ -110,8 +140,12 @@ def check_training_split(raw: RawData, train: np.ndarray) -> None:
     present = np.bincount(raw.targets[train], minlength=len(raw.class_names))
     for label in np.flatnonzero(present == 0):
         elsewhere = int((raw.targets == label).sum())
-        raise InputError(f"{raw.origin}: class {label} ({raw.class_names[label]}) has no training sample ({elsewhere} in all); "
-                         "move some to the training split or remove the class")
+        raise InputError(
+            f"{raw.origin}: class {label} ({raw.class_names[label]}) has no training sample ({elsewhere} in all); "
+            "move some to the training split or remove the class"
+        )
     for column, name in enumerate(raw.arrays):
         if not raw.mask[train, column].any():
-            raise InputError(f"{raw.origin}: mask_{name}: missing in every training sample; leave {name} out with data.modalities")
+            raise InputError(
+                f"{raw.origin}: mask_{name}: missing in every training sample; leave {name} out with data.modalities"
+            )

@@ -3,6 +3,7 @@
 Everything works on standardised batches, draws from the ``torch.Generator`` it is given (on that generator's device), and leaves its
 input as it is.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -17,7 +18,13 @@ KINDS = ("noise", "missing", "shuffled")
 
 
 def corrupt(
-    batch: Batch, modality: str, kind: str, *, fraction: float = 0.5, strength: float = 3.0, generator: torch.Generator
+    batch: Batch,
+    modality: str,
+    kind: str,
+    *,
+    fraction: float = 0.5,
+    strength: float = 3.0,
+    generator: torch.Generator,
 ) -> Batch:
     """Corrupt one modality of a random ``fraction`` of the samples that have it (rounded; the same samples whatever the kind).
 
@@ -31,12 +38,18 @@ def corrupt(
     """
     modality, kind = _check(modality, kind, tuple(batch.inputs))
     if not 0 <= fraction <= 1:
-        raise InputError(f"fraction: {fraction} is no share of the samples; give a number from 0 to 1")
+        raise InputError(
+            f"fraction: {fraction} is no share of the samples; give a number from 0 to 1"
+        )
     if not 0 <= strength < float("inf"):
-        raise InputError(f"strength: {strength} is no noise level; give 0 or more standard deviations")
+        raise InputError(
+            f"strength: {strength} is no noise level; give 0 or more standard deviations"
+        )
     column = tuple(batch.inputs).index(modality)
     present = batch.mask[:, column].nonzero().squeeze(1)
-    order = torch.randperm(len(present), generator=generator, device=generator.device).to(present.device)
+    order = torch.randperm(len(present), generator=generator, device=generator.device).to(
+        present.device
+    )
     count = int(fraction * len(present) + 0.5)
     rows, spare = present[order[:count]], present[order[count:]]
     values, mask = batch.inputs[modality].clone(), batch.mask.clone()
@@ -47,14 +60,20 @@ def corrupt(
         values[rows] = 0.0
         mask[rows, column] = False
     elif count > 1:
-        values[rows] = batch.inputs[modality][rows.roll(1)]  # one cycle through rows in random order: nobody keeps its own
+        values[rows] = batch.inputs[modality][
+            rows.roll(1)
+        ]  # one cycle through rows in random order: nobody keeps its own
     elif count == 1 and len(spare):
         values[rows] = batch.inputs[modality][spare[:1]]
     return Batch({**batch.inputs, modality: values}, batch.targets, mask)
 
 
 def random_corruptions(
-    batch: Batch, *, generator: torch.Generator, max_strength: float = 4.0, kinds: Sequence[str] = KINDS
+    batch: Batch,
+    *,
+    generator: torch.Generator,
+    max_strength: float = 4.0,
+    kinds: Sequence[str] = KINDS,
 ) -> Batch:
     """Each sample with one of its modalities, chosen at random, corrupted in a random way: the calibration set's second half (method.md 5).
 
@@ -71,13 +90,17 @@ def random_corruptions(
         if kind not in KINDS:
             raise InputError(f"kinds: {kind!r} is none of {', '.join(KINDS)}")
     if not 0 <= max_strength < float("inf"):
-        raise InputError(f"max_strength: {max_strength} is no noise level; give 0 or more standard deviations")
+        raise InputError(
+            f"max_strength: {max_strength} is no noise level; give 0 or more standard deviations"
+        )
     device, count = batch.mask.device, len(batch.mask)
 
     def uniform(*size: int) -> Tensor:
         return torch.rand(*size, generator=generator, device=generator.device).to(device)
 
-    chosen = (uniform(*batch.mask.shape) + batch.mask).argmax(1)  # a present modality of each sample, all equally likely  [B]
+    chosen = (uniform(*batch.mask.shape) + batch.mask).argmax(
+        1
+    )  # a present modality of each sample, all equally likely  [B]
     drawn = (uniform(count) * len(kinds)).long().clamp_max(len(kinds) - 1)
     strength = max_strength * uniform(count)
     alone = batch.mask.sum(1) < 2
@@ -87,7 +110,10 @@ def random_corruptions(
     inputs, mask = {}, batch.mask.clone()
     for column, (name, original) in enumerate(batch.inputs.items()):
         values = inputs[name] = original.clone()
-        rows = {kind: (where & (chosen == column)).nonzero().squeeze(1) for kind, where in is_kind.items()}
+        rows = {
+            kind: (where & (chosen == column)).nonzero().squeeze(1)
+            for kind, where in is_kind.items()
+        }
         if "noise" in rows:
             scale = strength[rows["noise"]].view(-1, *[1] * (values.dim() - 1))
             values[rows["noise"]] += scale * _normal(values[rows["noise"]], generator)
@@ -95,7 +121,9 @@ def random_corruptions(
             present = batch.mask[:, column].nonzero().squeeze(1)
             if len(present) > 1:
                 place = torch.searchsorted(present, rows["shuffled"])
-                step = 1 + (uniform(len(place)) * (len(present) - 1)).long().clamp_max(len(present) - 2)  # 1 .. n - 1: never itself
+                step = 1 + (uniform(len(place)) * (len(present) - 1)).long().clamp_max(
+                    len(present) - 2
+                )  # 1 .. n - 1: never itself
                 values[rows["shuffled"]] = original[present[(place + step) % len(present)]]
         if "missing" in rows:
             values[rows["missing"]] = 0.0
@@ -111,10 +139,14 @@ def drop_modalities(mask: Tensor, probability: float, generator: torch.Generator
     tensor([1])
     """
     if not 0 <= probability <= 1:
-        raise InputError(f"modality dropout: {probability} is no probability; give a number from 0 to 1")
+        raise InputError(
+            f"modality dropout: {probability} is no probability; give a number from 0 to 1"
+        )
     draw = torch.rand(mask.shape, generator=generator, device=generator.device).to(mask.device)
     kept = mask & (draw >= probability)
-    last = draw.masked_fill(~mask, -1.0).argmax(1, keepdim=True)  # given that all were dropped, the largest draw is any of them alike
+    last = draw.masked_fill(~mask, -1.0).argmax(
+        1, keepdim=True
+    )  # given that all were dropped, the largest draw is any of them alike
     rescue = torch.zeros_like(mask).scatter_(1, last, True) & mask
     return torch.where(kept.any(1, keepdim=True), kept, rescue)
 
@@ -127,7 +159,9 @@ def parse_degrade(text: str, modalities: Sequence[str]) -> tuple[str, str]:
     """
     modality, equals, kind = text.partition("=")
     if not equals:
-        raise InputError(f"degrade: {text!r} is not <modality>=<kind>, such as {modalities[0]}=noise")
+        raise InputError(
+            f"degrade: {text!r} is not <modality>=<kind>, such as {modalities[0]}=noise"
+        )
     return _check(modality.strip(), kind.strip(), modalities)
 
 

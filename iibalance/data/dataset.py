@@ -2,11 +2,12 @@
 
 Modalities keep one order everywhere: the keys of ``inputs`` and the columns of ``mask`` are the modalities in that order.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Optional, Union
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,12 @@ from torch import Tensor, nn
 from iibalance.errors import InputError
 
 Layout = Literal["vector", "sequence", "image", "video"]
-LAYOUT_DIMENSIONS = {"vector": None, "sequence": (2, 3, 4), "image": (2, 3), "video": (3, 4)}  # None: any number, flattened
+LAYOUT_DIMENSIONS = {
+    "vector": None,
+    "sequence": (2, 3, 4),
+    "image": (2, 3),
+    "video": (3, 4),
+}  # None: any number, flattened
 MAX_CHANNELS = 4  # an axis of 1 to 4 may be colour channels; a longer one is not taken for them
 
 
@@ -29,11 +35,11 @@ class DataConfig:
 
     name: Literal["digits", "npz"] = "digits"
     """Source: ``digits`` (three views of scikit-learn's handwritten digits, nothing to download) or ``npz`` (your own file)."""
-    path: Optional[str] = None
+    path: str | None = None
     """The npz file: arrays ``x_<modality>`` [N, ...] and ``y`` [N]; optional ``split``, ``mask_<modality>``, ``classes``, group columns."""
-    modalities: Optional[Union[str, list[str]]] = None
+    modalities: str | list[str] | None = None
     """Modalities to use, in this order: a list, or names joined by commas. All of them by default."""
-    groups: Optional[str] = None
+    groups: str | None = None
     """npz column (speaker, subject, video): splits and folds made here never share one of its values; a split column is taken as it is."""
     split: str = "split"
     """npz column with 0 = train, 1 = validation, 2 = test. Where the file has no ``split``, a stratified 70/10/20 split is made."""
@@ -44,17 +50,25 @@ class DataConfig:
     split_seed: int = 0
     """Seed of every split made here, apart from the training seed: runs over seeds share their test samples."""
 
-    def modality_list(self) -> Optional[tuple[str, ...]]:
+    def modality_list(self) -> tuple[str, ...] | None:
         """The chosen modalities in order, or None for all; InputError for an empty or doubled name."""
         if self.modalities is None:
             return None
-        names = self.modalities.split(",") if isinstance(self.modalities, str) else list(self.modalities)
+        names = (
+            self.modalities.split(",")
+            if isinstance(self.modalities, str)
+            else list(self.modalities)
+        )
         names = tuple(str(name).strip() for name in names)
         if not names or "" in names:
-            raise InputError(f"data.modalities: {self.modalities!r} holds an empty name; give names joined by commas, such as audio,visual")
+            raise InputError(
+                f"data.modalities: {self.modalities!r} holds an empty name; give names joined by commas, such as audio,visual"
+            )
         doubled = [name for name in names if names.count(name) > 1]
         if doubled:
-            raise InputError(f"data.modalities: {doubled[0]!r} is named twice; name each modality once")
+            raise InputError(
+                f"data.modalities: {doubled[0]!r} is named twice; name each modality once"
+            )
         return names
 
 
@@ -68,7 +82,7 @@ class Batch(NamedTuple):
     inputs: dict[str, Tensor]
     targets: Tensor
     mask: Tensor
-    index: Optional[Tensor] = None  #: [B] row numbers in the split, where the batch was taken from one
+    index: Tensor | None = None  #: [B] row numbers in the split, where the batch was taken from one
 
 
 @dataclass(eq=False)
@@ -86,25 +100,37 @@ class Split(torch.utils.data.Dataset):
     inputs: dict[str, Tensor]
     targets: Tensor
     mask: Tensor
-    groups: Optional[Tensor] = None
+    groups: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> Batch:
         """One sample, without the batch dimension: ``default_collate`` makes a :class:`Batch` of a list of them."""
-        return Batch({name: values[index] for name, values in self.inputs.items()}, self.targets[index], self.mask[index], torch.tensor(index))
+        return Batch(
+            {name: values[index] for name, values in self.inputs.items()},
+            self.targets[index],
+            self.mask[index],
+            torch.tensor(index),
+        )
 
-    def __getitems__(self, indices: Union[Sequence[int], Tensor]) -> Batch:
+    def __getitems__(self, indices: Sequence[int] | Tensor) -> Batch:
         """The samples at ``indices`` [B] as one :class:`Batch` (a copy)."""
         rows = torch.as_tensor(indices, dtype=torch.long)
-        return Batch({name: values[rows] for name, values in self.inputs.items()}, self.targets[rows], self.mask[rows], rows)
+        return Batch(
+            {name: values[rows] for name, values in self.inputs.items()},
+            self.targets[rows],
+            self.mask[rows],
+            rows,
+        )
 
-    def subset(self, indices: Union[Sequence[int], Tensor, np.ndarray]) -> Split:
+    def subset(self, indices: Sequence[int] | Tensor | np.ndarray) -> Split:
         """A new split of the samples at ``indices``, in that order (integer indices or a bool [N]; a copy)."""
         rows = torch.as_tensor(indices)
         rows = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows.long()
-        return Split(*self.__getitems__(rows)[:3], None if self.groups is None else self.groups[rows])
+        return Split(
+            *self.__getitems__(rows)[:3], None if self.groups is None else self.groups[rows]
+        )
 
     def batch(self) -> Batch:
         """Everything as one :class:`Batch` (views, no copy)."""
@@ -132,10 +158,15 @@ class Standardizer(nn.Module):
     tensor(True)
     """
 
-    def __init__(self, shapes: Mapping[str, Sequence[int]], layouts: Optional[Mapping[str, str]] = None):
+    def __init__(
+        self, shapes: Mapping[str, Sequence[int]], layouts: Mapping[str, str] | None = None
+    ):
         super().__init__()
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        self.layouts = {name: (layouts or {}).get(name) or infer_layout(shape) for name, shape in self.shapes.items()}
+        self.layouts = {
+            name: (layouts or {}).get(name) or infer_layout(shape)
+            for name, shape in self.shapes.items()
+        }
         for name, shape in self.shapes.items():
             statistic = statistic_shape(shape, self.layouts[name])
             self.register_buffer(f"mean_{name}", torch.zeros(statistic))
@@ -150,13 +181,26 @@ class Standardizer(nn.Module):
         for column, name in enumerate(self.shapes):
             rows = mask[:, column].nonzero().squeeze(1)
             if not len(rows):
-                raise InputError(f"{name}: missing in every training sample; leave this modality out")
+                raise InputError(
+                    f"{name}: missing in every training sample; leave this modality out"
+                )
             shape = getattr(self, f"mean_{name}").shape
             over = [0] + [1 + axis for axis, size in enumerate(shape) if size == 1]
-            chunks = [rows[start:start + 1024] for start in range(0, len(rows), 1024)]  # float64 sums without a float64 copy of everything
+            chunks = [
+                rows[start : start + 1024] for start in range(0, len(rows), 1024)
+            ]  # float64 sums without a float64 copy of everything
             count = len(rows) * int(torch.Size(self.shapes[name]).numel()) // max(shape.numel(), 1)
-            mean = sum(inputs[name][chunk].double().sum(over, keepdim=True) for chunk in chunks)[0] / count
-            variance = sum((inputs[name][chunk].double() - mean).square().sum(over, keepdim=True) for chunk in chunks)[0] / count
+            mean = (
+                sum(inputs[name][chunk].double().sum(over, keepdim=True) for chunk in chunks)[0]
+                / count
+            )
+            variance = (
+                sum(
+                    (inputs[name][chunk].double() - mean).square().sum(over, keepdim=True)
+                    for chunk in chunks
+                )[0]
+                / count
+            )
             std = variance.sqrt()
             floor = torch.maximum(1e-6 * mean.abs(), 1e-9 * std.max())
             std = torch.where(std > floor.clamp_min(torch.finfo(torch.float32).tiny), std, 1.0)
@@ -219,7 +263,9 @@ def infer_layout(shape: Sequence[int], dtype: Any = None) -> Layout:
     shape = tuple(int(size) for size in shape)
     channels = [1 <= size <= MAX_CHANNELS for size in shape]
     if not shape or min(shape) < 1:
-        raise InputError(f"a sample of shape {shape} holds nothing to encode; give every sample at least one feature")
+        raise InputError(
+            f"a sample of shape {shape} holds nothing to encode; give every sample at least one feature"
+        )
     if len(shape) == 1:
         return "vector"
     if len(shape) == 2:
@@ -233,8 +279,10 @@ def infer_layout(shape: Sequence[int], dtype: Any = None) -> Layout:
             return "video"
     if len(shape) == 4 and channels[1] != channels[3]:
         return "video"
-    raise InputError(f"a sample of shape {shape} can be read in more than one way; pass its layout "
-                     f"({', '.join(LAYOUT_DIMENSIONS)}) or bring your own encoder")
+    raise InputError(
+        f"a sample of shape {shape} can be read in more than one way; pass its layout "
+        f"({', '.join(LAYOUT_DIMENSIONS)}) or bring your own encoder"
+    )
 
 
 def check_layout(shape: Sequence[int], layout: str) -> None:
@@ -246,7 +294,9 @@ def check_layout(shape: Sequence[int], layout: str) -> None:
         raise InputError(f"layout {layout!r} is none of {', '.join(LAYOUT_DIMENSIONS)}")
     allowed = LAYOUT_DIMENSIONS[layout]
     if allowed and len(shape) not in allowed:
-        raise InputError(f"layout {layout!r} takes samples of {' or '.join(map(str, allowed))} dimensions, not of shape {tuple(shape)}")
+        raise InputError(
+            f"layout {layout!r} takes samples of {' or '.join(map(str, allowed))} dimensions, not of shape {tuple(shape)}"
+        )
 
 
 def statistic_shape(shape: Sequence[int], layout: str) -> tuple[int, ...]:
@@ -261,7 +311,9 @@ def statistic_shape(shape: Sequence[int], layout: str) -> tuple[int, ...]:
         return shape
     if layout == "sequence":
         return (1, *shape[1:])
-    first = 0 if layout == "image" else 1  # where channels stand when they come first; as the built-in encoders read them
+    first = (
+        0 if layout == "image" else 1
+    )  # where channels stand when they come first; as the built-in encoders read them
     if len(shape) < first + 3:
         return (1,) * len(shape)
     last = shape[first] > MAX_CHANNELS >= shape[first + 2]

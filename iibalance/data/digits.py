@@ -5,6 +5,7 @@ training split and scored on the test split, gives 96.7 % for `pixels`, 83.5 % f
 0 to 7, standard deviation 1 to 2 points; 97.5, 83.0 and 73.8 on the default split). Strong and weak, and overlapping: the method's case in
 miniature.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -29,21 +30,34 @@ def read_digits(config: DataConfig) -> RawData:
     for option, default in (("path", None), ("groups", None), ("split", "split")):
         value = getattr(config, option)
         if value != default:
-            raise InputError(f"data.{option}: {value!r} is given, but the digits have no such thing; for your own file add data.name npz")
+            raise InputError(
+                f"data.{option}: {value!r} is given, but the digits have no such thing; for your own file add data.name npz"
+            )
     bunch = load_digits()
     images, targets = bunch.images, bunch.target.astype(np.int64)
-    views = {"pixels": images.reshape(len(images), 64), "fourier": fourier_view(images), "shape": shape_view(images)}
+    views = {
+        "pixels": images.reshape(len(images), 64),
+        "fourier": fourier_view(images),
+        "shape": shape_view(images),
+    }
     chosen = config.modality_list() or tuple(views)
     for name in chosen:
         if name not in views:
-            raise InputError(f"data.modalities: the digits have no {name!r}; there are {', '.join(views)}")
+            raise InputError(
+                f"data.modalities: the digits have no {name!r}; there are {', '.join(views)}"
+            )
     test = hold_out(targets, 0.2, seed=config.split_seed)
     rest = np.flatnonzero(~test)
     split = np.where(test, 2, 0)
     split[rest[hold_out(targets[rest], 0.25, seed=config.split_seed)]] = 1
     return RawData(
-        origin="digits", arrays={name: views[name].astype(np.float32) for name in chosen}, targets=targets,
-        mask=np.ones((len(targets), len(chosen)), dtype=bool), groups=None, split=split, class_names=[str(digit) for digit in range(10)],
+        origin="digits",
+        arrays={name: views[name].astype(np.float32) for name in chosen},
+        targets=targets,
+        mask=np.ones((len(targets), len(chosen)), dtype=bool),
+        groups=None,
+        split=split,
+        class_names=[str(digit) for digit in range(10)],
     )
 
 
@@ -64,8 +78,15 @@ def shape_view(images: np.ndarray) -> np.ndarray:
     row, column = np.mgrid[0:8, 0:8] / 7.0
     from_row = row - (weight * row).sum((1, 2))[:, None, None]
     from_column = column - (weight * column).sum((1, 2))[:, None, None]
-    moments = [(weight * product).sum((1, 2)) for product in (from_row**2, from_column**2, from_row * from_column)]
+    moments = [
+        (weight * product).sum((1, 2))
+        for product in (from_row**2, from_column**2, from_row * from_column)
+    ]
     dark = np.pad(images >= 8, ((0, 0), (1, 1), (1, 1)))  # grey levels are 0..16
-    strokes = [(np.diff(dark.astype(int), axis=axis) > 0).sum(axis)[:, 1:-1].mean(1) for axis in (2, 1)]
-    holes = [ndimage.label(~image)[1] - 1 for image in dark]  # light regions other than the background
+    strokes = [
+        (np.diff(dark.astype(int), axis=axis) > 0).sum(axis)[:, 1:-1].mean(1) for axis in (2, 1)
+    ]
+    holes = [
+        ndimage.label(~image)[1] - 1 for image in dark
+    ]  # light regions other than the background
     return np.stack([ink, *moments, *strokes, holes], 1)

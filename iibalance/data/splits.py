@@ -1,8 +1,8 @@
 """Which sample goes where: stratified, deterministic, and group-disjoint where the data has groups."""
+
 from __future__ import annotations
 
 import warnings
-from typing import Optional
 
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
@@ -10,7 +10,9 @@ from sklearn.model_selection import StratifiedGroupKFold
 from iibalance.errors import InputError
 
 
-def hold_out(targets: np.ndarray, fraction: float, *, seed: int = 0, groups: Optional[np.ndarray] = None) -> np.ndarray:
+def hold_out(
+    targets: np.ndarray, fraction: float, *, seed: int = 0, groups: np.ndarray | None = None
+) -> np.ndarray:
     """Bool [N], True for about ``fraction`` of the samples, alike in every class; at least one sample of each class stays False.
 
     With ``groups`` [N], no group is on both sides, so the share can only be near ``fraction``. InputError where groups do not allow it.
@@ -26,20 +28,28 @@ def hold_out(targets: np.ndarray, fraction: float, *, seed: int = 0, groups: Opt
     # Systematic sampling along that order: the overall share and each class's share are within one sample of exact, however small a class.
     place = np.arange(len(targets))
     held = np.zeros(len(targets), dtype=bool)
-    held[order] = np.floor((place + 1) * fraction + 0.5 + 1e-9) > np.floor(place * fraction + 0.5 + 1e-9)
+    held[order] = np.floor((place + 1) * fraction + 0.5 + 1e-9) > np.floor(
+        place * fraction + 0.5 + 1e-9
+    )
     for label in np.setdiff1d(np.unique(targets), targets[~held]):
         held[np.flatnonzero(targets == label)[0]] = False
     return held
 
 
-def _hold_out_groups(targets: np.ndarray, fraction: float, seed: int, groups: np.ndarray) -> np.ndarray:
+def _hold_out_groups(
+    targets: np.ndarray, fraction: float, seed: int, groups: np.ndarray
+) -> np.ndarray:
     count = len(np.unique(groups))
     if count < 2:
-        raise InputError(f"groups: {count} group cannot be divided between training and held out; give a split column, or no groups")
+        raise InputError(
+            f"groups: {count} group cannot be divided between training and held out; give a split column, or no groups"
+        )
     folds = max(2, min(round(1 / fraction), count, int(np.bincount(targets).max())))
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # "the least populated class has only n members": checked below, by what matters
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # "the least populated class has only n members": checked below, by what matters
         candidates = [held for _, held in splitter.split(targets, targets, groups)]
     labels = np.unique(targets)
     best = None
@@ -50,5 +60,7 @@ def _hold_out_groups(targets: np.ndarray, fraction: float, seed: int, groups: np
             if best is None or abs(held.mean() - fraction) < abs(best.mean() - fraction):
                 best = held
     if best is None:
-        raise InputError("groups: held-out groups would take every sample of some class with them; give a split column, or no groups")
+        raise InputError(
+            "groups: held-out groups would take every sample of some class with them; give a split column, or no groups"
+        )
     return best

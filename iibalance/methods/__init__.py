@@ -1,4 +1,5 @@
 """Training methods behind one interface. ``make_method("concat")`` is the way in; ``METHODS`` lists them."""
+
 from __future__ import annotations
 
 import hashlib
@@ -11,6 +12,7 @@ from types import ModuleType
 
 from iibalance.config import RunConfig
 from iibalance.errors import InputError
+from iibalance.files import file_digest
 from iibalance.methods.agm import AGM
 from iibalance.methods.base import Method
 from iibalance.methods.concat import Concat
@@ -23,13 +25,29 @@ from iibalance.methods.mslr import MSLR
 from iibalance.methods.ogm_ge import OGMGE
 from iibalance.methods.pmr import PMR
 from iibalance.methods.qmf import QMF
-from iibalance.files import file_digest
 
 __all__ = ["ABLATIONS", "METHODS", "Method", "make_method", "own_source"]
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (Unimodal, Concat, Sum, Ensemble, GatedEnsemble, GBlend, MSLR, OGMGE, AGM, PMR, MMPareto, Greedy, MLA, QMF, IIBalance, *ABLATIONS)
+    for method in (
+        Unimodal,
+        Concat,
+        Sum,
+        Ensemble,
+        GatedEnsemble,
+        GBlend,
+        MSLR,
+        OGMGE,
+        AGM,
+        PMR,
+        MMPareto,
+        Greedy,
+        MLA,
+        QMF,
+        IIBalance,
+        *ABLATIONS,
+    )
 }
 
 
@@ -54,17 +72,23 @@ def method_class(name: str) -> type[Method]:
         return METHODS[name]
     place, colon, attribute = name.rpartition(":")
     if not colon:
-        raise InputError(f"method: {name!r} is none of {', '.join(METHODS)}; a method of your own is given as my_file.py:MyMethod")
+        raise InputError(
+            f"method: {name!r} is none of {', '.join(METHODS)}; a method of your own is given as my_file.py:MyMethod"
+        )
     try:
         found = getattr(_module(place), attribute, None)
     except InputError:
         raise
     except Exception as error:  # whatever the user's own file does
-        raise InputError(f"method: {place} cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})") from error
+        raise InputError(
+            f"method: {place} cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})"
+        ) from error
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise InputError(f"method: {place} has no class {attribute} derived from iibalance.Method")
     if not isinstance(getattr(found, "name", None), str):
-        raise InputError(f"method: {attribute} in {place} has no name; give the class one, such as name = \"mine\"")
+        raise InputError(
+            f'method: {attribute} in {place} has no name; give the class one, such as name = "mine"'
+        )
     return found
 
 
@@ -88,7 +112,9 @@ def _module(place: str):
     path = Path(place).expanduser().resolve()
     if not path.is_file():
         raise InputError(f"method: {place}: no such file")
-    digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:16]  # a file that has changed is another module
+    digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[
+        :16
+    ]  # a file that has changed is another module
     name = f"iibalance_user_{path.stem}_{digest}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)

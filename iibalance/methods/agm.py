@@ -1,4 +1,5 @@
 """AGM: adaptive gradient modulation by Shapley responses."""
+
 from __future__ import annotations
 
 import math
@@ -45,7 +46,9 @@ class AGM(Concat):
     def responses(head: nn.Module, embeddings) -> list[Tensor]:
         """M of [B, K]: Shapley values of the modalities under the linear head."""
         share = head.classifier.bias / len(embeddings)
-        return [F.linear(values, weight) + share for values, weight in zip(embeddings, head.slices())]
+        return [
+            F.linear(values, weight) + share for values, weight in zip(embeddings, head.slices())
+        ]
 
     def loss(self, output, model: nn.Module, batch: Batch, progress: float) -> Tensor:
         head = unwrap(model).head
@@ -53,17 +56,30 @@ class AGM(Concat):
         scores = []
         with torch.no_grad():
             for index, values in enumerate(responses):
-                targets = batch.targets if batch.mask is None else batch.targets.masked_fill(~batch.mask[:, index], -100)
+                targets = (
+                    batch.targets
+                    if batch.mask is None
+                    else batch.targets.masked_fill(~batch.mask[:, index], -100)
+                )
                 count = (targets != -100).sum().clamp_min(1)
                 scores.append(F.cross_entropy(values.float(), targets, reduction="sum") / count)
             scores = mean_over_processes(torch.stack(scores)).double().cpu()
             steps = self.state.get("steps", torch.zeros((), dtype=torch.float64))
-            running = scores if not steps else self.state["running"] + (scores - self.state["running"]) / (steps + 1)
+            running = (
+                scores
+                if not steps
+                else self.state["running"] + (scores - self.state["running"]) / (steps + 1)
+            )
             self.state = {"running": running, "steps": steps + 1}
             coefficients = self.coefficients(scores, running, self.options.alpha).tolist()
         # each response passes forward unchanged and its gradient is multiplied on the way back
-        logits = sum(values.detach() + k * (values - values.detach()) for values, k in zip(responses, coefficients))
+        logits = sum(
+            values.detach() + k * (values - values.detach())
+            for values, k in zip(responses, coefficients)
+        )
         loss = F.cross_entropy(logits.float(), batch.targets)
         if not math.isfinite(sum(coefficients)):
-            raise FloatingPointError("method_options.alpha: the modulation overflowed; lower it or the learning rate")
+            raise FloatingPointError(
+                "method_options.alpha: the modulation overflowed; lower it or the learning rate"
+            )
         return loss

@@ -1,4 +1,5 @@
 """What a training method is: a head, hooks around loss, backward, step and epoch, and a calibration."""
+
 from __future__ import annotations
 
 import math
@@ -11,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from iibalance.budgets import Budgets
-from iibalance.nn.calibration import HeldOut
 from iibalance.config import RunConfig
 from iibalance.data.dataset import Batch, Split
 from iibalance.errors import InputError
+from iibalance.nn.calibration import HeldOut
 from iibalance.nn.model import MultimodalClassifier
 
 
@@ -41,38 +42,67 @@ class Method:
     name: ClassVar[str]
     joint: ClassVar[bool] = True
     needs_budgets: ClassVar[bool] = False
-    modalities: ClassVar[int | None] = None  #: how many the published formula is for; None = any number
-    processes: ClassVar[bool] = True  #: whether several data-parallel processes compute what one would
+    modalities: ClassVar[int | None] = (
+        None  #: how many the published formula is for; None = any number
+    )
+    processes: ClassVar[bool] = (
+        True  #: whether several data-parallel processes compute what one would
+    )
     rate: float = 1.0  #: factor on the learning rate of the joint training and of the budget stage
     averaging: float = 0.0  #: share of the joint training over which the weights that are judged and kept are averaged; 0 = the weights as they are
     defaults: ClassVar[dict[str, float]] = {}  #: the method's own parameters
-    search: ClassVar[dict[str, tuple[float, ...]]] = {}  #: the main one of them and what a comparison tries; a dotted name is an option of the run
+    search: ClassVar[
+        dict[str, tuple[float, ...]]
+    ] = {}  #: the main one of them and what a comparison tries; a dotted name is an option of the run
 
-    tuned_as: ClassVar[str | None] = None  #: a method whose settings a comparison gives to this one instead of tuning it
-    ablation_of: ClassVar[str | None] = None  #: the method that this one lacks a piece of: it takes its settings too, is set beside it, and has no rank of its own
+    tuned_as: ClassVar[str | None] = (
+        None  #: a method whose settings a comparison gives to this one instead of tuning it
+    )
+    ablation_of: ClassVar[str | None] = (
+        None  #: the method that this one lacks a piece of: it takes its settings too, is set beside it, and has no rank of its own
+    )
 
     def __init__(self, config: RunConfig | None = None, **options: float):
         self.config = RunConfig() if config is None else config
         given = {**self.config.method_options, **options}
         for key, value in given.items():
             if key not in self.defaults:
-                raise InputError(f"method_options: {self.name} has no parameter {key!r}; it has {', '.join(self.defaults) or 'none'}")
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+                raise InputError(
+                    f"method_options: {self.name} has no parameter {key!r}; it has {', '.join(self.defaults) or 'none'}"
+                )
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not math.isfinite(value)
+                or value < 0
+            ):
                 raise InputError(f"method_options: {key} is {value!r}; give a finite number >= 0")
         self.options = SimpleNamespace(**{**self.defaults, **given})
-        self.state: dict[str, Tensor] = {}  #: what must survive a checkpoint beside model and optimiser
+        self.state: dict[
+            str, Tensor
+        ] = {}  #: what must survive a checkpoint beside model and optimiser
 
-    def build(self, encoders: Mapping[str, nn.Module], num_classes: int, *, embedding_dims: Mapping[str, int] | None = None) -> MultimodalClassifier:
+    def build(
+        self,
+        encoders: Mapping[str, nn.Module],
+        num_classes: int,
+        *,
+        embedding_dims: Mapping[str, int] | None = None,
+    ) -> MultimodalClassifier:
         """A model of these encoders (any modules that map [B, ...] to [B, D_m]) with this method's head. ``embedding_dims``: as in MultimodalClassifier."""
         self.check(tuple(encoders))
-        sizes = MultimodalClassifier(encoders, num_classes, embedding_dims=embedding_dims, gate_hidden=0).head.embedding_dims
+        sizes = MultimodalClassifier(
+            encoders, num_classes, embedding_dims=embedding_dims, gate_hidden=0
+        ).head.embedding_dims
         return MultimodalClassifier(encoders, head=self.head(sizes, num_classes))
 
     def check(self, modalities: tuple[str, ...]) -> None:
         """InputError where the method's formula is not defined for this many modalities."""
         if self.modalities is not None and len(modalities) != self.modalities:
-            raise InputError(f"method: {self.name} is defined for {self.modalities} modalities, the data has {len(modalities)} ({', '.join(modalities)}); "
-                             "choose them with data.modalities, or another method")
+            raise InputError(
+                f"method: {self.name} is defined for {self.modalities} modalities, the data has {len(modalities)} ({', '.join(modalities)}); "
+                "choose them with data.modalities, or another method"
+            )
 
     def head(self, embedding_dims: Mapping[str, int], num_classes: int) -> nn.Module:
         """The head over embeddings of these sizes: ``forward(embeddings, targets, mask=, progress=)`` and ``fuse(embeddings, mask)`` -> HeadOutput."""
@@ -80,7 +110,9 @@ class Method:
 
     def parameter_groups(self, model: nn.Module) -> list[dict]:
         """Groups for the optimiser. A group's ``scale`` multiplies the learning rate; :meth:`after_epoch` may move it."""
-        return [{"params": [value for value in model.parameters() if value.requires_grad], "scale": 1.0}]
+        return [
+            {"params": [value for value in model.parameters() if value.requires_grad], "scale": 1.0}
+        ]
 
     def clip_groups(self, model: nn.Module) -> list[list[Tensor]]:
         """Parameters whose gradients are clipped together; all of them by default."""
@@ -94,7 +126,9 @@ class Method:
         """Weight of the prototype contrastive loss in the trainings that the budgets come from, where ``needs_budgets``."""
         return self.config.objective.alpha
 
-    def initialise(self, model: MultimodalClassifier, folds: Sequence[MultimodalClassifier]) -> None:
+    def initialise(
+        self, model: MultimodalClassifier, folds: Sequence[MultimodalClassifier]
+    ) -> None:
         """Called once before joint training with the new model and those of the budget stage, where it trained any: for each fold, encoders and classifiers
         trained alone on the other folds. By default the new weights stay as they are."""
 
@@ -109,7 +143,14 @@ class Method:
         """What to differentiate, given the model's output for the batch; by default the head's own loss. ``progress`` in [0, 1]."""
         return output.loss
 
-    def backward(self, loss: Tensor, model: nn.Module, batch: Batch, output, backward: Callable[[Tensor], None] = Tensor.backward) -> None:
+    def backward(
+        self,
+        loss: Tensor,
+        model: nn.Module,
+        batch: Batch,
+        output,
+        backward: Callable[[Tensor], None] = Tensor.backward,
+    ) -> None:
         """Differentiate ``loss``: fill the gradients of the model's parameters (adding to those there are). ``backward`` scales for mixed precision."""
         backward(loss)
 
@@ -122,7 +163,15 @@ class Method:
     def after_epoch(self, row: Mapping[str, float], optimizer: torch.optim.Optimizer) -> None:
         """Called after each epoch with its row of the history (``validation.accuracy.<modality>`` and so on, where there is a validation split)."""
 
-    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, *, progress: float = 1.0, max_gradient_norm: float = 0.0):
+    def step(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batch: Batch,
+        *,
+        progress: float = 1.0,
+        max_gradient_norm: float = 0.0,
+    ):
         """One training step with every hook in its place, for a loop of your own; returns the model's output. ``max_gradient_norm`` clips as training does
         (``training.max_gradient_norm``); 0 leaves the gradients."""
         output = model(batch.inputs, batch.targets, mask=batch.mask, progress=progress)
@@ -154,10 +203,19 @@ class Method:
             for index, name in enumerate(model.modalities)
         }
 
-    def assemble(self, model: MultimodalClassifier, alone: Mapping[str, MultimodalClassifier]) -> None:
+    def assemble(
+        self, model: MultimodalClassifier, alone: Mapping[str, MultimodalClassifier]
+    ) -> None:
         """For methods that are not ``joint``: fill ``model`` from the models trained alone."""
 
-    def calibrate(self, model: MultimodalClassifier, train: Split, validation: Split, out_of_fold: HeldOut | None, seed: int) -> None:
+    def calibrate(
+        self,
+        model: MultimodalClassifier,
+        train: Split,
+        validation: Split,
+        out_of_fold: HeldOut | None,
+        seed: int,
+    ) -> None:
         """Stage 3, with the encoders frozen: fit temperatures, gates or probes on held-out samples."""
 
     def training_key(self) -> dict:
@@ -179,7 +237,12 @@ def clip_gradients(groups: Sequence[Sequence[Tensor]], norm: float) -> None:
     flat = [grad for grads in groups for grad in grads]
     if not flat:
         return
-    norms = torch.stack(torch._foreach_norm(flat)).double().square().split([len(grads) for grads in groups])
+    norms = (
+        torch.stack(torch._foreach_norm(flat))
+        .double()
+        .square()
+        .split([len(grads) for grads in groups])
+    )
     for grads, squares in zip(groups, norms):
         length = math.sqrt(float(squares.sum()))
         if length > norm:
@@ -212,7 +275,12 @@ def groups_by_modality(model: nn.Module) -> list[dict]:
     model = unwrap(model)
     groups, taken = [], set()
     for name, encoder, classifier in zip(model.modalities, model.encoders, model.head.classifiers):
-        values = [value for part in (encoder, classifier) for value in part.parameters() if value.requires_grad]
+        values = [
+            value
+            for part in (encoder, classifier)
+            for value in part.parameters()
+            if value.requires_grad
+        ]
         taken |= {id(value) for value in values}
         groups.append({"params": values, "scale": 1.0, "modality": name})
     rest = [value for value in model.parameters() if value.requires_grad and id(value) not in taken]

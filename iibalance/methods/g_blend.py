@@ -1,4 +1,5 @@
 """Gradient-Blending: losses weighted by what each gains on held-out data for what it overfits."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -37,25 +38,43 @@ class GBlend(Multitask):
     search = {"share": (0.5, 0.25, 1.0)}
 
     @staticmethod
-    def weights(train_before: Tensor, train_after: Tensor, held_before: Tensor, held_after: Tensor) -> Tensor:
+    def weights(
+        train_before: Tensor, train_after: Tensor, held_before: Tensor, held_after: Tensor
+    ) -> Tensor:
         """w [L] of L losses from their values [L] on training and held-out data before and after."""
         gain = (held_before - held_after).clamp_min(0)
         overfitting = (held_after - train_after) - (held_before - train_before)
         weights = gain / overfitting.square().clamp_min(1e-4)  # 0.01 nats: less is noise
-        return weights / weights.sum() if weights.sum() > 0 else torch.full_like(weights, 1 / len(weights))
+        return (
+            weights / weights.sum()
+            if weights.sum() > 0
+            else torch.full_like(weights, 1 / len(weights))
+        )
 
     @staticmethod
     def fold(split: Split, seed: int) -> tuple[Split, Split]:
         """(training, held-out) parts of a split: four fifths and one fifth, by groups where it has any."""
         groups = None if split.groups is None else split.groups.numpy()
-        held = torch.from_numpy(hold_out(split.targets.numpy(), 0.2, seed=seed % 2**32, groups=groups))
+        held = torch.from_numpy(
+            hold_out(split.targets.numpy(), 0.2, seed=seed % 2**32, groups=groups)
+        )
         return split.subset(~held), split.subset(held)
 
     def prepare(self, train: Callable, split: Split, seed: int) -> None:
         fit, held = self.fold(split, seed)
-        measure = lambda model: torch.stack([_losses(model, part) for part in (fit, held)])  # [2, M + 1]
-        before, unimodal = train("blend-unimodal", lambda output: output.parts.unimodal.sum(), fit, measure, self.options.share)
-        start, fused = train("blend-fused", lambda output: output.parts.fused, fit, measure, self.options.share)  # another model: another beginning
+        measure = lambda model: torch.stack(
+            [_losses(model, part) for part in (fit, held)]
+        )  # [2, M + 1]
+        before, unimodal = train(
+            "blend-unimodal",
+            lambda output: output.parts.unimodal.sum(),
+            fit,
+            measure,
+            self.options.share,
+        )
+        start, fused = train(
+            "blend-fused", lambda output: output.parts.fused, fit, measure, self.options.share
+        )  # another model: another beginning
         before = torch.cat([before[:, :-1], start[:, -1:]], 1)
         after = torch.cat([unimodal[:, :-1], fused[:, -1:]], 1)
         self.state["weights"] = self.weights(before[0], after[0], before[1], after[1])
@@ -77,5 +96,7 @@ def _losses(model: MultimodalClassifier, split: Split) -> Tensor:
     """[M + 1]: unimodal and fused cross-entropy over a split."""
     embeddings = embed_split(model, split)
     device = embeddings[0].device
-    parts: Losses = model.head(embeddings, split.targets.to(device), mask=split.mask.to(device)).parts
+    parts: Losses = model.head(
+        embeddings, split.targets.to(device), mask=split.mask.to(device)
+    ).parts
     return torch.cat([parts.unimodal, parts.fused[None]]).double().cpu()

@@ -1,4 +1,5 @@
 """Balanced training against greedy modality use: re-balancing steps by conditional learning speed."""
+
 from __future__ import annotations
 
 import math
@@ -8,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iibalance.nn.calibration import HeldOut
 from iibalance.data.dataset import Batch, Split
-from iibalance.nn.head import HeadOutput
 from iibalance.methods.base import Method, unwrap
 from iibalance.methods.concat import present_only
 from iibalance.methods.heads import Losses, own_cross_entropies
-from iibalance.nn.model import MultimodalClassifier, embed_split
 from iibalance.names import as_sequence, check_names
+from iibalance.nn.calibration import HeldOut
+from iibalance.nn.head import HeadOutput
+from iibalance.nn.model import MultimodalClassifier, embed_split
 from iibalance.temperature import fit_temperature
 
 
@@ -31,9 +32,15 @@ class GreedyHead(nn.Module):
     torch.Size([2, 3])
     """
 
-    def __init__(self, embedding_dims: Mapping[str, int], num_classes: int, *, momentum: float = 0.9):
+    def __init__(
+        self, embedding_dims: Mapping[str, int], num_classes: int, *, momentum: float = 0.9
+    ):
         super().__init__()
-        self.modalities, self.embedding_dims, self.num_classes = check_names(embedding_dims), dict(embedding_dims), num_classes
+        self.modalities, self.embedding_dims, self.num_classes = (
+            check_names(embedding_dims),
+            dict(embedding_dims),
+            num_classes,
+        )
         sizes = list(embedding_dims.values())
         hidden = max(sum(sizes) // 4, 1)
         self.squeeze = nn.Linear(sum(sizes), hidden)
@@ -45,7 +52,12 @@ class GreedyHead(nn.Module):
         self.register_buffer("log_temperature", torch.zeros(()))
         self.register_buffer("own_temperature", torch.ones(len(sizes)))
 
-    def heads(self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None = None, rebalance: int | None = None) -> list[Tensor]:
+    def heads(
+        self,
+        embeddings: Mapping[str, Tensor] | Sequence[Tensor],
+        mask: Tensor | None = None,
+        rebalance: int | None = None,
+    ) -> list[Tensor]:
         """Both branches' logits, M of [B, K]; rows of a missing modality are 0. With ``rebalance`` the other modality is its average in what they are told."""
         embeddings = present_only(as_sequence(embeddings, self.modalities, "embeddings"), mask)
         context = []
@@ -54,27 +66,45 @@ class GreedyHead(nn.Module):
             if rebalance is not None and index != rebalance:
                 context.append(average)
             else:
-                context.append(values if mask is None else torch.where(mask[:, index, None], values, average))
+                context.append(
+                    values if mask is None else torch.where(mask[:, index, None], values, average)
+                )
         joint = F.relu(self.squeeze(torch.cat(context, 1)))
-        logits = [classifier(2 * torch.sigmoid(excite(joint)) * values) for excite, classifier, values in zip(self.excite, self.classifiers, embeddings)]
+        logits = [
+            classifier(2 * torch.sigmoid(excite(joint)) * values)
+            for excite, classifier, values in zip(self.excite, self.classifiers, embeddings)
+        ]
         return present_only(logits, mask)
 
     def _mean(self, logits: Sequence[Tensor], mask: Tensor | None) -> Tensor:
         there = len(logits) if mask is None else mask.sum(1, keepdim=True).clamp_min(1)
         return sum(logits) / there
 
-    def fuse(self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None = None) -> HeadOutput:
+    def fuse(
+        self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None = None
+    ) -> HeadOutput:
         """Predict from embeddings (M of [B, D_m], mask [B, M] bool). ``modality_logits``: the branches with nothing but their own modality to see."""
         logits = self._mean(self.heads(embeddings, mask), mask) / self.log_temperature.exp()
-        own = tuple(values / t for values, t in zip(self.own(embeddings, mask), self.own_temperature))
+        own = tuple(
+            values / t for values, t in zip(self.own(embeddings, mask), self.own_temperature)
+        )
         return HeadOutput(logits, None, None, own)
 
-    def own(self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None = None) -> list[Tensor]:
+    def own(
+        self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None = None
+    ) -> list[Tensor]:
         """Each branch's logits where the other modality is its average."""
-        return [self.heads(embeddings, mask, index)[index] for index in range(len(self.classifiers))]
+        return [
+            self.heads(embeddings, mask, index)[index] for index in range(len(self.classifiers))
+        ]
 
     def forward(
-        self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], targets: Tensor | None = None, *, mask: Tensor | None = None, progress: float = 1.0
+        self,
+        embeddings: Mapping[str, Tensor] | Sequence[Tensor],
+        targets: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        progress: float = 1.0,
     ) -> HeadOutput:
         """As :class:`~iibalance.nn.head.IIBalanceHead`; the loss is the sum of the branches' cross-entropies."""
         if targets is None:
@@ -85,15 +115,28 @@ class GreedyHead(nn.Module):
         if self.training:
             self._average(embeddings, mask)
         fused = self._mean(logits, mask)
-        return HeadOutput(fused, None, None, tuple(logits), losses.sum(), Losses(F.cross_entropy(fused.float(), targets).detach(), losses))
+        return HeadOutput(
+            fused,
+            None,
+            None,
+            tuple(logits),
+            losses.sum(),
+            Losses(F.cross_entropy(fused.float(), targets).detach(), losses),
+        )
 
     @torch.no_grad()
     def _average(self, embeddings: Sequence[Tensor], mask: Tensor | None) -> None:
         for index, values in enumerate(present_only(embeddings, mask)):
-            rows = torch.ones(len(values), 1, device=values.device) if mask is None else mask[:, index, None].float()
+            rows = (
+                torch.ones(len(values), 1, device=values.device)
+                if mask is None
+                else mask[:, index, None].float()
+            )
             if rows.any():
                 mean = values.float().sum(0) / rows.sum()
-                getattr(self, f"average_{index}").mul_(self.momentum).add_(mean, alpha=1 - self.momentum)
+                getattr(self, f"average_{index}").mul_(self.momentum).add_(
+                    mean, alpha=1 - self.momentum
+                )
 
 
 class Greedy(Method):
@@ -135,7 +178,9 @@ class Greedy(Method):
         """(bypass, main) parameters of both branches; the shared squeeze belongs to both bypasses."""
         head = model.head
         bypass = [[*head.excite[m].parameters(), *head.squeeze.parameters()] for m in range(2)]
-        main = [[*model.encoders[m].parameters(), *head.classifiers[m].parameters()] for m in range(2)]
+        main = [
+            [*model.encoders[m].parameters(), *head.classifiers[m].parameters()] for m in range(2)
+        ]
         return bypass, main
 
     @torch.no_grad()
@@ -149,11 +194,21 @@ class Greedy(Method):
             sums = self.state.get("sums", torch.zeros(2, 2, dtype=torch.float64))  # bypass, main
             for row, parts in enumerate(self.parameters(model)):
                 for m, values in enumerate(parts):
-                    gradient = sum(float(value.grad.square().sum()) for value in values if value.grad is not None)
-                    sums[row, m] += gradient / max(sum(float(value.square().sum()) for value in values), 1e-30)
+                    gradient = sum(
+                        float(value.grad.square().sum())
+                        for value in values
+                        if value.grad is not None
+                    )
+                    sums[row, m] += gradient / max(
+                        sum(float(value.square().sum()) for value in values), 1e-30
+                    )
             self.state["sums"] = sums
             gap = self.gap(sums[0].tolist(), sums[1].tolist())
-            left, caring = (max(1, round(self.options.steps)), 0 if gap > 0 else 1) if abs(gap) > self.options.alpha else (0, -1)
+            left, caring = (
+                (max(1, round(self.options.steps)), 0 if gap > 0 else 1)
+                if abs(gap) > self.options.alpha
+                else (0, -1)
+            )
         self.state |= {"left": torch.tensor(left), "caring": torch.tensor(caring)}
         model.head.rebalance = caring if caring >= 0 else None
 
@@ -162,11 +217,27 @@ class Greedy(Method):
         unwrap(model).head.rebalance = caring if caring >= 0 else None  # also after a resume
 
     @torch.no_grad()
-    def calibrate(self, model: MultimodalClassifier, train: Split, validation: Split, out_of_fold: HeldOut | None, seed: int) -> None:
+    def calibrate(
+        self,
+        model: MultimodalClassifier,
+        train: Split,
+        validation: Split,
+        out_of_fold: HeldOut | None,
+        seed: int,
+    ) -> None:
         head = model.head
-        embeddings, mask = embed_split(model, validation), validation.mask.to(head.log_temperature.device)
-        head.log_temperature.add_(torch.tensor(fit_temperature(head.fuse(embeddings, mask).logits.cpu(), validation.targets)).log())
+        embeddings, mask = (
+            embed_split(model, validation),
+            validation.mask.to(head.log_temperature.device),
+        )
+        head.log_temperature.add_(
+            torch.tensor(
+                fit_temperature(head.fuse(embeddings, mask).logits.cpu(), validation.targets)
+            ).log()
+        )
         for index, values in enumerate(head.own(embeddings, mask)):
             rows = validation.mask[:, index]
             if rows.any():
-                head.own_temperature[index] = fit_temperature(values.cpu()[rows], validation.targets[rows])
+                head.own_temperature[index] = fit_temperature(
+                    values.cpu()[rows], validation.targets[rows]
+                )

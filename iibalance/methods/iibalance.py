@@ -1,4 +1,5 @@
 """The method this project is for (method page, all of it)."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -7,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from iibalance.budgets import Budgets
-from iibalance.nn.calibration import HeldOut, calibrate, collect
 from iibalance.config import RunConfig
 from iibalance.data.dataset import Split
 from iibalance.errors import InputError
-from iibalance.nn.head import IIBalanceHead
 from iibalance.methods.base import Method, groups_by_modality
-from iibalance.nn.model import MultimodalClassifier
+from iibalance.nn.calibration import HeldOut, calibrate, collect
+from iibalance.nn.head import IIBalanceHead
 from iibalance.nn.loss import IIBalanceLoss
+from iibalance.nn.model import MultimodalClassifier
 
 
 class IIBalance(Method):
@@ -43,22 +44,39 @@ class IIBalance(Method):
     def __init__(self, config: RunConfig | None = None, **options: float):
         super().__init__(config, **options)
         if self.options.warm_start > 1:
-            raise InputError(f"method_options: warm_start is {self.options.warm_start}; give a share in [0, 1]")
+            raise InputError(
+                f"method_options: warm_start is {self.options.warm_start}; give a share in [0, 1]"
+            )
         if self.options.averaging > 1:
-            raise InputError(f"method_options: averaging is {self.options.averaging}; give a share of the training in [0, 1]")
+            raise InputError(
+                f"method_options: averaging is {self.options.averaging}; give a share of the training in [0, 1]"
+            )
         if not self.options.rate:
-            raise InputError("method_options: rate is 0, with which nothing is learnt; give a factor above 0")
+            raise InputError(
+                "method_options: rate is 0, with which nothing is learnt; give a factor above 0"
+            )
         self.averaging, self.rate = self.options.averaging, self.options.rate
 
     def objective(self) -> dict[str, float]:
         """The weights of the objective, by name."""
         o = self.config.objective
-        return dict(fused_weight=o.fused_weight, alpha=o.alpha, beta=o.beta, temperature=o.temperature, warmup=o.warmup, ramp=o.ramp)
+        return dict(
+            fused_weight=o.fused_weight,
+            alpha=o.alpha,
+            beta=o.beta,
+            temperature=o.temperature,
+            warmup=o.warmup,
+            ramp=o.ramp,
+        )
 
     def head(self, embedding_dims: Mapping[str, int], num_classes: int) -> nn.Module:
         objective = IIBalanceLoss(**self.objective(), impl=self.config.kernels)
         return IIBalanceHead(
-            embedding_dims, num_classes, objective=objective, gate_hidden=self.config.calibration.hidden, momentum=self.config.objective.momentum,
+            embedding_dims,
+            num_classes,
+            objective=objective,
+            gate_hidden=self.config.calibration.hidden,
+            momentum=self.config.objective.momentum,
             impl=self.config.kernels,
         )
 
@@ -70,14 +88,28 @@ class IIBalance(Method):
         model.head.set_budgets(budgets)
 
     @torch.no_grad()
-    def initialise(self, model: MultimodalClassifier, folds: Sequence[MultimodalClassifier]) -> None:
+    def initialise(
+        self, model: MultimodalClassifier, folds: Sequence[MultimodalClassifier]
+    ) -> None:
         share = self.options.warm_start
         if not share:
             return
         trained = folds[0].state_dict()
-        for key, value in (*model.named_parameters(), *model.named_buffers()):  # tied weights come once
-            ours = key.startswith(("encoders.", "head.classifiers.", "head.prototypes.prototypes_", "head.prototypes.counts_"))
-            if not ours or key not in trained or trained[key].shape != value.shape:  # a head of another kind keeps its new weights
+        for key, value in (
+            *model.named_parameters(),
+            *model.named_buffers(),
+        ):  # tied weights come once
+            ours = key.startswith(
+                (
+                    "encoders.",
+                    "head.classifiers.",
+                    "head.prototypes.prototypes_",
+                    "head.prototypes.counts_",
+                )
+            )
+            if (
+                not ours or key not in trained or trained[key].shape != value.shape
+            ):  # a head of another kind keeps its new weights
                 continue
             if value.requires_grad and value.dim() > 1:
                 value.mul_(1 - share).add_(trained[key], alpha=share)
@@ -89,16 +121,34 @@ class IIBalance(Method):
         """Each modality keeps its own best epoch: encoders share no weights, and what the fused loss ties together the calibration sets right again."""
         return False
 
-    def calibrate(self, model: MultimodalClassifier, train: Split, validation: Split, out_of_fold: HeldOut | None, seed: int) -> None:
-        self.fit_gate(model.head, out_of_fold, collect(model, validation, self.config.calibration, seed=seed))
+    def calibrate(
+        self,
+        model: MultimodalClassifier,
+        train: Split,
+        validation: Split,
+        out_of_fold: HeldOut | None,
+        seed: int,
+    ) -> None:
+        self.fit_gate(
+            model.head, out_of_fold, collect(model, validation, self.config.calibration, seed=seed)
+        )
 
-    def fit_gate(self, head: IIBalanceHead, out_of_fold: HeldOut | None, validation: HeldOut) -> None:
+    def fit_gate(
+        self, head: IIBalanceHead, out_of_fold: HeldOut | None, validation: HeldOut
+    ) -> None:
         """Fit the gate on held-out predictions; what the ablations change."""
         calibrate(head, out_of_fold, validation, self.config.calibration)
 
     def training_key(self) -> dict:
-        name = "iibalance" if type(self) in (IIBalance, *ABLATIONS) else self.name  # ablations that differ in the gate alone share a training; a user's class does not
-        return {"method": name, "objective": self.objective(), "momentum": self.config.objective.momentum, **vars(self.options)}
+        name = (
+            "iibalance" if type(self) in (IIBalance, *ABLATIONS) else self.name
+        )  # ablations that differ in the gate alone share a training; a user's class does not
+        return {
+            "method": name,
+            "objective": self.objective(),
+            "momentum": self.config.objective.momentum,
+            **vars(self.options),
+        }
 
 
 class NoPrior(IIBalance):
@@ -107,7 +157,9 @@ class NoPrior(IIBalance):
     name = "iibalance_no_prior"
     ablation_of = "iibalance"
 
-    def fit_gate(self, head: IIBalanceHead, out_of_fold: HeldOut | None, validation: HeldOut) -> None:
+    def fit_gate(
+        self, head: IIBalanceHead, out_of_fold: HeldOut | None, validation: HeldOut
+    ) -> None:
         calibrate(head, out_of_fold, validation, self.config.calibration, prior_strength=0.0)
 
 
@@ -131,12 +183,14 @@ class NoPrototypes(IIBalance):
     def objective(self) -> dict[str, float]:
         return super().objective() | {"alpha": 0.0, "beta": 0.0}
 
-    def fit_gate(self, head: IIBalanceHead, out_of_fold: HeldOut | None, validation: HeldOut) -> None:
+    def fit_gate(
+        self, head: IIBalanceHead, out_of_fold: HeldOut | None, validation: HeldOut
+    ) -> None:
         calibrate(head, out_of_fold, validation, self.config.calibration, surprise_scale=0.0)
         if head.gate.network is not None:  # these inputs were 0 while it was fitted
             count = len(head.modalities)
             with torch.no_grad():
-                head.gate.network[0].weight[:, count:2 * count] = 0.0
+                head.gate.network[0].weight[:, count : 2 * count] = 0.0
 
 
 class NoWarmStart(IIBalance):
@@ -153,7 +207,9 @@ class NoGate(IIBalance):
     name = "iibalance_no_gate"
     ablation_of = "iibalance"
 
-    def fit_gate(self, head: IIBalanceHead, out_of_fold: HeldOut | None, validation: HeldOut) -> None:
+    def fit_gate(
+        self, head: IIBalanceHead, out_of_fold: HeldOut | None, validation: HeldOut
+    ) -> None:
         calibrate(head, out_of_fold, validation, self.config.calibration, fit_gating=False)
 
 
@@ -163,8 +219,17 @@ class FixedGate(IIBalance):
     name = "iibalance_fixed_gate"
     ablation_of = "iibalance"
 
-    def fit_gate(self, head: IIBalanceHead, out_of_fold: HeldOut | None, validation: HeldOut) -> None:
-        calibrate(head, out_of_fold, validation, self.config.calibration, fit_gating=False, prior_strength=1.0)
+    def fit_gate(
+        self, head: IIBalanceHead, out_of_fold: HeldOut | None, validation: HeldOut
+    ) -> None:
+        calibrate(
+            head,
+            out_of_fold,
+            validation,
+            self.config.calibration,
+            fit_gating=False,
+            prior_strength=1.0,
+        )
 
 
 ABLATIONS = (NoPrior, NoAlignment, NoPrototypes, NoWarmStart, NoGate, FixedGate)

@@ -1,4 +1,5 @@
 """MMPareto: Pareto integration of the multimodal and the unimodal gradient of each encoder."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -35,13 +36,25 @@ class MMPareto(Multitask):
         if product >= 0:
             return plain
         difference = multimodal - unimodal
-        share = ((unimodal - multimodal) @ unimodal / (difference @ difference).clamp_min(1e-30)).clamp(0, 1)
+        share = (
+            (unimodal - multimodal) @ unimodal / (difference @ difference).clamp_min(1e-30)
+        ).clamp(0, 1)
         combined = 2 * share * multimodal + 2 * (1 - share) * unimodal
         return combined * (plain.norm() / combined.norm().clamp_min(1e-30)).clamp_min(1.0)
 
-    def backward(self, loss: Tensor, model: nn.Module, batch: Batch, output, backward: Callable[[Tensor], None] = Tensor.backward) -> None:
+    def backward(
+        self,
+        loss: Tensor,
+        model: nn.Module,
+        batch: Batch,
+        output,
+        backward: Callable[[Tensor], None] = Tensor.backward,
+    ) -> None:
         model = unwrap(model)
-        encoders = [[value for value in encoder.parameters() if value.requires_grad] for encoder in model.encoders]
+        encoders = [
+            [value for value in encoder.parameters() if value.requires_grad]
+            for encoder in model.encoders
+        ]
         before = [[value.grad for value in values] for values in encoders]
         self._clear(encoders)
         backward(output.parts.fused, retain_graph=True)
@@ -55,11 +68,24 @@ class MMPareto(Multitask):
                 if old is not None:  # gradient accumulation
                     value.grad = old if value.grad is None else value.grad + old
 
-    def _fill(self, values: Sequence[Tensor], first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> None:
-        pairs = [(torch.zeros_like(value) if a is None else a, torch.zeros_like(value) if b is None else b) for value, a, b in zip(values, first, second)]
+    def _fill(
+        self,
+        values: Sequence[Tensor],
+        first: Sequence[Tensor | None],
+        second: Sequence[Tensor | None],
+    ) -> None:
+        pairs = [
+            (
+                torch.zeros_like(value) if a is None else a,
+                torch.zeros_like(value) if b is None else b,
+            )
+            for value, a, b in zip(values, first, second)
+        ]
         if not pairs:
             return
-        combined = self.combine(torch.cat([a.flatten() for a, _ in pairs]), torch.cat([b.flatten() for _, b in pairs]))
+        combined = self.combine(
+            torch.cat([a.flatten() for a, _ in pairs]), torch.cat([b.flatten() for _, b in pairs])
+        )
         for value, part in zip(values, combined.split([value.numel() for value in values])):
             value.grad = part.view_as(value).clone()
 

@@ -1,4 +1,5 @@
 """MSLR: a learning rate of its own for each modality."""
+
 from __future__ import annotations
 
 from collections import deque
@@ -48,7 +49,9 @@ class MSLR(Sum):
             if accuracy is None:
                 continue
             key = f"accuracy.{group['modality']}"
-            recent = deque(self.state.get(key, torch.zeros(0, dtype=torch.float64)).tolist(), maxlen=window)
+            recent = deque(
+                self.state.get(key, torch.zeros(0, dtype=torch.float64)).tolist(), maxlen=window
+            )
             recent.append(accuracy)
             self.state[key] = torch.tensor(list(recent), dtype=torch.float64)
             if row["epoch"] % window == 0:

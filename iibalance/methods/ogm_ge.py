@@ -1,4 +1,5 @@
 """OGM-GE: on-the-fly gradient modulation with generalisation enhancement."""
+
 from __future__ import annotations
 
 import torch
@@ -55,9 +56,15 @@ class OGMGE(Concat):
     @torch.no_grad()
     def after_backward(self, model: nn.Module, batch: Batch, output) -> None:
         model = unwrap(model)
-        coefficients = self.coefficients(mean_over_processes(self.scores(model.head, batch, output)), self.options.alpha).tolist()
+        coefficients = self.coefficients(
+            mean_over_processes(self.scores(model.head, batch, output)), self.options.alpha
+        ).tolist()
         for encoder, coefficient in zip(model.encoders, coefficients):
             for value in encoder.parameters():
                 if value.grad is not None:
-                    noise = torch.randn_like(value.grad) * (value.grad.std(correction=0) + 1e-8) * self.options.noise
+                    noise = (
+                        torch.randn_like(value.grad)
+                        * (value.grad.std(correction=0) + 1e-8)
+                        * self.options.noise
+                    )
                     value.grad.mul_(coefficient).add_(same_on_processes(noise))

@@ -1,4 +1,5 @@
 """PMR: prototypical modal rebalance."""
+
 from __future__ import annotations
 
 import torch
@@ -47,28 +48,48 @@ class PMR(Concat):
         model = unwrap(model)
         for index, values in enumerate(embed_split(model, train)):
             targets = train.targets.masked_fill(~train.mask[:, index], -100).to(values.device)
-            sums, counts = iib_kernels.class_sums(values, targets, model.num_classes, metric="sqeuclidean")
+            sums, counts = iib_kernels.class_sums(
+                values, targets, model.num_classes, metric="sqeuclidean"
+            )
             new = sums / counts.clamp_min(1)[:, None]
             old = self.state.get(f"prototypes_{index}", new)
-            self.state[f"prototypes_{index}"] = (1 - self.options.epsilon) * new + self.options.epsilon * old
+            self.state[f"prototypes_{index}"] = (
+                1 - self.options.epsilon
+            ) * new + self.options.epsilon * old
             self.state[f"seen_{index}"] = counts > 0
 
     def loss(self, output, model: nn.Module, batch: Batch, progress: float) -> Tensor:
         if "prototypes_0" not in self.state:
-            raise ValueError("pmr: there are no prototypes yet; call before_epoch(model, train, progress) before each epoch")
+            raise ValueError(
+                "pmr: there are no prototypes yet; call before_epoch(model, train, progress) before each epoch"
+            )
         entropies, losses, scores = [], [], []
         valid = batch.targets != -100
         for index, values in enumerate(output.embeddings):
-            prototypes, seen = self.state[f"prototypes_{index}"].to(values.device), self.state[f"seen_{index}"].to(values.device)
-            squared = iib_kernels.prototype_distance(values.float(), prototypes.float(), metric="sqeuclidean")
-            log_p = (-squared.clamp_min(1e-12).sqrt()).masked_fill(~seen, -torch.inf).log_softmax(-1)
+            prototypes, seen = (
+                self.state[f"prototypes_{index}"].to(values.device),
+                self.state[f"seen_{index}"].to(values.device),
+            )
+            squared = iib_kernels.prototype_distance(
+                values.float(), prototypes.float(), metric="sqeuclidean"
+            )
+            log_p = (
+                (-squared.clamp_min(1e-12).sqrt()).masked_fill(~seen, -torch.inf).log_softmax(-1)
+            )
             rows = valid if batch.mask is None else valid & batch.mask[:, index]
             rows = rows & seen[batch.targets.clamp_min(0)]
             count = rows.sum().clamp_min(1)
             own = log_p.gather(1, batch.targets.clamp_min(0)[:, None]).squeeze(1)
             losses.append(-own.masked_fill(~rows, 0.0).sum() / count)
             finite = log_p.masked_fill(~seen, 0.0)
-            entropies.append(-(finite.exp() * finite).masked_fill(~seen, 0.0).sum(-1).masked_fill(~rows, 0.0).sum() / count)
+            entropies.append(
+                -(finite.exp() * finite)
+                .masked_fill(~seen, 0.0)
+                .sum(-1)
+                .masked_fill(~rows, 0.0)
+                .sum()
+                / count
+            )
             scores.append(own.detach().exp().masked_fill(~rows, 0.0).sum())
         b, g = self.coefficients(mean_over_processes(torch.stack(scores)))
         loss = output.loss + self.options.alpha * (b * losses[0] + g * losses[1])

@@ -1,4 +1,5 @@
 """QMF: quality-aware multimodal fusion by energy."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -7,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iibalance.nn.calibration import HeldOut
 from iibalance.data.dataset import Batch, Split
-from iibalance.nn.head import HeadOutput
 from iibalance.methods.base import Method
 from iibalance.methods.concat import present_only
 from iibalance.methods.heads import Losses, own_cross_entropies
-from iibalance.nn.model import MultimodalClassifier, embed_split
 from iibalance.names import as_sequence, check_names
+from iibalance.nn.calibration import HeldOut
+from iibalance.nn.head import HeadOutput
+from iibalance.nn.model import MultimodalClassifier, embed_split
 from iibalance.temperature import fit_temperature
 
 
@@ -28,15 +29,25 @@ class EnergyHead(nn.Module):
 
     def __init__(self, embedding_dims: Mapping[str, int], num_classes: int):
         super().__init__()
-        self.modalities, self.embedding_dims, self.num_classes = check_names(embedding_dims), dict(embedding_dims), num_classes
-        self.classifiers = nn.ModuleList(nn.Linear(size, num_classes) for size in embedding_dims.values())
+        self.modalities, self.embedding_dims, self.num_classes = (
+            check_names(embedding_dims),
+            dict(embedding_dims),
+            num_classes,
+        )
+        self.classifiers = nn.ModuleList(
+            nn.Linear(size, num_classes) for size in embedding_dims.values()
+        )
         self.register_buffer("log_temperature", torch.zeros(()))
         self.register_buffer("own_temperature", torch.ones(len(embedding_dims)))
 
-    def heads(self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None = None) -> list[Tensor]:
+    def heads(
+        self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None = None
+    ) -> list[Tensor]:
         """Each modality's own logits before any temperature, M of [B, K]; rows of a missing modality are 0."""
         embeddings = present_only(as_sequence(embeddings, self.modalities, "embeddings"), mask)
-        return present_only([classifier(values) for classifier, values in zip(self.classifiers, embeddings)], mask)
+        return present_only(
+            [classifier(values) for classifier, values in zip(self.classifiers, embeddings)], mask
+        )
 
     @staticmethod
     def confidence(logits: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
@@ -44,26 +55,44 @@ class EnergyHead(nn.Module):
         values = torch.stack([part.float().logsumexp(-1) for part in logits], 1) / 10
         return values if mask is None else values.masked_fill(~mask, 0.0)
 
-    def fuse(self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None = None) -> HeadOutput:
+    def fuse(
+        self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None = None
+    ) -> HeadOutput:
         """Predict from embeddings (M of [B, D_m], mask [B, M] bool); ``weights`` are the confidences over their sum."""
         logits = self.heads(embeddings, mask)
         confidence = self.confidence(logits, mask)
-        fused = sum(confidence[:, index, None] * values for index, values in enumerate(logits)) / self.log_temperature.exp()
+        fused = (
+            sum(confidence[:, index, None] * values for index, values in enumerate(logits))
+            / self.log_temperature.exp()
+        )
         weights = confidence.clamp_min(0) + (1e-12 if mask is None else 1e-12 * mask)
-        own = tuple(values / temperature for values, temperature in zip(logits, self.own_temperature))
+        own = tuple(
+            values / temperature for values, temperature in zip(logits, self.own_temperature)
+        )
         return HeadOutput(fused, weights / weights.sum(1, keepdim=True), None, own)
 
     def forward(
-        self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], targets: Tensor | None = None, *, mask: Tensor | None = None, progress: float = 1.0
+        self,
+        embeddings: Mapping[str, Tensor] | Sequence[Tensor],
+        targets: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        progress: float = 1.0,
     ) -> HeadOutput:
         """As :class:`~iibalance.nn.head.IIBalanceHead`; the loss is the fused and the own cross-entropies' sum, ``weights`` are the confidences with their graph."""
         if targets is None:
             return self.fuse(embeddings, mask)
         logits = self.heads(embeddings, mask)
         confidence = self.confidence(logits, mask)
-        fused = sum(confidence[:, index, None].detach() * values for index, values in enumerate(logits))
-        losses = Losses(F.cross_entropy(fused.float(), targets), own_cross_entropies(logits, targets, mask))
-        return HeadOutput(fused, confidence, None, tuple(logits), losses.fused + losses.unimodal.sum(), losses)
+        fused = sum(
+            confidence[:, index, None].detach() * values for index, values in enumerate(logits)
+        )
+        losses = Losses(
+            F.cross_entropy(fused.float(), targets), own_cross_entropies(logits, targets, mask)
+        )
+        return HeadOutput(
+            fused, confidence, None, tuple(logits), losses.fused + losses.unimodal.sum(), losses
+        )
 
 
 class QMF(Method):
@@ -99,22 +128,36 @@ class QMF(Method):
 
     def before_epoch(self, model: nn.Module, train: Split, progress: float) -> None:
         if "sum" not in self.state:
-            self.state |= {"sum": torch.zeros(train.mask.shape), "count": torch.zeros(train.mask.shape)}
+            self.state |= {
+                "sum": torch.zeros(train.mask.shape),
+                "count": torch.zeros(train.mask.shape),
+            }
 
     def loss(self, output, model: nn.Module, batch: Batch, progress: float) -> Tensor:
         if "sum" not in self.state or batch.index is None:
-            raise ValueError("qmf: needs each sample's history; call before_epoch(model, train, progress) before each epoch, and give batches with their index")
+            raise ValueError(
+                "qmf: needs each sample's history; call before_epoch(model, train, progress) before each epoch, and give batches with their index"
+            )
         sums, count, index = self.state["sum"], self.state["count"], batch.index.cpu()
         seen = count > 0
         history = sums / count.clamp_min(1)
-        low, high = history.masked_fill(~seen, torch.inf).min(0).values, history.masked_fill(~seen, -torch.inf).max(0).values
-        history = torch.where(seen, (history - low) / (high - low).clamp_min(1e-12), 0.0)[index].to(output.weights)
-        mask = torch.ones_like(output.weights, dtype=torch.bool) if batch.mask is None else batch.mask
+        low, high = (
+            history.masked_fill(~seen, torch.inf).min(0).values,
+            history.masked_fill(~seen, -torch.inf).max(0).values,
+        )
+        history = torch.where(seen, (history - low) / (high - low).clamp_min(1e-12), 0.0)[index].to(
+            output.weights
+        )
+        mask = (
+            torch.ones_like(output.weights, dtype=torch.bool) if batch.mask is None else batch.mask
+        )
         loss = output.loss
         for m, logits in enumerate(output.modality_logits):
             rows = mask[:, m] & (batch.targets != -100)
             if int(rows.sum()) > 1:
-                loss = loss + self.options.weight * self.ranking(output.weights[rows, m], history[rows, m])
+                loss = loss + self.options.weight * self.ranking(
+                    output.weights[rows, m], history[rows, m]
+                )
             with torch.no_grad():
                 rows = rows.cpu()
                 own = F.cross_entropy(logits.float(), batch.targets, reduction="none").cpu()
@@ -123,11 +166,27 @@ class QMF(Method):
         return loss
 
     @torch.no_grad()
-    def calibrate(self, model: MultimodalClassifier, train: Split, validation: Split, out_of_fold: HeldOut | None, seed: int) -> None:
+    def calibrate(
+        self,
+        model: MultimodalClassifier,
+        train: Split,
+        validation: Split,
+        out_of_fold: HeldOut | None,
+        seed: int,
+    ) -> None:
         head = model.head
-        embeddings, mask = embed_split(model, validation), validation.mask.to(head.log_temperature.device)
-        head.log_temperature.add_(torch.tensor(fit_temperature(head.fuse(embeddings, mask).logits.cpu(), validation.targets)).log())
+        embeddings, mask = (
+            embed_split(model, validation),
+            validation.mask.to(head.log_temperature.device),
+        )
+        head.log_temperature.add_(
+            torch.tensor(
+                fit_temperature(head.fuse(embeddings, mask).logits.cpu(), validation.targets)
+            ).log()
+        )
         for index, values in enumerate(head.heads(embeddings)):
             rows = validation.mask[:, index]
             if rows.any():
-                head.own_temperature[index] = fit_temperature(values.cpu()[rows], validation.targets[rows])
+                head.own_temperature[index] = fit_temperature(
+                    values.cpu()[rows], validation.targets[rows]
+                )

@@ -3,6 +3,7 @@
 They are small on purpose: good enough to train real data on two cores, plain enough to be read in a minute. A research model brings its own
 encoder (``MultimodalClassifier({"audio": my_resnet, ...}, ...)``) and everything downstream stays the same.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,7 +15,14 @@ from iibalance.data.dataset import infer_layout
 from iibalance.errors import InputError
 
 
-def build_encoder(shape: Sequence[int], *, embedding_dim: int = 128, width: int = 64, dropout: float = 0.3, layout: str | None = None) -> nn.Module:
+def build_encoder(
+    shape: Sequence[int],
+    *,
+    embedding_dim: int = 128,
+    width: int = 64,
+    dropout: float = 0.3,
+    layout: str | None = None,
+) -> nn.Module:
     """The built-in encoder for samples of ``shape`` (without the batch dimension): [B, *shape] float -> [B, embedding_dim].
 
     ``layout`` is one of ``"vector"``, ``"sequence"``, ``"image"``, ``"video"``; None infers it from the shape
@@ -31,7 +39,9 @@ def build_encoder(shape: Sequence[int], *, embedding_dim: int = 128, width: int 
     if layout not in _BUILDERS:
         raise InputError(f"layout: {layout!r} is none of {', '.join(_BUILDERS)}")
     if len(shape) not in _BUILDERS[layout][1]:
-        raise InputError(f"layout: {layout!r} does not fit samples of shape {shape}; choose another layout or bring your own encoder")
+        raise InputError(
+            f"layout: {layout!r} does not fit samples of shape {shape}; choose another layout or bring your own encoder"
+        )
     return _BUILDERS[layout][0](shape, embedding_dim, width, dropout)
 
 
@@ -42,8 +52,14 @@ class VectorEncoder(nn.Sequential):
         features = int(torch.Size(shape).numel())
         super().__init__(
             nn.Flatten(),
-            nn.Linear(features, 4 * width, bias=False), nn.BatchNorm1d(4 * width), nn.ReLU(), nn.Dropout(dropout),
-            nn.Linear(4 * width, embedding_dim, bias=False), nn.BatchNorm1d(embedding_dim), nn.ReLU(), nn.Dropout(dropout),
+            nn.Linear(features, 4 * width, bias=False),
+            nn.BatchNorm1d(4 * width),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(4 * width, embedding_dim, bias=False),
+            nn.BatchNorm1d(embedding_dim),
+            nn.ReLU(),
+            nn.Dropout(dropout),
         )
 
 
@@ -54,9 +70,19 @@ class SequenceEncoder(nn.Module):
         super().__init__()
         channels = int(torch.Size(shape[1:]).numel())
         self.convolutions = nn.Sequential(
-            *_block(nn.Conv1d(channels, width, 5, padding=2, bias=False), nn.BatchNorm1d(width), nn.MaxPool1d(2, ceil_mode=True)),
-            *_block(nn.Conv1d(width, 2 * width, 5, padding=2, bias=False), nn.BatchNorm1d(2 * width), nn.MaxPool1d(2, ceil_mode=True)),
-            *_block(nn.Conv1d(2 * width, 2 * width, 3, padding=1, bias=False), nn.BatchNorm1d(2 * width)),
+            *_block(
+                nn.Conv1d(channels, width, 5, padding=2, bias=False),
+                nn.BatchNorm1d(width),
+                nn.MaxPool1d(2, ceil_mode=True),
+            ),
+            *_block(
+                nn.Conv1d(width, 2 * width, 5, padding=2, bias=False),
+                nn.BatchNorm1d(2 * width),
+                nn.MaxPool1d(2, ceil_mode=True),
+            ),
+            *_block(
+                nn.Conv1d(2 * width, 2 * width, 3, padding=1, bias=False), nn.BatchNorm1d(2 * width)
+            ),
         )
         self.project = _projection(4 * width, embedding_dim, dropout)
 
@@ -74,12 +100,25 @@ class ImageEncoder(nn.Module):
         channels = 1 if len(shape) == 2 else shape[2] if self.channels_last else shape[0]
         half = max(width // 2, 1)
         self.convolutions = nn.Sequential(
-            *_block(nn.Conv2d(channels, half, 5, padding=2, bias=False), nn.BatchNorm2d(half), nn.MaxPool2d(2, ceil_mode=True)),
-            *_block(nn.Conv2d(half, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.MaxPool2d(2, ceil_mode=True)),
-            *_block(nn.Conv2d(width, 2 * width, 3, padding=1, bias=False), nn.BatchNorm2d(2 * width)),
-            nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+            *_block(
+                nn.Conv2d(channels, half, 5, padding=2, bias=False),
+                nn.BatchNorm2d(half),
+                nn.MaxPool2d(2, ceil_mode=True),
+            ),
+            *_block(
+                nn.Conv2d(half, width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.MaxPool2d(2, ceil_mode=True),
+            ),
+            *_block(
+                nn.Conv2d(width, 2 * width, 3, padding=1, bias=False), nn.BatchNorm2d(2 * width)
+            ),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
         )
-        self.convolutions.to(memory_format=torch.channels_last)  # 65 against 102 ms a step of 32 images of 3 x 48 x 48 on one CPU thread
+        self.convolutions.to(
+            memory_format=torch.channels_last
+        )  # 65 against 102 ms a step of 32 images of 3 x 48 x 48 on one CPU thread
         self.project = _projection(8 * width, embedding_dim, dropout)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -99,14 +138,31 @@ class VideoEncoder(nn.Module):
         channels = 1 if len(shape) == 3 else shape[3] if self.channels_last else shape[1]
         first, second = max(width // 4, 1), max(width // 2, 1)
         self.frames = nn.Sequential(
-            *_block(nn.Conv2d(channels, first, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(first), nn.MaxPool2d(2, ceil_mode=True)),
-            *_block(nn.Conv2d(first, second, 3, padding=1, bias=False), nn.BatchNorm2d(second), nn.AdaptiveAvgPool2d((3, 4))), nn.Flatten(),
+            *_block(
+                nn.Conv2d(channels, first, 5, stride=2, padding=2, bias=False),
+                nn.BatchNorm2d(first),
+                nn.MaxPool2d(2, ceil_mode=True),
+            ),
+            *_block(
+                nn.Conv2d(first, second, 3, padding=1, bias=False),
+                nn.BatchNorm2d(second),
+                nn.AdaptiveAvgPool2d((3, 4)),
+            ),
+            nn.Flatten(),
         )
-        self.frames.to(memory_format=torch.channels_last)  # 0.10 against 0.14 s a step of 64 clips of 16 x 30 x 40 on one CPU thread
+        self.frames.to(
+            memory_format=torch.channels_last
+        )  # 0.10 against 0.14 s a step of 64 clips of 16 x 30 x 40 on one CPU thread
         self.time = nn.Sequential(
             nn.Dropout(dropout),
-            *_block(nn.Conv1d(12 * second, 2 * width, 3, padding=1, bias=False), nn.BatchNorm1d(2 * width), nn.MaxPool1d(2, ceil_mode=True)),
-            *_block(nn.Conv1d(2 * width, 2 * width, 3, padding=1, bias=False), nn.BatchNorm1d(2 * width)),
+            *_block(
+                nn.Conv1d(12 * second, 2 * width, 3, padding=1, bias=False),
+                nn.BatchNorm1d(2 * width),
+                nn.MaxPool1d(2, ceil_mode=True),
+            ),
+            *_block(
+                nn.Conv1d(2 * width, 2 * width, 3, padding=1, bias=False), nn.BatchNorm1d(2 * width)
+            ),
         )
         self.project = _projection(4 * width, embedding_dim, dropout)
 
@@ -116,7 +172,9 @@ class VideoEncoder(nn.Module):
         elif self.channels_last:
             inputs = inputs.movedim(-1, 2)
         batch, frames = inputs.shape[:2]
-        hidden = self.frames(inputs.flatten(0, 1)).unflatten(0, (batch, frames))  # [B, T, 6 * width]
+        hidden = self.frames(inputs.flatten(0, 1)).unflatten(
+            0, (batch, frames)
+        )  # [B, T, 6 * width]
         hidden = self.time(hidden.transpose(1, 2))
         return self.project(torch.cat([hidden.mean(-1), hidden.amax(-1)], 1))
 
@@ -126,7 +184,12 @@ def _block(convolution: nn.Module, norm: nn.Module, *pool: nn.Module) -> tuple[n
 
 
 def _projection(features: int, embedding_dim: int, dropout: float) -> nn.Sequential:
-    return nn.Sequential(nn.Dropout(dropout), nn.Linear(features, embedding_dim, bias=False), nn.BatchNorm1d(embedding_dim), nn.ReLU())
+    return nn.Sequential(
+        nn.Dropout(dropout),
+        nn.Linear(features, embedding_dim, bias=False),
+        nn.BatchNorm1d(embedding_dim),
+        nn.ReLU(),
+    )
 
 
 _BUILDERS = {  # layout -> (class, numbers of dimensions it takes)

@@ -1,4 +1,5 @@
 """The gate (method page, section 4) and its calibration (section 5, stage 3): prior, uncertainty and surprise, fitted by MAP."""
+
 from __future__ import annotations
 
 import math
@@ -13,7 +14,13 @@ from iibalance.names import as_sequence, check_names
 from iibalance.temperature import fit_temperature
 
 # Standard deviations of the MAP prior around the neutral gate.
-WIDTHS = {"log_scale": 0.3, "uncertainty_weight": 3.0, "surprise_weight": 1.0, "prior_strength": 0.5, "network": 1.5}
+WIDTHS = {
+    "log_scale": 0.3,
+    "uncertainty_weight": 3.0,
+    "surprise_weight": 1.0,
+    "prior_strength": 0.5,
+    "network": 1.5,
+}
 
 
 class Gate(nn.Module):
@@ -54,7 +61,9 @@ class Gate(nn.Module):
         self.register_buffer("own_temperature", torch.ones(count))
         self.network = None
         if hidden:
-            self.network = nn.Sequential(nn.Linear(3 * count, hidden), nn.Tanh(), nn.Linear(hidden, count)).requires_grad_(False)
+            self.network = nn.Sequential(
+                nn.Linear(3 * count, hidden), nn.Tanh(), nn.Linear(hidden, count)
+            ).requires_grad_(False)
             self.reset()
 
     @property
@@ -76,26 +85,51 @@ class Gate(nn.Module):
         logits = as_sequence(logits, self.modalities, "logits")
         gate_logits = self._gate_logits(logits, surprise, mask)
         fused = iib_kernels.gated_fusion(
-            logits, None if log_prior is None else self.prior_strength.clamp_min(0) * log_prior, gate_logits=gate_logits,
-            temperature=self.temperature, uncertainty_weight=self.uncertainty_weight, mask=mask, impl=self.impl,
+            logits,
+            None if log_prior is None else self.prior_strength.clamp_min(0) * log_prior,
+            gate_logits=gate_logits,
+            temperature=self.temperature,
+            uncertainty_weight=self.uncertainty_weight,
+            mask=mask,
+            impl=self.impl,
         )
-        effective = 1 / fused.weights.square().sum(-1, keepdim=True)  # from 1 to the number of modalities available
-        return fused._replace(logits=fused.logits * (self.log_scale.exp() * effective).to(fused.logits.dtype))
+        effective = 1 / fused.weights.square().sum(
+            -1, keepdim=True
+        )  # from 1 to the number of modalities available
+        return fused._replace(
+            logits=fused.logits * (self.log_scale.exp() * effective).to(fused.logits.dtype)
+        )
 
     def own(self, logits: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Each modality's logits (M of [B, K]) at the temperature that calibrates its own prediction."""
-        return tuple(values / temperature for values, temperature in zip(logits, self.own_temperature))
+        return tuple(
+            values / temperature for values, temperature in zip(logits, self.own_temperature)
+        )
 
-    def _gate_logits(self, logits: list[Tensor], surprise: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    def _gate_logits(
+        self, logits: list[Tensor], surprise: Tensor | None, mask: Tensor | None
+    ) -> Tensor | None:
         terms = None
         if surprise is not None:
             if mask is not None:
-                surprise = surprise.masked_fill(~mask, 0.0)  # nobody's distance: not even NaN may reach a gradient
-            terms = -self.surprise_weight.clamp_min(0) * surprise  # what lies far from everything seen never gains weight by it
+                surprise = surprise.masked_fill(
+                    ~mask, 0.0
+                )  # nobody's distance: not even NaN may reach a gradient
+            terms = (
+                -self.surprise_weight.clamp_min(0) * surprise
+            )  # what lies far from everything seen never gains weight by it
         if self.network is not None:
-            present = torch.ones(len(logits[0]), len(logits), device=logits[0].device) if mask is None else mask
-            surprise = torch.zeros_like(present, dtype=logits[0].dtype) if surprise is None else surprise
-            features = torch.stack([_uncertainty(values / t) for values, t in zip(logits, self.temperature)], -1)
+            present = (
+                torch.ones(len(logits[0]), len(logits), device=logits[0].device)
+                if mask is None
+                else mask
+            )
+            surprise = (
+                torch.zeros_like(present, dtype=logits[0].dtype) if surprise is None else surprise
+            )
+            features = torch.stack(
+                [_uncertainty(values / t) for values, t in zip(logits, self.temperature)], -1
+            )
             features = torch.cat([features, surprise, present.to(features.dtype)], -1)
             present = present.bool().repeat(1, 3)
             learned = self.network(features.masked_fill(~present, 0.0))
@@ -136,12 +170,25 @@ class Gate(nn.Module):
 
         Returns the final NLL in nats. Deterministic: float64, L-BFGS from the neutral values. Nothing changes if the fit is not finite (raises).
         """
-        logits = [values.detach().double() for values in as_sequence(logits, self.modalities, "logits")]
-        weight = torch.ones(len(targets), dtype=torch.float64) if sample_weight is None else sample_weight.double()
+        logits = [
+            values.detach().double() for values in as_sequence(logits, self.modalities, "logits")
+        ]
+        weight = (
+            torch.ones(len(targets), dtype=torch.float64)
+            if sample_weight is None
+            else sample_weight.double()
+        )
         device = self.log_temperature.device
-        surprise, log_prior = (None if value is None else value.detach().double().to(device) for value in (surprise, log_prior))
+        surprise, log_prior = (
+            None if value is None else value.detach().double().to(device)
+            for value in (surprise, log_prior)
+        )
         mask = None if mask is None else mask.to(device)
-        logits, targets, weight = [values.to(device) for values in logits], targets.to(device), weight.to(device)
+        logits, targets, weight = (
+            [values.to(device) for values in logits],
+            targets.to(device),
+            weight.to(device),
+        )
         clean = torch.ones_like(targets, dtype=torch.bool) if clean is None else clean.to(device)
         if temperature is None:
             temperature = own_temperatures(logits, targets, clean, mask)
@@ -150,11 +197,18 @@ class Gate(nn.Module):
         work.reset()
         work.double()
         work.log_temperature.copy_(temperature.double().log())
-        kinds = () if len(self.modalities) == 1 else ("log_scale",) if not fit_gating else tuple(WIDTHS)
+        kinds = (
+            () if len(self.modalities) == 1 else ("log_scale",) if not fit_gating else tuple(WIDTHS)
+        )
         if prior_strength is not None:
             work.prior_strength.fill_(prior_strength)
             kinds = tuple(kind for kind in kinds if kind != "prior_strength")
-        widths = {name: WIDTHS[kind] for name, _ in work.named_parameters() for kind in kinds if name.split(".")[0] == kind}
+        widths = {
+            name: WIDTHS[kind]
+            for name, _ in work.named_parameters()
+            for kind in kinds
+            if name.split(".")[0] == kind
+        }
         parameters = {name: value for name, value in work.named_parameters() if name in widths}
         neutral = {name: value.detach().clone() for name, value in parameters.items()}
 
@@ -165,13 +219,23 @@ class Gate(nn.Module):
         if parameters:
             for value in parameters.values():
                 value.requires_grad_(True)
-            optimizer = torch.optim.LBFGS(parameters.values(), max_iter=max_iterations, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
+            optimizer = torch.optim.LBFGS(
+                parameters.values(),
+                max_iter=max_iterations,
+                tolerance_grad=1e-7,
+                line_search_fn="strong_wolfe",
+            )
 
             def closure() -> Tensor:
                 optimizer.zero_grad(set_to_none=False)
-                penalty = sum(((value - neutral[name]) / (widths[name] * prior_scale)).square().sum() for name, value in parameters.items())
+                penalty = sum(
+                    ((value - neutral[name]) / (widths[name] * prior_scale)).square().sum()
+                    for name, value in parameters.items()
+                )
                 loss = nll() + penalty / (2 * weight.sum())
-                if not torch.isfinite(loss):  # a trial step that went too far: NaN would send the line search farther still
+                if not torch.isfinite(
+                    loss
+                ):  # a trial step that went too far: NaN would send the line search farther still
                     return loss.new_tensor(1e10)
                 loss.backward()
                 return loss
@@ -183,22 +247,40 @@ class Gate(nn.Module):
             final = float(nll())
         values = torch.stack([value.detach().abs().sum() for value in work.parameters()])
         if not torch.isfinite(values).all() or not math.isfinite(final):
-            raise ValueError("logits: the calibration did not converge to finite values; are there infinite or NaN logits among the held-out samples?")
-        self.load_state_dict({name: value.detach().float() for name, value in work.state_dict().items()})
+            raise ValueError(
+                "logits: the calibration did not converge to finite values; are there infinite or NaN logits among the held-out samples?"
+            )
+        self.load_state_dict(
+            {name: value.detach().float() for name, value in work.state_dict().items()}
+        )
         return final
 
     @torch.no_grad()
     def fit_scale(
-        self, logits: Mapping[str, Tensor] | Sequence[Tensor], targets: Tensor, *, log_prior: Tensor | None = None, surprise: Tensor | None = None,
-        mask: Tensor | None = None, weight: float = 30.0,
+        self,
+        logits: Mapping[str, Tensor] | Sequence[Tensor],
+        targets: Tensor,
+        *,
+        log_prior: Tensor | None = None,
+        surprise: Tensor | None = None,
+        mask: Tensor | None = None,
+        weight: float = 30.0,
     ) -> None:
         """Move the scale towards where the fused logits of these clean held-out samples are calibrated; everything else stays. Arguments as in :meth:`fit`.
 
         The scale that is there counts as much as ``weight`` samples with a standard deviation of 1 in its logarithm: a validation split is often one subject.
         """
-        logits = [values.to(self.log_scale.device, torch.float32) for values in as_sequence(logits, self.modalities, "logits")]
-        surprise, log_prior = (None if value is None else value.to(self.log_scale.device, torch.float32) for value in (surprise, log_prior))
-        fused = self(logits, log_prior, surprise, None if mask is None else mask.to(self.log_scale.device)).logits
+        logits = [
+            values.to(self.log_scale.device, torch.float32)
+            for values in as_sequence(logits, self.modalities, "logits")
+        ]
+        surprise, log_prior = (
+            None if value is None else value.to(self.log_scale.device, torch.float32)
+            for value in (surprise, log_prior)
+        )
+        fused = self(
+            logits, log_prior, surprise, None if mask is None else mask.to(self.log_scale.device)
+        ).logits
         self.log_scale.sub_(math.log(fit_temperature(fused.cpu(), targets.cpu(), weight=weight)))
 
     @torch.no_grad()
@@ -209,12 +291,16 @@ class Gate(nn.Module):
                 value.zero_()
 
 
-def own_temperatures(logits: Sequence[Tensor], targets: Tensor, clean: Tensor, mask: Tensor | None) -> Tensor:
+def own_temperatures(
+    logits: Sequence[Tensor], targets: Tensor, clean: Tensor, mask: Tensor | None
+) -> Tensor:
     """[M] float64: the temperature that calibrates each modality's own prediction on the clean samples that have it; 1 where none does."""
     found = []
     for index, values in enumerate(logits):
         rows = clean if mask is None else clean & mask[:, index]
-        found.append(fit_temperature(values[rows].cpu(), targets[rows].cpu()) if rows.any() else 1.0)
+        found.append(
+            fit_temperature(values[rows].cpu(), targets[rows].cpu()) if rows.any() else 1.0
+        )
     return torch.tensor(found, dtype=torch.float64, device=logits[0].device)
 
 
@@ -227,4 +313,6 @@ def _uncertainty(logits: Tensor) -> Tensor:
     if logits.shape[-1] == 1:
         return logits.new_zeros(logits.shape[:-1])
     log_p = logits.log_softmax(-1)
-    return -(log_p.exp() * log_p.clamp_min(-1e4)).sum(-1) / torch.log(torch.tensor(float(logits.shape[-1])))
+    return -(log_p.exp() * log_p.clamp_min(-1e4)).sum(-1) / torch.log(
+        torch.tensor(float(logits.shape[-1]))
+    )

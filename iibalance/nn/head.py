@@ -1,4 +1,5 @@
 """IIBalanceHead: any encoders' embeddings in; fused logits, weights, uncertainty and loss out."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -10,11 +11,10 @@ from torch import Tensor, nn
 
 from iib_kernels import cpu
 from iibalance.budgets import Budgets
-from iibalance.nn.gate import Gate
 from iibalance.names import as_sequence, check_names
+from iibalance.nn.gate import Gate
 from iibalance.nn.loss import IIBalanceLoss, LossOutput
 from iibalance.nn.prototypes import PrototypeBank
-
 
 _DISTRIBUTED = dist.is_available()
 
@@ -24,11 +24,17 @@ class HeadOutput(NamedTuple):
 
     logits: Tensor  #: [B, K] fused, calibrated logits
     weights: Tensor | None  #: [B, M] fusion weights, sum to 1
-    uncertainty: Tensor | None  #: [B, M] normalised entropy of each modality's own prediction, in [0, 1]
-    modality_logits: tuple[Tensor, ...]  #: M of [B, K], each modality's own prediction, at its own temperature
+    uncertainty: (
+        Tensor | None
+    )  #: [B, M] normalised entropy of each modality's own prediction, in [0, 1]
+    modality_logits: tuple[
+        Tensor, ...
+    ]  #: M of [B, K], each modality's own prediction, at its own temperature
     loss: Tensor | None = None  #: [] with targets
     parts: LossOutput | None = None  #: the loss's parts, with targets
-    embeddings: tuple[Tensor, ...] = ()  #: M of [B, D_m], missing rows 0: for the methods that need them, in training
+    embeddings: tuple[
+        Tensor, ...
+    ] = ()  #: M of [B, D_m], missing rows 0: for the methods that need them, in training
 
 
 class IIBalanceHead(nn.Module):
@@ -57,8 +63,15 @@ class IIBalanceHead(nn.Module):
     """
 
     def __init__(
-        self, embedding_dims: Mapping[str, int] | Sequence[int], num_classes: int, *, objective: IIBalanceLoss | None = None,
-        budgets: Budgets | Mapping[str, float] | Sequence[float] | None = None, gate_hidden: int = 0, momentum: float = 0.9, metric: str = "cosine",
+        self,
+        embedding_dims: Mapping[str, int] | Sequence[int],
+        num_classes: int,
+        *,
+        objective: IIBalanceLoss | None = None,
+        budgets: Budgets | Mapping[str, float] | Sequence[float] | None = None,
+        gate_hidden: int = 0,
+        momentum: float = 0.9,
+        metric: str = "cosine",
         impl: str = "auto",
     ):
         super().__init__()
@@ -67,12 +80,18 @@ class IIBalanceHead(nn.Module):
         self.modalities = check_names(embedding_dims)
         self.embedding_dims = {name: int(size) for name, size in embedding_dims.items()}
         self.num_classes = num_classes
-        self.classifiers = nn.ModuleList(nn.Linear(size, num_classes) for size in self.embedding_dims.values())
-        self.prototypes = PrototypeBank(self.embedding_dims, num_classes, momentum=momentum, metric=metric, impl=impl)
+        self.classifiers = nn.ModuleList(
+            nn.Linear(size, num_classes) for size in self.embedding_dims.values()
+        )
+        self.prototypes = PrototypeBank(
+            self.embedding_dims, num_classes, momentum=momentum, metric=metric, impl=impl
+        )
         self.gate = Gate(self.modalities, hidden=gate_hidden, impl=impl)
         self.objective = IIBalanceLoss(metric=metric, impl=impl) if objective is None else objective
         self.register_buffer("budgets", torch.ones(len(self.modalities)))
-        self.register_buffer("log_prior", torch.full((len(self.modalities),), 1 / len(self.modalities)).log())
+        self.register_buffer(
+            "log_prior", torch.full((len(self.modalities),), 1 / len(self.modalities)).log()
+        )
         if budgets is not None:
             self.set_budgets(budgets)
 
@@ -80,38 +99,69 @@ class IIBalanceHead(nn.Module):
     def set_budgets(self, budgets: Budgets | Mapping[str, float] | Sequence[float]) -> None:
         """Use these budgets from now on: they set the anchor and relative budgets of the alignment and the gate's prior."""
         if not isinstance(budgets, Budgets):
-            budgets = Budgets.given(dict(zip(self.modalities, as_sequence(budgets, self.modalities, "budgets"))))
-        self.budgets.copy_(torch.tensor(as_sequence(dict(zip(budgets.modalities, budgets.values)), self.modalities, "budgets")))
-        self.log_prior.copy_(torch.tensor(as_sequence(dict(zip(budgets.modalities, budgets.prior)), self.modalities, "budgets")).log())
+            budgets = Budgets.given(
+                dict(zip(self.modalities, as_sequence(budgets, self.modalities, "budgets")))
+            )
+        self.budgets.copy_(
+            torch.tensor(
+                as_sequence(
+                    dict(zip(budgets.modalities, budgets.values)), self.modalities, "budgets"
+                )
+            )
+        )
+        self.log_prior.copy_(
+            torch.tensor(
+                as_sequence(
+                    dict(zip(budgets.modalities, budgets.prior)), self.modalities, "budgets"
+                )
+            ).log()
+        )
 
-    def heads(self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None = None) -> list[Tensor]:
+    def heads(
+        self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None = None
+    ) -> list[Tensor]:
         """Each modality's own logits l_m before any temperature, M of [B, K]; rows of a missing modality are 0."""
         return self._heads(self._present(embeddings, mask), mask)
 
     def _heads(self, embeddings: list[Tensor], mask: Tensor | None) -> list[Tensor]:
-        logits = [classifier(embedding) for classifier, embedding in zip(self.classifiers, embeddings)]
+        logits = [
+            classifier(embedding) for classifier, embedding in zip(self.classifiers, embeddings)
+        ]
         return logits if mask is None else _fill_missing(logits, mask)
 
-    def _present(self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None) -> list[Tensor]:
+    def _present(
+        self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None
+    ) -> list[Tensor]:
         """The embeddings in order, checked; a missing modality's rows, which may hold anything, are 0: NaN would pass through a gradient of 0."""
         embeddings = as_sequence(embeddings, self.modalities, "embeddings")
         for name, size, embedding in zip(self.modalities, self.embedding_dims.values(), embeddings):
             if embedding.dim() != 2 or embedding.shape[1] != size:
-                raise ValueError(f"embeddings: {name} has shape {tuple(embedding.shape)}, expected [B, {size}]; the encoder must return one vector a sample")
+                raise ValueError(
+                    f"embeddings: {name} has shape {tuple(embedding.shape)}, expected [B, {size}]; the encoder must return one vector a sample"
+                )
         return embeddings if mask is None else _fill_missing(embeddings, mask)
 
-    def fuse(self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None = None) -> HeadOutput:
+    def fuse(
+        self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None = None
+    ) -> HeadOutput:
         """Predict from embeddings with the calibrated gate (no loss)."""
         embeddings = self._present(embeddings, mask)
         return self._fuse(self._heads(embeddings, mask), embeddings, mask)
 
-    def _fuse(self, logits: list[Tensor], embeddings: list[Tensor], mask: Tensor | None) -> HeadOutput:
+    def _fuse(
+        self, logits: list[Tensor], embeddings: list[Tensor], mask: Tensor | None
+    ) -> HeadOutput:
         surprise = self.prototypes.surprise(embeddings)
         fused = self.gate(logits, self.log_prior, surprise, mask)
         return HeadOutput(fused.logits, fused.weights, fused.uncertainty, self.gate.own(logits))
 
     def forward(
-        self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], targets: Tensor | None = None, *, mask: Tensor | None = None, progress: float = 1.0,
+        self,
+        embeddings: Mapping[str, Tensor] | Sequence[Tensor],
+        targets: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        progress: float = 1.0,
     ) -> HeadOutput:
         """Predict, and with ``targets`` compute the loss, which always takes the neutral gate: calibration comes after training, and weights that no
         gradient passes cannot starve a modality. In training mode with targets ``logits`` is the neutral sum too, ``weights`` and ``uncertainty`` are None.
@@ -128,8 +178,16 @@ class IIBalanceHead(nn.Module):
         if targets is None:
             return self._fuse(logits, embeddings, mask)
         parts = self.objective(
-            logits, targets, embeddings=embeddings, prototypes=self.prototypes.prototypes, budgets=self.budgets, mask=mask, progress=progress,
-            seen=None if not torch.compiler.is_compiling() and self.prototypes.complete else list(self.prototypes.seen),
+            logits,
+            targets,
+            embeddings=embeddings,
+            prototypes=self.prototypes.prototypes,
+            budgets=self.budgets,
+            mask=mask,
+            progress=progress,
+            seen=None
+            if not torch.compiler.is_compiling() and self.prototypes.complete
+            else list(self.prototypes.seen),
         )
         if self.training:
             self.prototypes.update(embeddings, targets, mask)
@@ -137,33 +195,75 @@ class IIBalanceHead(nn.Module):
         with torch.no_grad():
             return self._fuse(logits, embeddings, mask)._replace(loss=parts.total, parts=parts)
 
-    def _plain(self, embeddings: list[Tensor], targets: Tensor) -> tuple[list[Tensor], list[Tensor]] | None:
+    def _plain(
+        self, embeddings: list[Tensor], targets: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]] | None:
         """The classifiers' weights and biases if nothing stands in the way of the CPU's fast path: one process, classes all seen, the objective as it is."""
         if torch.compiler.is_compiling():
             return None
         objective, prototypes, linear = self.objective, self.prototypes, list(self.classifiers)
-        if _DISTRIBUTED and dist.is_initialized() or type(objective) is not IIBalanceLoss or type(self)._heads is not IIBalanceHead._heads:
+        if (
+            _DISTRIBUTED
+            and dist.is_initialized()
+            or type(objective) is not IIBalanceLoss
+            or type(self)._heads is not IIBalanceHead._heads
+        ):
             return None
-        if objective.metric != "cosine" or prototypes.metric != "cosine" or prototypes.impl != "auto" or not prototypes.complete:
+        if (
+            objective.metric != "cosine"
+            or prototypes.metric != "cosine"
+            or prototypes.impl != "auto"
+            or not prototypes.complete
+        ):
             return None
         for part in (objective, *linear):
-            if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+            if (
+                part._forward_hooks
+                or part._forward_pre_hooks
+                or part._backward_hooks
+                or part._backward_pre_hooks
+            ):
                 return None
         if any(type(classifier) is not nn.Linear for classifier in linear):
             return None
-        weights, biases = [classifier.weight for classifier in linear], [classifier.bias for classifier in linear]
-        if any(bias is None for bias in biases) or not cpu.takes(objective.impl, targets, self.num_classes, embeddings, weights):
+        weights, biases = (
+            [classifier.weight for classifier in linear],
+            [classifier.bias for classifier in linear],
+        )
+        if any(bias is None for bias in biases) or not cpu.takes(
+            objective.impl, targets, self.num_classes, embeddings, weights
+        ):
             return None
         return weights, biases
 
-    def _step(self, embeddings: list[Tensor], targets: Tensor, progress: float, weights: list[Tensor], biases: list[Tensor]) -> HeadOutput:
+    def _step(
+        self,
+        embeddings: list[Tensor],
+        targets: Tensor,
+        progress: float,
+        weights: list[Tensor],
+        biases: list[Tensor],
+    ) -> HeadOutput:
         objective, strength = self.objective, self.objective.strength(progress)
         out = cpu.step(
-            embeddings, weights, biases, targets, self.prototypes.prototypes, self.budgets, objective.temperature,
-            cpu.Weights(objective.fused_weight, objective.unimodal_weight, strength * objective.alpha, strength * objective.beta),
+            embeddings,
+            weights,
+            biases,
+            targets,
+            self.prototypes.prototypes,
+            self.budgets,
+            objective.temperature,
+            cpu.Weights(
+                objective.fused_weight,
+                objective.unimodal_weight,
+                strength * objective.alpha,
+                strength * objective.beta,
+            ),
         )
         self.prototypes.update_rows(out.rows, targets)
-        return HeadOutput(out.summed, None, None, out.logits.unbind(), out.total, LossOutput(*out[:5]))
+        return HeadOutput(
+            out.summed, None, None, out.logits.unbind(), out.total, LossOutput(*out[:5])
+        )
 
 
 def _fill_missing(values: Sequence[Tensor], mask: Tensor) -> list[Tensor]:

@@ -1,4 +1,5 @@
 """The training objective and its schedule (method page, sections 3 and 5)."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -45,15 +46,42 @@ class IIBalanceLoss(nn.Module):
     """
 
     def __init__(
-        self, *, fused_weight: float = 1.0, unimodal_weight: float = 1.0, alpha: float = 1.0, beta: float = 1.0, temperature: float = 0.2,
-        warmup: float = 0.02, ramp: float = 0.1, metric: str = "cosine", impl: str = "auto",
+        self,
+        *,
+        fused_weight: float = 1.0,
+        unimodal_weight: float = 1.0,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        temperature: float = 0.2,
+        warmup: float = 0.02,
+        ramp: float = 0.1,
+        metric: str = "cosine",
+        impl: str = "auto",
     ):
         super().__init__()
-        for name, value in dict(fused_weight=fused_weight, unimodal_weight=unimodal_weight, alpha=alpha, beta=beta, warmup=warmup, ramp=ramp).items():
+        for name, value in dict(
+            fused_weight=fused_weight,
+            unimodal_weight=unimodal_weight,
+            alpha=alpha,
+            beta=beta,
+            warmup=warmup,
+            ramp=ramp,
+        ).items():
             if not value >= 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {value}")
-        self.fused_weight, self.unimodal_weight, self.alpha, self.beta = fused_weight, unimodal_weight, alpha, beta
-        self.temperature, self.warmup, self.ramp, self.metric, self.impl = temperature, warmup, ramp, metric, impl
+        self.fused_weight, self.unimodal_weight, self.alpha, self.beta = (
+            fused_weight,
+            unimodal_weight,
+            alpha,
+            beta,
+        )
+        self.temperature, self.warmup, self.ramp, self.metric, self.impl = (
+            temperature,
+            warmup,
+            ramp,
+            metric,
+            impl,
+        )
 
     def strength(self, progress: float) -> float:
         """lambda at ``progress``, the share of the training that is done, in [0, 1]."""
@@ -62,8 +90,16 @@ class IIBalanceLoss(nn.Module):
         return min(1.0, (progress - self.warmup) / self.ramp) if self.ramp else 1.0
 
     def forward(
-        self, logits: Sequence[Tensor], targets: Tensor, *, embeddings: Sequence[Tensor] | None = None, prototypes: Sequence[Tensor] | None = None,
-        seen: Sequence[Tensor] | None = None, budgets: Tensor | None = None, gate_logits: Tensor | None = None, mask: Tensor | None = None,
+        self,
+        logits: Sequence[Tensor],
+        targets: Tensor,
+        *,
+        embeddings: Sequence[Tensor] | None = None,
+        prototypes: Sequence[Tensor] | None = None,
+        seen: Sequence[Tensor] | None = None,
+        budgets: Tensor | None = None,
+        gate_logits: Tensor | None = None,
+        mask: Tensor | None = None,
         progress: float = 1.0,
     ) -> LossOutput:
         """Args: logits M of [B, K]; targets [B] int64 (-100 = ignored); embeddings M of [B, D_m] with prototypes M of [K, D_m], ``seen`` M of [K] bool
@@ -72,12 +108,22 @@ class IIBalanceLoss(nn.Module):
         """
         count = len(logits)
         entropies = iib_kernels.fusion_cross_entropy(
-            logits, targets, gate_logits=None if gate_logits is None else gate_logits.detach(), uncertainty_weight=0.0, scale=float(count), mask=mask,
+            logits,
+            targets,
+            gate_logits=None if gate_logits is None else gate_logits.detach(),
+            uncertainty_weight=0.0,
+            scale=float(count),
+            mask=mask,
             impl=self.impl,
         )
         fused = entropies.fused
-        if mask is not None and gate_logits is None:  # the neutral gate sums the logits that are there, however many
-            there = sum(values.masked_fill(~mask[:, index, None], 0.0) for index, values in enumerate(logits))
+        if (
+            mask is not None and gate_logits is None
+        ):  # the neutral gate sums the logits that are there, however many
+            there = sum(
+                values.masked_fill(~mask[:, index, None], 0.0)
+                for index, values in enumerate(logits)
+            )
             rows = (targets != -100).sum().clamp_min(1)
             fused = nn.functional.cross_entropy(there.float(), targets, reduction="sum") / rows
         zeros = torch.zeros_like(entropies.unimodal)
@@ -87,7 +133,17 @@ class IIBalanceLoss(nn.Module):
         if embeddings is not None and strength > 0 and (self.alpha or self.beta):
             budgets = torch.ones(count, device=targets.device) if budgets is None else budgets
             contrastive, alignment, _ = iib_kernels.alignment_loss(
-                embeddings, [iib_kernels.snapshot(values) for values in prototypes], targets, budgets, temperature=self.temperature, metric=self.metric, seen=seen, mask=mask, impl=self.impl
+                embeddings,
+                [iib_kernels.snapshot(values) for values in prototypes],
+                targets,
+                budgets,
+                temperature=self.temperature,
+                metric=self.metric,
+                seen=seen,
+                mask=mask,
+                impl=self.impl,
             )
-            total = total + strength * (self.alpha * contrastive.sum() + self.beta * alignment.sum())
+            total = total + strength * (
+                self.alpha * contrastive.sum() + self.beta * alignment.sum()
+            )
         return LossOutput(total, fused, entropies.unimodal, contrastive, alignment)

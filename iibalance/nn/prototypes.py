@@ -1,4 +1,5 @@
 """The EMA prototype bank (method page, section 2): one prototype per class and modality, the same on every process."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -38,20 +39,42 @@ class PrototypeBank(nn.Module):
     tensor([[0., 0.]])
     """
 
-    def __init__(self, embedding_dims: Mapping[str, int], num_classes: int, *, momentum: float = 0.9, metric: str = "cosine", impl: str = "auto"):
+    def __init__(
+        self,
+        embedding_dims: Mapping[str, int],
+        num_classes: int,
+        *,
+        momentum: float = 0.9,
+        metric: str = "cosine",
+        impl: str = "auto",
+    ):
         super().__init__()
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum: expected a number in [0, 1), got {momentum}")
         self.modalities = tuple(embedding_dims)
-        self.num_classes, self.momentum, self.metric, self.impl = num_classes, momentum, metric, impl
+        self.num_classes, self.momentum, self.metric, self.impl = (
+            num_classes,
+            momentum,
+            metric,
+            impl,
+        )
         for index, size in enumerate(embedding_dims.values()):
             self.register_buffer(f"prototypes_{index}", torch.zeros(num_classes, size))
             self.register_buffer(f"counts_{index}", torch.zeros(num_classes, dtype=torch.int64))
-        self._names = [f"prototypes_{index}" for index in range(len(self.modalities))], [f"counts_{index}" for index in range(len(self.modalities))]
+        self._names = (
+            [f"prototypes_{index}" for index in range(len(self.modalities))],
+            [f"counts_{index}" for index in range(len(self.modalities))],
+        )
         self._complete = False  # all classes seen by all modalities: then they stay so
-        self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "_complete", False))
-        self.register_buffer("usual", torch.zeros(len(self.modalities), 2))  # mean of the novelty of held-out samples,
-        self.register_buffer("spread", torch.ones(len(self.modalities), 2))  # and its standard deviation
+        self.register_load_state_dict_post_hook(
+            lambda module, _: setattr(module, "_complete", False)
+        )
+        self.register_buffer(
+            "usual", torch.zeros(len(self.modalities), 2)
+        )  # mean of the novelty of held-out samples,
+        self.register_buffer(
+            "spread", torch.ones(len(self.modalities), 2)
+        )  # and its standard deviation
 
     @property
     def prototypes(self) -> list[Tensor]:
@@ -61,7 +84,9 @@ class PrototypeBank(nn.Module):
     @property
     def counts(self) -> Tensor:
         """How many samples of each class have been seen, [M, K] int64."""
-        return torch.stack([getattr(self, f"counts_{index}") for index in range(len(self.modalities))])
+        return torch.stack(
+            [getattr(self, f"counts_{index}") for index in range(len(self.modalities))]
+        )
 
     @property
     def seen(self) -> Tensor:
@@ -76,7 +101,14 @@ class PrototypeBank(nn.Module):
         return self._complete
 
     @torch.no_grad()
-    def update(self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], targets: Tensor, mask: Tensor | None = None, *, ignore_index: int = -100) -> None:
+    def update(
+        self,
+        embeddings: Mapping[str, Tensor] | Sequence[Tensor],
+        targets: Tensor,
+        mask: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+    ) -> None:
         """Move the prototypes towards the batch: embeddings [B, D_m], targets [B] int64, mask [B, M] bool (True = present).
 
         Rows whose target is ``ignore_index`` or whose modality is missing do not count.
@@ -85,20 +117,40 @@ class PrototypeBank(nn.Module):
         embeddings = as_sequence(embeddings, self.modalities, "embeddings")
         if not shared and mask is None and self.metric == "cosine" and ignore_index == -100:
             tables = self.prototypes
-            if cpu.takes(self.impl, targets, self.num_classes, tables, embeddings) and tables[0].shape[1] == embeddings[0].shape[1]:
-                self.update_rows(cpu.unit(torch.stack([values.detach() for values in embeddings]))[0], targets)
+            if (
+                cpu.takes(self.impl, targets, self.num_classes, tables, embeddings)
+                and tables[0].shape[1] == embeddings[0].shape[1]
+            ):
+                self.update_rows(
+                    cpu.unit(torch.stack([values.detach() for values in embeddings]))[0], targets
+                )
                 return
         for index, embedding in enumerate(embeddings):
             rows = targets if mask is None else targets.masked_fill(~mask[:, index], ignore_index)
             before = getattr(self, f"prototypes_{index}"), getattr(self, f"counts_{index}")
             if shared:
-                sums = iib_kernels.class_sums(embedding, rows, self.num_classes, metric=self.metric, ignore_index=ignore_index, impl=self.impl)
+                sums = iib_kernels.class_sums(
+                    embedding,
+                    rows,
+                    self.num_classes,
+                    metric=self.metric,
+                    ignore_index=ignore_index,
+                    impl=self.impl,
+                )
                 for value in sums:
                     dist.all_reduce(value)
-                prototypes, total = iib_kernels.ema_from_sums(*before, *sums, momentum=self.momentum, metric=self.metric)
+                prototypes, total = iib_kernels.ema_from_sums(
+                    *before, *sums, momentum=self.momentum, metric=self.metric
+                )
             else:
                 prototypes, total = iib_kernels.update_prototypes(
-                    *before, embedding, rows, momentum=self.momentum, metric=self.metric, ignore_index=ignore_index, impl=self.impl
+                    *before,
+                    embedding,
+                    rows,
+                    momentum=self.momentum,
+                    metric=self.metric,
+                    ignore_index=ignore_index,
+                    impl=self.impl,
                 )
             getattr(self, f"prototypes_{index}").copy_(prototypes)
             getattr(self, f"counts_{index}").copy_(total)
@@ -111,12 +163,16 @@ class PrototypeBank(nn.Module):
     def nearest(self, embeddings: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
         """Squared distance to the nearest prototype of a seen class, [B, M] (section 4)."""
         embeddings = as_sequence(embeddings, self.modalities, "embeddings")
-        return iib_kernels.nearest_prototype(embeddings, self.prototypes, metric=self.metric, seen=list(self.seen), impl=self.impl).distance
+        return iib_kernels.nearest_prototype(
+            embeddings, self.prototypes, metric=self.metric, seen=list(self.seen), impl=self.impl
+        ).distance
 
     def novelty(self, embeddings: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
         """[B, M, 2]: distance to the nearest prototype, and the logarithm of the embedding's length, which the cosine does not see."""
         embeddings = as_sequence(embeddings, self.modalities, "embeddings")
-        lengths = torch.stack([values.float().norm(dim=1).clamp_min(1e-12).log() for values in embeddings], 1)
+        lengths = torch.stack(
+            [values.float().norm(dim=1).clamp_min(1e-12).log() for values in embeddings], 1
+        )
         return torch.stack([self.nearest(embeddings).float(), lengths], -1)
 
     def surprise(self, embeddings: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
@@ -137,11 +193,23 @@ class PrototypeBank(nn.Module):
 def usual_novelty(novelty: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [M, 2] of the novelty [N, M, 2] of clean samples; 0 and 1 for a modality with fewer than two."""
     values = novelty.double()
-    rows = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device) if mask is None else mask
+    rows = (
+        torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
+        if mask is None
+        else mask
+    )
     rows = rows[..., None]
     count = rows.sum(0)
     mean = values.masked_fill(~rows, 0.0).sum(0) / count.clamp_min(1)
-    spread = (values - mean).square().masked_fill(~rows, 0.0).sum(0).div(count.clamp_min(1)).sqrt().clamp_min(1e-3)
+    spread = (
+        (values - mean)
+        .square()
+        .masked_fill(~rows, 0.0)
+        .sum(0)
+        .div(count.clamp_min(1))
+        .sqrt()
+        .clamp_min(1e-3)
+    )
     return torch.where(count > 1, mean, 0.0).float(), torch.where(count > 1, spread, 1.0).float()
 
 

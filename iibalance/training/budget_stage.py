@@ -1,4 +1,5 @@
 """estimate_budgets: the three sources of budgets behind one function (method page, section 1)."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -7,20 +8,37 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from iibalance.budgets import Budgets, budgets_from_logits, label_entropy, make_folds, probe_logits, smooth_budgets
+from iibalance.budgets import (
+    Budgets,
+    budgets_from_logits,
+    label_entropy,
+    make_folds,
+    probe_logits,
+    smooth_budgets,
+)
 from iibalance.config import TrainingConfig
 from iibalance.data.dataset import Split
-from iibalance.nn.encoders import build_encoder
 from iibalance.errors import InputError
-from iibalance.nn.model import embed_split
 from iibalance.names import check_names
+from iibalance.nn.encoders import build_encoder
+from iibalance.nn.model import embed_split
 from iibalance.training.trainer import Stages, cross_fit
 
 
 def estimate_budgets(
-    inputs: Mapping[str, Tensor | np.ndarray], targets: Tensor | np.ndarray, *, source: str = "unimodal", mask: Tensor | np.ndarray | None = None,
-    groups: Tensor | np.ndarray | None = None, folds: int = 3, encoders: Mapping[str, Callable[[], nn.Module]] | None = None, epochs: int = 30,
-    training: TrainingConfig | None = None, previous: Budgets | None = None, momentum: float = 0.5, seed: int = 0,
+    inputs: Mapping[str, Tensor | np.ndarray],
+    targets: Tensor | np.ndarray,
+    *,
+    source: str = "unimodal",
+    mask: Tensor | np.ndarray | None = None,
+    groups: Tensor | np.ndarray | None = None,
+    folds: int = 3,
+    encoders: Mapping[str, Callable[[], nn.Module]] | None = None,
+    epochs: int = 30,
+    training: TrainingConfig | None = None,
+    previous: Budgets | None = None,
+    momentum: float = 0.5,
+    seed: int = 0,
 ) -> Budgets:
     """Estimate the Intrinsic Information Budget of every modality: b_m = max(0, 1 - CE_m / H(Y)) on held-out samples, with standard errors.
 
@@ -48,31 +66,67 @@ def estimate_budgets(
     values = {name: torch.as_tensor(inputs[name]).float() for name in names}
     targets = torch.as_tensor(targets)
     if targets.dim() != 1 or targets.is_floating_point():
-        raise InputError(f"targets: expected class indices [N], got {targets.dtype} {list(targets.shape)}")
+        raise InputError(
+            f"targets: expected class indices [N], got {targets.dtype} {list(targets.shape)}"
+        )
     targets = targets.long()
     for name in names:
         if len(values[name]) != len(targets):
-            raise InputError(f"inputs: {name} has {len(values[name])} samples, targets {len(targets)}")
-    mask = torch.ones(len(targets), len(names), dtype=torch.bool) if mask is None else torch.as_tensor(mask).bool()
+            raise InputError(
+                f"inputs: {name} has {len(values[name])} samples, targets {len(targets)}"
+            )
+    mask = (
+        torch.ones(len(targets), len(names), dtype=torch.bool)
+        if mask is None
+        else torch.as_tensor(mask).bool()
+    )
     if mask.shape != (len(targets), len(names)):
-        raise InputError(f"mask: has shape {list(mask.shape)}, expected [{len(targets)}, {len(names)}] ({', '.join(names)})")
+        raise InputError(
+            f"mask: has shape {list(mask.shape)}, expected [{len(targets)}, {len(names)}] ({', '.join(names)})"
+        )
     if groups is not None and len(groups) != len(targets):
         raise InputError(f"groups: has {len(groups)} entries, targets {len(targets)}")
-    groups = None if groups is None else torch.as_tensor(np.unique(np.asarray(groups), return_inverse=True)[1])
+    groups = (
+        None
+        if groups is None
+        else torch.as_tensor(np.unique(np.asarray(groups), return_inverse=True)[1])
+    )
     entropy = label_entropy(targets)
     if source == "online":
-        return smooth_budgets(previous, budgets_from_logits(values, targets, mask=mask, entropy=entropy, source=source), momentum)
+        return smooth_budgets(
+            previous,
+            budgets_from_logits(values, targets, mask=mask, entropy=entropy, source=source),
+            momentum,
+        )
     if source not in ("unimodal", "probe"):
         raise InputError(f"source: {source!r} is none of unimodal, probe, online")
     held = make_folds(targets, folds, groups=groups, seed=seed)
     if source == "probe":
-        return budgets_from_logits(probe_logits(values, targets, held, mask), targets, mask=mask, entropy=entropy, source=source)
+        return budgets_from_logits(
+            probe_logits(values, targets, held, mask),
+            targets,
+            mask=mask,
+            entropy=entropy,
+            source=source,
+        )
     split = Split(values, targets, mask, groups)
     if encoders is None:
-        encoders = {name: (lambda shape=tuple(x.shape[1:]): build_encoder(shape)) for name, x in values.items()}
+        encoders = {
+            name: (lambda shape=tuple(x.shape[1:]): build_encoder(shape))
+            for name, x in values.items()
+        }
     num_classes = int(targets.max()) + 1
-    models = cross_fit(Stages(training or TrainingConfig(), seed=seed), dict(encoders), split, held, num_classes=num_classes, epochs=epochs)
-    return budgets_from_logits(out_of_fold_logits(models, split, held), targets, mask=mask, entropy=entropy, source=source)
+    models = cross_fit(
+        Stages(training or TrainingConfig(), seed=seed),
+        dict(encoders),
+        split,
+        held,
+        num_classes=num_classes,
+        epochs=epochs,
+    )
+    return budgets_from_logits(
+        out_of_fold_logits(models, split, held), targets, mask=mask, entropy=entropy, source=source
+    )
 
 
 @torch.no_grad()

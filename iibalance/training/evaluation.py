@@ -1,4 +1,5 @@
 """What is reported of a trained model (method page, section 6), on clean or degraded input."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -6,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from iibalance.data.dataset import Split
 from iibalance.data.corruption import corrupt
+from iibalance.data.dataset import Split
 from iibalance.metrics import classification_metrics, exact_shapley, reliability_curve
 from iibalance.nn.model import MultimodalClassifier, embed_split
 
@@ -16,7 +17,11 @@ MAX_SHAPLEY = 6
 
 @torch.no_grad()
 def evaluate(
-    model: MultimodalClassifier, split: Split, *, alone: Mapping[str, float] | None = None, majority: int | None = None,
+    model: MultimodalClassifier,
+    split: Split,
+    *,
+    alone: Mapping[str, float] | None = None,
+    majority: int | None = None,
 ) -> tuple[dict, dict[str, tuple[Tensor, Tensor, Tensor]]]:
     """Metrics of the fused prediction and of each modality's, Shapley contributions, weights; and the reliability curves behind the ECE.
 
@@ -43,7 +48,11 @@ def evaluate(
     log_p = out.logits.double().log_softmax(-1).cpu()
     metrics = classification_metrics(log_p, targets)
     reliability = {"fused": reliability_curve(log_p, targets)}
-    metrics["weights"] = None if out.weights is None else dict(zip(model.modalities, out.weights.double().mean(0).tolist()))
+    metrics["weights"] = (
+        None
+        if out.weights is None
+        else dict(zip(model.modalities, out.weights.double().mean(0).tolist()))
+    )
 
     def value(subset: tuple[bool, ...]) -> float:
         present = mask & torch.tensor(subset, device=mask.device)
@@ -53,7 +62,11 @@ def evaluate(
             right[rows] = part.logits.argmax(-1).cpu() == targets[rows]
         return float(right.double().mean())
 
-    shapley = exact_shapley(value, len(model.modalities)) if len(model.modalities) <= MAX_SHAPLEY else None
+    shapley = (
+        exact_shapley(value, len(model.modalities))
+        if len(model.modalities) <= MAX_SHAPLEY
+        else None
+    )
     metrics["shapley"] = None if shapley is None else dict(zip(model.modalities, shapley))
     metrics["modalities"] = {}
     for index, name in enumerate(model.modalities):
@@ -65,17 +78,31 @@ def evaluate(
         own = classification_metrics(log_p, targets[rows])
         reliability[name] = reliability_curve(log_p, targets[rows])
         reference = (alone or {}).get(name)
-        own |= {"alone_accuracy": reference, "utilisation": own["accuracy"] / reference if reference else None}
+        own |= {
+            "alone_accuracy": reference,
+            "utilisation": own["accuracy"] / reference if reference else None,
+        }
         metrics["modalities"][name] = own
     return metrics, reliability
 
 
-def degrade(split: Split, modality: str, kind: str, *, fraction: float = 0.5, strength: float = 3.0, seed: int = 0) -> Split:
+def degrade(
+    split: Split,
+    modality: str,
+    kind: str,
+    *,
+    fraction: float = 0.5,
+    strength: float = 3.0,
+    seed: int = 0,
+) -> Split:
     """``split`` with ``modality`` degraded (``noise`` of ``strength`` standard deviations, ``missing``, ``shuffled``) in a random ``fraction`` of samples.
 
     The rows and the noise depend on ``seed`` alone, so every model and method meets the same ones.
     """
     generator = torch.Generator().manual_seed(seed)
-    return Split(*corrupt(split.batch(), modality, kind, fraction=fraction, strength=strength, generator=generator)[:3], groups=split.groups)
-
-
+    return Split(
+        *corrupt(
+            split.batch(), modality, kind, fraction=fraction, strength=strength, generator=generator
+        )[:3],
+        groups=split.groups,
+    )

@@ -1,4 +1,5 @@
 """Corruptions touch what they say, only that, and never empty a sample."""
+
 from __future__ import annotations
 
 import pytest
@@ -30,12 +31,19 @@ def _batch(count: int = 200, missing: float = 0.0, modalities: int = 3, seed: in
 
 
 def _copy(batch: Batch) -> Batch:
-    return Batch({name: values.clone() for name, values in batch.inputs.items()}, batch.targets.clone(), batch.mask.clone())
+    return Batch(
+        {name: values.clone() for name, values in batch.inputs.items()},
+        batch.targets.clone(),
+        batch.mask.clone(),
+    )
 
 
 def _same(first: Batch, second: Batch) -> bool:
-    return (all(torch.equal(first.inputs[name], second.inputs[name]) for name in first.inputs)
-            and torch.equal(first.mask, second.mask) and torch.equal(first.targets, second.targets))
+    return (
+        all(torch.equal(first.inputs[name], second.inputs[name]) for name in first.inputs)
+        and torch.equal(first.mask, second.mask)
+        and torch.equal(first.targets, second.targets)
+    )
 
 
 def _changed(before: Batch, after: Batch, name: str) -> torch.Tensor:
@@ -50,26 +58,45 @@ def test_corrupt_changes_the_fraction_and_nothing_else(kind):
     assert _same(batch, before)
     changed = _changed(batch, after, "b")
     assert changed.sum() == 60
-    assert not _changed(batch, after, "a").any() and not _changed(batch, after, "c").any() and torch.equal(after.targets, batch.targets)
-    assert torch.equal(~after.mask[:, 1], changed if kind == "missing" else torch.zeros(200, dtype=torch.bool))
+    assert (
+        not _changed(batch, after, "a").any()
+        and not _changed(batch, after, "c").any()
+        and torch.equal(after.targets, batch.targets)
+    )
+    assert torch.equal(
+        ~after.mask[:, 1], changed if kind == "missing" else torch.zeros(200, dtype=torch.bool)
+    )
     assert after.mask[:, [0, 2]].all()
     assert _same(after, corrupt(batch, "b", kind, fraction=0.3, generator=_generator()))
-    assert not torch.equal(changed, _changed(batch, corrupt(batch, "b", kind, fraction=0.3, generator=_generator(1)), "b"))
+    assert not torch.equal(
+        changed,
+        _changed(batch, corrupt(batch, "b", kind, fraction=0.3, generator=_generator(1)), "b"),
+    )
     for other in KINDS:  # the same samples whatever is done to them
-        assert torch.equal(changed, _changed(batch, corrupt(batch, "b", other, fraction=0.3, generator=_generator()), "b"))
+        assert torch.equal(
+            changed,
+            _changed(batch, corrupt(batch, "b", other, fraction=0.3, generator=_generator()), "b"),
+        )
 
 
 def test_noise_has_the_strength():
     batch = _batch(4000)
-    noise = corrupt(batch, "c", "noise", fraction=1.0, strength=2.5, generator=_generator()).inputs["c"] - batch.inputs["c"]
+    noise = (
+        corrupt(batch, "c", "noise", fraction=1.0, strength=2.5, generator=_generator()).inputs["c"]
+        - batch.inputs["c"]
+    )
     assert abs(noise.std() - 2.5) < 0.05 and abs(noise.mean()) < 0.05
-    assert _same(batch, corrupt(batch, "c", "noise", fraction=1.0, strength=0.0, generator=_generator()))
+    assert _same(
+        batch, corrupt(batch, "c", "noise", fraction=1.0, strength=0.0, generator=_generator())
+    )
 
 
 def test_noise_leaves_missing_rows_at_zero():
     batch = _batch(missing=0.5)
     after = corrupt(batch, "a", "noise", fraction=1.0, generator=_generator())
-    assert not after.inputs["a"][~batch.mask[:, 0]].any() and torch.equal(_changed(batch, after, "a"), batch.mask[:, 0])
+    assert not after.inputs["a"][~batch.mask[:, 0]].any() and torch.equal(
+        _changed(batch, after, "a"), batch.mask[:, 0]
+    )
 
 
 def test_missing_spares_a_last_modality():
@@ -100,23 +127,38 @@ def test_shuffled_is_a_derangement_of_present_rows(count, fraction, missing, see
     assert (values > 0).all() and torch.equal(after.mask, batch.mask)
 
 
-@pytest.mark.parametrize("arguments, options, message", [
-    (("d", "noise"), {}, "no modality 'd'; there are a, b, c"), (("a", "blur"), {}, "'blur' is none of noise, missing, shuffled"),
-    (("a", "noise"), {"fraction": 1.1}, "fraction: 1.1"), (("a", "noise"), {"strength": -1.0}, "strength: -1.0"),
-    (("a", "noise"), {"strength": float("nan")}, "strength: nan"),
-])
+@pytest.mark.parametrize(
+    "arguments, options, message",
+    [
+        (("d", "noise"), {}, "no modality 'd'; there are a, b, c"),
+        (("a", "blur"), {}, "'blur' is none of noise, missing, shuffled"),
+        (("a", "noise"), {"fraction": 1.1}, "fraction: 1.1"),
+        (("a", "noise"), {"strength": -1.0}, "strength: -1.0"),
+        (("a", "noise"), {"strength": float("nan")}, "strength: nan"),
+    ],
+)
 def test_corrupt_refuses(arguments, options, message):
     with pytest.raises(InputError, match=message):
         corrupt(_batch(), *arguments, generator=_generator(), **options)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 3), st.floats(0, 0.9), st.integers(0, 1000), st.sets(st.sampled_from(KINDS), min_size=1))
-def test_random_corruptions_touch_one_present_modality_a_sample(count, modalities, missing, seed, kinds):
+@given(
+    st.integers(1, 40),
+    st.integers(1, 3),
+    st.floats(0, 0.9),
+    st.integers(0, 1000),
+    st.sets(st.sampled_from(KINDS), min_size=1),
+)
+def test_random_corruptions_touch_one_present_modality_a_sample(
+    count, modalities, missing, seed, kinds
+):
     batch = _batch(count, missing, modalities, seed)
     before = _copy(batch)
     after = random_corruptions(batch, kinds=sorted(kinds), generator=_generator(seed))
-    assert _same(batch, before) and _same(after, random_corruptions(batch, kinds=sorted(kinds), generator=_generator(seed)))
+    assert _same(batch, before) and _same(
+        after, random_corruptions(batch, kinds=sorted(kinds), generator=_generator(seed))
+    )
     changed = torch.stack([_changed(batch, after, name) for name in batch.inputs], 1)
     assert (changed.sum(1) <= 1).all() and not (changed & ~batch.mask).any()
     assert after.mask.any(1).all() and torch.equal(batch.mask & ~after.mask, changed & ~after.mask)
@@ -136,11 +178,15 @@ def test_random_corruptions_are_spread_evenly():
     assert changed.any(1).all() and (changed.sum(0) - 2000).abs().max() < 200
     missing = ~after.mask.all(1)
     values = after.inputs["a"]
-    stranger = changed[:, 0] & (values == values[:, :1]).all(1) & ~missing  # noise would differ between the four features
+    stranger = (
+        changed[:, 0] & (values == values[:, :1]).all(1) & ~missing
+    )  # noise would differ between the four features
     assert abs(int(missing.sum()) - 2000) < 200 and abs(int(stranger.sum()) - 667) < 100
     noisy = changed[:, 2] & ~missing & (after.inputs["c"].flatten(1).std(1) > 1e-6)
     levels = (after.inputs["c"] - batch.inputs["c"])[noisy].flatten(1).square().mean(1).sqrt()
-    assert levels.max() < 10 and abs(levels.square().mean().sqrt() - 4 / 3**0.5) < 0.2  # uniform in 0..4: root mean square 4 / sqrt(3)
+    assert (
+        levels.max() < 10 and abs(levels.square().mean().sqrt() - 4 / 3**0.5) < 0.2
+    )  # uniform in 0..4: root mean square 4 / sqrt(3)
     assert levels.min() < 0.2
 
 
@@ -160,7 +206,9 @@ def test_dropout_never_empties_a_row_nor_adds(probability):
     kept = drop_modalities(mask, probability, _generator(1))  # not the seed that made the mask
     assert torch.equal(mask, before) and kept.any(1).all() and not (kept & ~mask).any()
     full = kept[mask.all(1)]
-    expected = (1 - probability) + probability**3 / 3  # and the rescue of rows that lost all three, each modality alike
+    expected = (
+        1 - probability
+    ) + probability**3 / 3  # and the rescue of rows that lost all three, each modality alike
     assert (full.float().mean(0) - expected).abs().max() < 0.04
     if probability == 0:
         assert torch.equal(kept, mask)
@@ -174,7 +222,10 @@ def test_dropout_leaves_an_empty_row_empty_and_refuses_no_probability():
 
 def test_parse_degrade():
     assert parse_degrade(" audio = missing", ["visual", "audio"]) == ("audio", "missing")
-    for text, message in {"audio": "is not <modality>=<kind>, such as visual=noise", "x=noise": "no modality 'x'; there are visual, audio",
-                          "audio=blur": "'blur' is none of noise, missing, shuffled"}.items():
+    for text, message in {
+        "audio": "is not <modality>=<kind>, such as visual=noise",
+        "x=noise": "no modality 'x'; there are visual, audio",
+        "audio=blur": "'blur' is none of noise, missing, shuffled",
+    }.items():
         with pytest.raises(InputError, match=message):
             parse_degrade(text, ["visual", "audio"])

@@ -1,4 +1,5 @@
 """Layouts, standardisation, splits as batches, and what every source shares."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -14,37 +15,68 @@ from iibalance.data.splits import hold_out
 from iibalance.errors import InputError
 
 
-@pytest.mark.parametrize("shape, dtype, layout", [
-    ((7,), None, "vector"), ((28, 28), None, "image"), ((40, 26), None, "sequence"),
-    ((1, 5), None, "sequence"), ((64, 1), None, "sequence"),
-    ((3, 48, 48), None, "image"), ((1, 28, 30), None, "image"), ((1, 4, 4), None, "image"),
-    ((32, 20, 3), np.float16, "sequence"), ((32, 20, 3), np.uint8, "image"), ((32, 20, 3), torch.uint8, "image"),
-    ((32, 20, 3), torch.float32, "sequence"), ((32, 32, 3), None, "image"),
-    ((16, 30, 40), None, "video"), ((8, 3, 32, 32), None, "video"), ((8, 32, 30, 3), None, "video"),
-])
+@pytest.mark.parametrize(
+    "shape, dtype, layout",
+    [
+        ((7,), None, "vector"),
+        ((28, 28), None, "image"),
+        ((40, 26), None, "sequence"),
+        ((1, 5), None, "sequence"),
+        ((64, 1), None, "sequence"),
+        ((3, 48, 48), None, "image"),
+        ((1, 28, 30), None, "image"),
+        ((1, 4, 4), None, "image"),
+        ((32, 20, 3), np.float16, "sequence"),
+        ((32, 20, 3), np.uint8, "image"),
+        ((32, 20, 3), torch.uint8, "image"),
+        ((32, 20, 3), torch.float32, "sequence"),
+        ((32, 32, 3), None, "image"),
+        ((16, 30, 40), None, "video"),
+        ((8, 3, 32, 32), None, "video"),
+        ((8, 32, 30, 3), None, "video"),
+    ],
+)
 def test_layout_rules(shape, dtype, layout):
     assert infer_layout(shape, dtype) == layout
     check_layout(shape, layout)
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (3, 48, 3), (8, 3, 32, 3), (8, 32, 32, 32), (2, 3, 4, 5, 6)])
+@pytest.mark.parametrize(
+    "shape", [(), (0,), (3, 0), (3, 48, 3), (8, 3, 32, 3), (8, 32, 32, 32), (2, 3, 4, 5, 6)]
+)
 def test_layout_that_cannot_be_told_is_an_error(shape):
     with pytest.raises(InputError):
         infer_layout(shape)
 
 
 def test_doubtful_layout_error_gives_the_remedy():
-    with pytest.raises(InputError, match=r"\(3, 48, 3\).*pass its layout \(vector, sequence, image, video\) or bring your own encoder"):
+    with pytest.raises(
+        InputError,
+        match=r"\(3, 48, 3\).*pass its layout \(vector, sequence, image, video\) or bring your own encoder",
+    ):
         infer_layout((3, 48, 3))
 
 
-@pytest.mark.parametrize("shape, layout, over", [
-    ((5,), "vector", (0,)), ((2, 3), "vector", (0,)), ((6, 5), "sequence", (0, 1)), ((6, 5, 3), "sequence", (0, 1)),
-    ((6, 6), "image", (0, 1, 2)), ((3, 6, 7), "image", (0, 2, 3)), ((6, 7, 3), "image", (0, 1, 2)), ((6, 7, 8), "image", (0, 2, 3)),
-    ((5, 6, 7), "video", (0, 1, 2, 3)), ((5, 3, 6, 7), "video", (0, 1, 3, 4)), ((5, 6, 7, 3), "video", (0, 1, 2, 3)),
-])
+@pytest.mark.parametrize(
+    "shape, layout, over",
+    [
+        ((5,), "vector", (0,)),
+        ((2, 3), "vector", (0,)),
+        ((6, 5), "sequence", (0, 1)),
+        ((6, 5, 3), "sequence", (0, 1)),
+        ((6, 6), "image", (0, 1, 2)),
+        ((3, 6, 7), "image", (0, 2, 3)),
+        ((6, 7, 3), "image", (0, 1, 2)),
+        ((6, 7, 8), "image", (0, 2, 3)),
+        ((5, 6, 7), "video", (0, 1, 2, 3)),
+        ((5, 3, 6, 7), "video", (0, 1, 3, 4)),
+        ((5, 6, 7, 3), "video", (0, 1, 2, 3)),
+    ],
+)
 def test_standardizer_matches_numpy(shape, layout, over):
-    values = np.random.default_rng(0).normal(3, 2, (2500, *shape)) * (1 + np.arange(np.prod(shape)).reshape(shape))
+    values = np.random.default_rng(0).normal(3, 2, (2500, *shape)) * (
+        1 + np.arange(np.prod(shape)).reshape(shape)
+    )
     present = np.random.default_rng(1).random(2500) < 0.7
     inputs, mask = {"a": torch.from_numpy(values)}, torch.from_numpy(present)[:, None]
     inputs["a"][~mask[:, 0]] = float("nan")
@@ -53,7 +85,9 @@ def test_standardizer_matches_numpy(shape, layout, over):
     np.testing.assert_allclose(standardizer.mean_a, kept.mean(over, keepdims=True)[0], rtol=1e-5)
     np.testing.assert_allclose(standardizer.std_a, kept.std(over, keepdims=True)[0], rtol=1e-5)
     output = standardizer.transform(inputs, mask)["a"]
-    assert output.dtype == torch.float32 and not output[~mask[:, 0]].any() and output.isfinite().all()
+    assert (
+        output.dtype == torch.float32 and not output[~mask[:, 0]].any() and output.isfinite().all()
+    )
     np.testing.assert_allclose(output[mask[:, 0]].double().mean(over), 0, atol=1e-5)
     np.testing.assert_allclose(output[mask[:, 0]].double().std(over, correction=0), 1, rtol=1e-4)
     assert inputs["a"].isnan().any()  # the input is as it was
@@ -65,26 +99,37 @@ def test_standardizer_leaves_constant_and_nearly_constant_features_alone():
     values[:, 1] = 1e6 + 1e-3 * torch.randn(1000)  # below what float32 resolves beside 1e6
     values[:, 2] = 1e-30 * torch.randn(1000)
     values[:, 3] = torch.randn(1000)
-    standardizer = Standardizer({"a": (4,)}).fit({"a": values.float()}, torch.ones(1000, 1, dtype=torch.bool))
-    assert standardizer.std_a[:3].tolist() == [1.0, 1.0, 1.0] and abs(standardizer.std_a[3] - 1) < 0.1
-    unusual = standardizer.transform({"a": torch.tensor([[8.0, 1e6 + 1, 1.0, 0.0]])}, torch.ones(1, 1, dtype=torch.bool))["a"]
+    standardizer = Standardizer({"a": (4,)}).fit(
+        {"a": values.float()}, torch.ones(1000, 1, dtype=torch.bool)
+    )
+    assert (
+        standardizer.std_a[:3].tolist() == [1.0, 1.0, 1.0] and abs(standardizer.std_a[3] - 1) < 0.1
+    )
+    unusual = standardizer.transform(
+        {"a": torch.tensor([[8.0, 1e6 + 1, 1.0, 0.0]])}, torch.ones(1, 1, dtype=torch.bool)
+    )["a"]
     assert unusual.abs().max() < 3
 
 
 def test_transform_leaves_its_input_alone():
     inputs, mask = {"a": torch.ones(3, 2)}, torch.tensor([[True], [False], [True]])
-    Standardizer({"a": (2,)}).fit({"a": torch.randn(9, 2)}, torch.ones(9, 1, dtype=torch.bool)).transform(inputs, mask)
+    Standardizer({"a": (2,)}).fit(
+        {"a": torch.randn(9, 2)}, torch.ones(9, 1, dtype=torch.bool)
+    ).transform(inputs, mask)
     assert torch.equal(inputs["a"], torch.ones(3, 2))
 
 
 def test_standardizer_keeps_small_units():
     values = 1e-6 * torch.randn(500, 3)  # volts, say: small is not constant
-    standardizer = Standardizer({"a": (3,)}).fit({"a": values}, torch.ones(500, 1, dtype=torch.bool))
+    standardizer = Standardizer({"a": (3,)}).fit(
+        {"a": values}, torch.ones(500, 1, dtype=torch.bool)
+    )
     assert (standardizer.std_a < 2e-6).all()
 
 
 def test_standardizer_reads_its_state_back_from_shapes_alone(tmp_path):
     from safetensors.torch import load_file, save_file
+
     shapes = {"audio": (6, 5), "view-1": (4,), "image": (3, 8, 8)}
     inputs = {name: 2 + 3 * torch.randn(50, *shape) for name, shape in shapes.items()}
     mask = torch.ones(50, 3, dtype=torch.bool)
@@ -98,13 +143,22 @@ def test_standardizer_reads_its_state_back_from_shapes_alone(tmp_path):
 
 def test_standardizer_without_a_row_names_the_modality():
     with pytest.raises(InputError, match="b: missing in every training sample"):
-        Standardizer({"a": (2,), "b": (2,)}).fit({"a": torch.ones(3, 2), "b": torch.ones(3, 2)}, torch.tensor([[True, False]] * 3))
+        Standardizer({"a": (2,), "b": (2,)}).fit(
+            {"a": torch.ones(3, 2), "b": torch.ones(3, 2)}, torch.tensor([[True, False]] * 3)
+        )
 
 
 def _split(count: int = 7) -> Split:
     rows = torch.arange(float(count))
-    return Split({"a": rows[:, None].expand(-1, 3).contiguous(), "b": rows[:, None, None].expand(-1, 2, 2).contiguous()},
-                 torch.arange(count), torch.ones(count, 2, dtype=torch.bool), torch.arange(count) * 10)
+    return Split(
+        {
+            "a": rows[:, None].expand(-1, 3).contiguous(),
+            "b": rows[:, None, None].expand(-1, 2, 2).contiguous(),
+        },
+        torch.arange(count),
+        torch.ones(count, 2, dtype=torch.bool),
+        torch.arange(count) * 10,
+    )
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
@@ -114,16 +168,29 @@ def test_loader_fetches_whole_batches(workers, monkeypatch):
     batches = list(DataLoader(split, batch_size=3, collate_fn=identity, num_workers=workers))
     assert [batch.targets.tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
     for batch in batches:
-        assert batch.inputs["a"].shape == (len(batch.targets), 3) and batch.inputs["b"].shape == (len(batch.targets), 2, 2)
-        assert torch.equal(batch.inputs["b"][:, 1, 1], batch.targets.float()) and batch.mask.shape == (len(batch.targets), 2)
+        assert batch.inputs["a"].shape == (len(batch.targets), 3) and batch.inputs["b"].shape == (
+            len(batch.targets),
+            2,
+            2,
+        )
+        assert torch.equal(
+            batch.inputs["b"][:, 1, 1], batch.targets.float()
+        ) and batch.mask.shape == (len(batch.targets), 2)
 
 
 def test_split_items_subset_and_batch():
     split = _split()
-    assert torch.utils.data.default_collate([split[4], split[1]]).inputs["a"].tolist() == [[4.0] * 3, [1.0] * 3]
+    assert torch.utils.data.default_collate([split[4], split[1]]).inputs["a"].tolist() == [
+        [4.0] * 3,
+        [1.0] * 3,
+    ]
     for indices in ([5, 0], torch.tensor([5, 0]), np.array([5, 0])):
         part = split.subset(indices)
-        assert part.targets.tolist() == [5, 0] and part.groups.tolist() == [50, 0] and part.inputs["a"][:, 0].tolist() == [5.0, 0.0]
+        assert (
+            part.targets.tolist() == [5, 0]
+            and part.groups.tolist() == [50, 0]
+            and part.inputs["a"][:, 0].tolist() == [5.0, 0.0]
+        )
     assert split.subset(split.targets > 4).targets.tolist() == [5, 6]
     assert len(split.subset([])) == 0
     assert split.batch().inputs["a"].data_ptr() == split.inputs["a"].data_ptr() and len(split) == 7
@@ -132,7 +199,9 @@ def test_split_items_subset_and_batch():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 30), min_size=2, max_size=8), st.floats(0.01, 0.99), st.integers(0, 5))
+@given(
+    st.lists(st.integers(1, 30), min_size=2, max_size=8), st.floats(0.01, 0.99), st.integers(0, 5)
+)
 def test_hold_out_is_stratified_and_spares_every_class(sizes, fraction, seed):
     targets = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
     held = hold_out(targets, fraction, seed=seed)
@@ -154,7 +223,11 @@ def test_hold_out_keeps_groups_whole(count, fraction, seed):
     groups = np.repeat(np.arange(count), 12)
     targets = np.tile(np.arange(3), 4 * count)
     held = hold_out(targets, fraction, seed=seed, groups=groups)
-    assert not set(groups[held]) & set(groups[~held]) and held.any() and set(targets[~held]) == {0, 1, 2}
+    assert (
+        not set(groups[held]) & set(groups[~held])
+        and held.any()
+        and set(targets[~held]) == {0, 1, 2}
+    )
     assert abs(held.mean() - max(fraction, 1 / count)) <= 1 / count
 
 
@@ -175,6 +248,7 @@ def test_hold_out_refuses_groups_that_cannot_be_divided():
 
 def test_digits_views_are_as_strong_as_documented():
     from sklearn.linear_model import LogisticRegression
+
     data = load_data(DataConfig())
     for name, expected in {"pixels": 0.967, "fourier": 0.835, "shape": 0.774}.items():
         model = LogisticRegression(max_iter=2000).fit(data.train.inputs[name], data.train.targets)
@@ -183,29 +257,41 @@ def test_digits_views_are_as_strong_as_documented():
 
 def test_digits_shape_view_counts_holes_and_strokes():
     from iibalance.data.digits import shape_view
+
     ring = np.zeros((1, 8, 8))
     ring[0, 2:6, 2:6] = 16
     ring[0, 3:5, 3:5] = 0
     view = shape_view(ring)[0]
     assert view[0] == 12 * 16 and view[6] == 1  # ink, one hole
-    np.testing.assert_allclose(view[4:6], (1 + 2 + 2 + 1) / 8)  # strokes met along its eight rows, and columns
+    np.testing.assert_allclose(
+        view[4:6], (1 + 2 + 2 + 1) / 8
+    )  # strokes met along its eight rows, and columns
     np.testing.assert_allclose(view[1], view[2])
     np.testing.assert_allclose(view[3], 0, atol=1e-12)
 
 
 def test_digits_are_deterministic_disjoint_and_standardised_on_training():
-    data, again, other = load_data(DataConfig()), load_data(DataConfig()), load_data(DataConfig(split_seed=1))
+    data, again, other = (
+        load_data(DataConfig()),
+        load_data(DataConfig()),
+        load_data(DataConfig(split_seed=1)),
+    )
     assert torch.equal(data.test.inputs["pixels"], again.test.inputs["pixels"])
     assert not torch.equal(data.test.targets, other.test.targets)
     for name in data.modalities:
         mean = data.train.inputs[name].double().mean(0)
         assert mean.abs().max() < 1e-5
-        assert data.test.inputs[name].double().mean(0).abs().max() > 1e-3  # not standardised with its own
+        assert (
+            data.test.inputs[name].double().mean(0).abs().max() > 1e-3
+        )  # not standardised with its own
     mean, std = data.standardizer.mean_pixels, data.standardizer.std_pixels
     raw = [part.inputs["pixels"] * std + mean for part in (data.train, data.validation, data.test)]
     from sklearn.datasets import load_digits
+
     ours = torch.cat(raw).round().numpy()
-    np.testing.assert_array_equal(np.sort(ours @ np.arange(1, 65)), np.sort(load_digits().data @ np.arange(1, 65)))  # each image once
+    np.testing.assert_array_equal(
+        np.sort(ours @ np.arange(1, 65)), np.sort(load_digits().data @ np.arange(1, 65))
+    )  # each image once
 
 
 def test_train_fraction_keeps_every_class_and_fits_on_what_is_kept():
@@ -214,26 +300,38 @@ def test_train_fraction_keeps_every_class_and_fits_on_what_is_kept():
     assert abs(len(data.train) - 108) <= 1 and len(data.test) == len(full.test)
     assert torch.bincount(data.train.targets).min() >= 9
     assert data.train.inputs["shape"].mean(0).abs().max() < 1e-5
-    assert torch.bincount(load_data(DataConfig(train_fraction=0.0001)).train.targets).tolist() == [1] * 10
+    assert (
+        torch.bincount(load_data(DataConfig(train_fraction=0.0001)).train.targets).tolist()
+        == [1] * 10
+    )
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"name": "nope"}, "data.name: 'nope' is none of digits, npz"),
-    ({"path": "a.npz"}, "data.path: 'a.npz' is given, but the digits .* add data.name npz"),
-    ({"groups": "writer"}, "data.groups"),
-    ({"split": "mine"}, "data.split"),
-    ({"modalities": "pixels,sound"}, "no 'sound'; there are pixels, fourier, shape"),
-    ({"modalities": "pixels,pixels"}, "'pixels' is named twice"),
-    ({"modalities": "pixels,,shape"}, "empty name"),
-    ({"modalities": []}, "empty name"),
-    ({"layouts": {"sound": "image"}}, "data.layouts: 'sound' is no modality in use; there are pixels"),
-    ({"layouts": {"pixels": "cube"}}, "x_pixels: layout 'cube' is none of vector"),
-    ({"layouts": {"pixels": "video"}}, "x_pixels: layout 'video' takes samples of 3 or 4 dimensions, not of shape \\(64,\\)"),
-    ({"train_fraction": 0.0}, "data.train_fraction: 0.0"),
-    ({"train_fraction": 1.5}, "data.train_fraction: 1.5"),
-    ({"train_fraction": float("nan")}, "data.train_fraction: nan"),
-    ({"split_seed": -1}, "data.split_seed: -1"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"name": "nope"}, "data.name: 'nope' is none of digits, npz"),
+        ({"path": "a.npz"}, "data.path: 'a.npz' is given, but the digits .* add data.name npz"),
+        ({"groups": "writer"}, "data.groups"),
+        ({"split": "mine"}, "data.split"),
+        ({"modalities": "pixels,sound"}, "no 'sound'; there are pixels, fourier, shape"),
+        ({"modalities": "pixels,pixels"}, "'pixels' is named twice"),
+        ({"modalities": "pixels,,shape"}, "empty name"),
+        ({"modalities": []}, "empty name"),
+        (
+            {"layouts": {"sound": "image"}},
+            "data.layouts: 'sound' is no modality in use; there are pixels",
+        ),
+        ({"layouts": {"pixels": "cube"}}, "x_pixels: layout 'cube' is none of vector"),
+        (
+            {"layouts": {"pixels": "video"}},
+            "x_pixels: layout 'video' takes samples of 3 or 4 dimensions, not of shape \\(64,\\)",
+        ),
+        ({"train_fraction": 0.0}, "data.train_fraction: 0.0"),
+        ({"train_fraction": 1.5}, "data.train_fraction: 1.5"),
+        ({"train_fraction": float("nan")}, "data.train_fraction: nan"),
+        ({"split_seed": -1}, "data.split_seed: -1"),
+    ],
+)
 def test_options_that_cannot_be_used(options, message):
     with pytest.raises(InputError, match=message) as caught:
         load_data(DataConfig(**options))
@@ -242,4 +340,10 @@ def test_options_that_cannot_be_used(options, message):
 
 def test_modalities_keep_the_asked_order():
     data = load_data(DataConfig(modalities=["shape", "pixels"]))
-    assert data.modalities == tuple(data.train.inputs) == tuple(data.shapes) == tuple(data.layouts) == ("shape", "pixels")
+    assert (
+        data.modalities
+        == tuple(data.train.inputs)
+        == tuple(data.shapes)
+        == tuple(data.layouts)
+        == ("shape", "pixels")
+    )

@@ -1,4 +1,5 @@
 """A user's npz: what is read, and that every mistake is one line that names it."""
+
 from __future__ import annotations
 
 import io
@@ -14,8 +15,10 @@ from iibalance.errors import InputError
 def _arrays(count: int = 60) -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
     return {
-        "x_a": random.normal(size=(count, 5)).astype(np.float32), "x_b": random.integers(0, 255, (count, 6, 6), dtype=np.uint8),
-        "y": np.arange(count) % 3, "split": np.array([0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2])[np.arange(count) % 12],
+        "x_a": random.normal(size=(count, 5)).astype(np.float32),
+        "x_b": random.integers(0, 255, (count, 6, 6), dtype=np.uint8),
+        "y": np.arange(count) % 3,
+        "split": np.array([0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2])[np.arange(count) % 12],
         "speaker": np.array([f"s{index // 12}" for index in range(count)]),
     }
 
@@ -34,7 +37,11 @@ def _load(path, **options):
 def test_reads_splits_modalities_and_groups(tmp_path):
     arrays = _arrays()
     data = _load(_write(tmp_path), modalities="b, a", groups="speaker")
-    assert data.modalities == ("b", "a") and data.shapes == {"b": (6, 6), "a": (5,)} and data.layouts == {"b": "image", "a": "vector"}
+    assert (
+        data.modalities == ("b", "a")
+        and data.shapes == {"b": (6, 6), "a": (5,)}
+        and data.layouts == {"b": "image", "a": "vector"}
+    )
     assert data.num_classes == 3 and data.class_names == ["0", "1", "2"]
     for code, part in enumerate((data.train, data.validation, data.test)):
         chosen = arrays["split"] == code
@@ -55,7 +62,10 @@ def test_statistics_come_from_training_rows_only(tmp_path):
     assert data.test.inputs["a"].mean() > 50
 
 
-@pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int16, np.uint16, np.int64, np.uint64, np.float16, np.float64, ">f4"])
+@pytest.mark.parametrize(
+    "dtype",
+    [np.bool_, np.uint8, np.int16, np.uint16, np.int64, np.uint64, np.float16, np.float64, ">f4"],
+)
 def test_real_dtypes(tmp_path, dtype):
     values = (_arrays()["x_a"] * 10).clip(0, 100).astype(dtype)
     data = _load(_write(tmp_path, x_a=np.asfortranarray(values)))
@@ -72,9 +82,18 @@ def test_missing_rows_may_hold_anything(tmp_path):
     for mask in (present, present.astype(np.int8)):
         data = _load(_write(tmp_path, **arrays, mask_a=mask))
         for code, part in enumerate((data.train, data.validation, data.test)):
-            assert part.mask[:, 0].tolist() == present[arrays["split"] == code].tolist() and part.mask[:, 1].all()
-            assert part.inputs["a"].isfinite().all() and not part.inputs["a"][~part.mask[:, 0]].any()
-        np.testing.assert_allclose(data.standardizer.mean_a, arrays["x_a"][present & (arrays["split"] == 0)].mean(0), rtol=1e-5)
+            assert (
+                part.mask[:, 0].tolist() == present[arrays["split"] == code].tolist()
+                and part.mask[:, 1].all()
+            )
+            assert (
+                part.inputs["a"].isfinite().all() and not part.inputs["a"][~part.mask[:, 0]].any()
+            )
+        np.testing.assert_allclose(
+            data.standardizer.mean_a,
+            arrays["x_a"][present & (arrays["split"] == 0)].mean(0),
+            rtol=1e-5,
+        )
 
 
 def test_without_a_split_column_seventy_ten_twenty(tmp_path):
@@ -84,10 +103,18 @@ def test_without_a_split_column_seventy_ten_twenty(tmp_path):
 
 
 def test_splits_made_here_share_no_group(tmp_path):
-    for split in (None, np.where(np.arange(60) < 36, 0, 2)):  # none at all, and one without validation rows
+    for split in (
+        None,
+        np.where(np.arange(60) < 36, 0, 2),
+    ):  # none at all, and one without validation rows
         data = _load(_write(tmp_path, split=split), groups="speaker")
         groups = [set(part.groups.tolist()) for part in (data.train, data.validation, data.test)]
-        assert not groups[0] & groups[1] and not groups[1] & groups[2] and not groups[0] & groups[2] and all(groups)
+        assert (
+            not groups[0] & groups[1]
+            and not groups[1] & groups[2]
+            and not groups[0] & groups[2]
+            and all(groups)
+        )
 
 
 def test_validation_comes_from_training_where_there_is_none(tmp_path):
@@ -108,51 +135,126 @@ _HUGE = np.zeros((60, 5))
 _HUGE[7] = -1e39
 
 
-@pytest.mark.parametrize("changes, options, message", [
-    ({"x_a": None, "x_b": None}, {}, "no modality: array names must begin with x_, such as x_audio; it holds y, split, speaker"),
-    ({}, {"modalities": "a,c"}, "no x_c; there are a, b"),
-    ({"x_a.b": _BAD_ROW}, {}, "'a.b' cannot name a part of a PyTorch module; rename"),
-    ({"x_keys": _BAD_ROW}, {}, "'keys' cannot name"),
-    ({"y": None}, {}, "no y; add the class"),
-    ({"y": _Y + 0.5}, {}, "y: dtype float64 is not an integer type; save class numbers"),
-    ({"y": _Y.astype(str)}, {}, "y: dtype <U.* is not an integer type"),
-    ({"y": _Y[:, None]}, {}, r"y: has shape \(60, 1\); give one value a sample"),
-    ({"y": np.where(np.arange(60) == 8, -1, _Y)}, {}, "y: row 8 holds -1; labels are 0, 1, 2"),
-    ({"y": np.where(np.arange(60) == 8, 2**63, _Y.astype(np.uint64))}, {}, "y: row 8 holds 9223372036854775808"),
-    ({"y": _Y * 2}, {}, "y: no sample has class 1, but one has 4; number the classes"),
-    ({"y": _Y, "classes": np.array(["p", "q"])}, {}, r"y: row 2 holds 2, outside 0\.\.1: classes has 2 names"),
-    ({"classes": np.array([["p", "q", "r"]])}, {}, r"classes: has shape \(1, 3\)"),
-    ({"classes": np.array(["p", "q", "r", "s"])}, {}, r"class 3 \(s\) has no training sample \(0 in all\)"),
-    ({"y": np.where(_arrays()["split"] == 0, _Y % 2, _Y)}, {}, r"class 2 \(2\) has no training sample \(10 in all\)"),
-    ({"y": _Y * 0}, {}, "y: holds only class 0; give samples of at least two"),
-    ({"y": _Y[:0]}, {}, "y: is empty"),
-    ({"x_a": _BAD_ROW[:50]}, {}, "x_a: has 50 rows, but y has 60"),
-    ({"x_a": _BAD_ROW[:, 0]}, {}, r"x_a: has shape \(60,\); give \[N, ...\]"),
-    ({"x_a": _BAD_ROW[:, :0]}, {}, "x_a: is empty"),
-    ({"x_a": _BAD_ROW}, {}, "x_a: row 4 holds nan; clean it, or mark the row missing in mask_a"),
-    ({"x_a": np.where(np.isnan(_BAD_ROW), -np.inf, 0).astype(np.float16)}, {}, "x_a: row 4 holds -inf"),
-    ({"x_a": _BAD_ROW, "mask_a": np.arange(60) == 4}, {}, "x_a: row 4 holds nan"),
-    ({"x_a": _HUGE}, {}, r"x_a: row 7 holds -1e\+39, too large for float32"),
-    ({"x_a": _BAD_ROW.astype(str)}, {}, "x_a: dtype <U.* is not a real number"),
-    ({"x_a": _BAD_ROW.astype(complex)}, {}, "x_a: dtype complex128 is not a real number"),
-    ({"x_a": _BAD_ROW.astype(object)}, {}, "x_a: holds pickled Python objects, which are never loaded"),
-    ({"x_a": np.zeros((60, 1, 1, 1, 1))}, {}, r"x_a: a sample of shape \(1, 1, 1, 1\) can be read in more than one way"),
-    ({"mask_a": np.ones(50, bool)}, {}, r"mask_a: has shape \(50,\); give one value a sample, shape \(60,\)"),
-    ({"mask_a": np.full(60, 2)}, {}, "mask_a: row 0 holds .*2.*; give a bool array"),
-    ({"mask_a": np.full(60, 0.5)}, {}, "mask_a: row 0 holds"),
-    ({"mask_a": np.zeros(60, bool)}, {}, "mask_a: missing in every training sample; leave a out with data.modalities"),
-    ({"mask_a": np.arange(60) != 9}, {"modalities": "a"}, "row 9 has none of a; remove the sample"),
-    ({"split": _arrays()["split"].clip(1)}, {}, "the train split is empty: no row of 'split' is 0"),
-    ({"split": _arrays()["split"].clip(0, 1)}, {}, "the test split is empty: no row of 'split' is 2"),
-    ({"split": np.where(np.arange(60) == 11, 3, 0)}, {}, "split: row 11 holds .*3.*; give integers 0 .train., 1 .validation., 2 .test."),
-    ({"split": np.zeros(60)}, {}, "split: row 0 holds .*0.0"),
-    ({"split": np.zeros(59, int)}, {}, r"split: has shape \(59,\)"),
-    ({}, {"split": "other"}, "data.split: no column 'other'; the file holds x_a, x_b, y, split, speaker"),
-    ({}, {"groups": "person"}, "data.groups: no column 'person'; the file holds"),
-    ({"speaker": np.arange(7)}, {"groups": "speaker"}, r"speaker: has shape \(7,\)"),
-    ({"split": None, "speaker": np.zeros(60, int)}, {"groups": "speaker"}, "1 group cannot be divided"),
-    ({}, {"layouts": {"a": "image"}}, r"x_a: layout 'image' takes samples of 2 or 3 dimensions, not of shape \(5,\)"),
-])
+@pytest.mark.parametrize(
+    "changes, options, message",
+    [
+        (
+            {"x_a": None, "x_b": None},
+            {},
+            "no modality: array names must begin with x_, such as x_audio; it holds y, split, speaker",
+        ),
+        ({}, {"modalities": "a,c"}, "no x_c; there are a, b"),
+        ({"x_a.b": _BAD_ROW}, {}, "'a.b' cannot name a part of a PyTorch module; rename"),
+        ({"x_keys": _BAD_ROW}, {}, "'keys' cannot name"),
+        ({"y": None}, {}, "no y; add the class"),
+        ({"y": _Y + 0.5}, {}, "y: dtype float64 is not an integer type; save class numbers"),
+        ({"y": _Y.astype(str)}, {}, "y: dtype <U.* is not an integer type"),
+        ({"y": _Y[:, None]}, {}, r"y: has shape \(60, 1\); give one value a sample"),
+        ({"y": np.where(np.arange(60) == 8, -1, _Y)}, {}, "y: row 8 holds -1; labels are 0, 1, 2"),
+        (
+            {"y": np.where(np.arange(60) == 8, 2**63, _Y.astype(np.uint64))},
+            {},
+            "y: row 8 holds 9223372036854775808",
+        ),
+        ({"y": _Y * 2}, {}, "y: no sample has class 1, but one has 4; number the classes"),
+        (
+            {"y": _Y, "classes": np.array(["p", "q"])},
+            {},
+            r"y: row 2 holds 2, outside 0\.\.1: classes has 2 names",
+        ),
+        ({"classes": np.array([["p", "q", "r"]])}, {}, r"classes: has shape \(1, 3\)"),
+        (
+            {"classes": np.array(["p", "q", "r", "s"])},
+            {},
+            r"class 3 \(s\) has no training sample \(0 in all\)",
+        ),
+        (
+            {"y": np.where(_arrays()["split"] == 0, _Y % 2, _Y)},
+            {},
+            r"class 2 \(2\) has no training sample \(10 in all\)",
+        ),
+        ({"y": _Y * 0}, {}, "y: holds only class 0; give samples of at least two"),
+        ({"y": _Y[:0]}, {}, "y: is empty"),
+        ({"x_a": _BAD_ROW[:50]}, {}, "x_a: has 50 rows, but y has 60"),
+        ({"x_a": _BAD_ROW[:, 0]}, {}, r"x_a: has shape \(60,\); give \[N, ...\]"),
+        ({"x_a": _BAD_ROW[:, :0]}, {}, "x_a: is empty"),
+        (
+            {"x_a": _BAD_ROW},
+            {},
+            "x_a: row 4 holds nan; clean it, or mark the row missing in mask_a",
+        ),
+        (
+            {"x_a": np.where(np.isnan(_BAD_ROW), -np.inf, 0).astype(np.float16)},
+            {},
+            "x_a: row 4 holds -inf",
+        ),
+        ({"x_a": _BAD_ROW, "mask_a": np.arange(60) == 4}, {}, "x_a: row 4 holds nan"),
+        ({"x_a": _HUGE}, {}, r"x_a: row 7 holds -1e\+39, too large for float32"),
+        ({"x_a": _BAD_ROW.astype(str)}, {}, "x_a: dtype <U.* is not a real number"),
+        ({"x_a": _BAD_ROW.astype(complex)}, {}, "x_a: dtype complex128 is not a real number"),
+        (
+            {"x_a": _BAD_ROW.astype(object)},
+            {},
+            "x_a: holds pickled Python objects, which are never loaded",
+        ),
+        (
+            {"x_a": np.zeros((60, 1, 1, 1, 1))},
+            {},
+            r"x_a: a sample of shape \(1, 1, 1, 1\) can be read in more than one way",
+        ),
+        (
+            {"mask_a": np.ones(50, bool)},
+            {},
+            r"mask_a: has shape \(50,\); give one value a sample, shape \(60,\)",
+        ),
+        ({"mask_a": np.full(60, 2)}, {}, "mask_a: row 0 holds .*2.*; give a bool array"),
+        ({"mask_a": np.full(60, 0.5)}, {}, "mask_a: row 0 holds"),
+        (
+            {"mask_a": np.zeros(60, bool)},
+            {},
+            "mask_a: missing in every training sample; leave a out with data.modalities",
+        ),
+        (
+            {"mask_a": np.arange(60) != 9},
+            {"modalities": "a"},
+            "row 9 has none of a; remove the sample",
+        ),
+        (
+            {"split": _arrays()["split"].clip(1)},
+            {},
+            "the train split is empty: no row of 'split' is 0",
+        ),
+        (
+            {"split": _arrays()["split"].clip(0, 1)},
+            {},
+            "the test split is empty: no row of 'split' is 2",
+        ),
+        (
+            {"split": np.where(np.arange(60) == 11, 3, 0)},
+            {},
+            "split: row 11 holds .*3.*; give integers 0 .train., 1 .validation., 2 .test.",
+        ),
+        ({"split": np.zeros(60)}, {}, "split: row 0 holds .*0.0"),
+        ({"split": np.zeros(59, int)}, {}, r"split: has shape \(59,\)"),
+        (
+            {},
+            {"split": "other"},
+            "data.split: no column 'other'; the file holds x_a, x_b, y, split, speaker",
+        ),
+        ({}, {"groups": "person"}, "data.groups: no column 'person'; the file holds"),
+        ({"speaker": np.arange(7)}, {"groups": "speaker"}, r"speaker: has shape \(7,\)"),
+        (
+            {"split": None, "speaker": np.zeros(60, int)},
+            {"groups": "speaker"},
+            "1 group cannot be divided",
+        ),
+        (
+            {},
+            {"layouts": {"a": "image"}},
+            r"x_a: layout 'image' takes samples of 2 or 3 dimensions, not of shape \(5,\)",
+        ),
+    ],
+)
 def test_every_mistake_is_one_line_that_names_it(tmp_path, changes, options, message):
     path = _write(tmp_path, **changes)
     with pytest.raises(InputError, match=message) as caught:
@@ -188,7 +290,9 @@ def test_cut_and_garbled_files_never_escape_as_other_errors(tmp_path, save):
         with pytest.raises(InputError):
             _load(str(path))
     refused = 0
-    for _ in range(150):  # headers and directory included; a flip may also hit padding, and then loading is right
+    for _ in range(
+        150
+    ):  # headers and directory included; a flip may also hit padding, and then loading is right
         garbled = bytearray(whole)
         for place in random.integers(0, len(whole), 3):
             garbled[place] ^= 1 << int(random.integers(8))
@@ -208,29 +312,55 @@ def _read(folder, **arrays):
 def test_read_inputs_gives_raw_values_masks_and_ids(tmp_path):
     arrays = _arrays()
     arrays["x_a"][3] = np.nan
-    inputs, mask, targets, ids = _read(tmp_path, **arrays, mask_a=np.arange(60) != 3, ids=np.array([f"c{index}" for index in range(60)]))
-    assert list(inputs) == ["a", "b"] and inputs["b"].dtype == torch.float32 and ids[:2] == ["c0", "c1"]
+    inputs, mask, targets, ids = _read(
+        tmp_path,
+        **arrays,
+        mask_a=np.arange(60) != 3,
+        ids=np.array([f"c{index}" for index in range(60)]),
+    )
+    assert (
+        list(inputs) == ["a", "b"]
+        and inputs["b"].dtype == torch.float32
+        and ids[:2] == ["c0", "c1"]
+    )
     np.testing.assert_array_equal(inputs["b"], arrays["x_b"])
-    assert not inputs["a"][3].any() and mask[:, 0].tolist() == [index != 3 for index in range(60)] and mask[:, 1].all()
+    assert (
+        not inputs["a"][3].any()
+        and mask[:, 0].tolist() == [index != 3 for index in range(60)]
+        and mask[:, 1].all()
+    )
     assert targets.tolist() == arrays["y"].tolist()
 
 
 def test_read_inputs_takes_one_modality_alone_and_no_labels(tmp_path):
     inputs, mask, targets, ids = _read(tmp_path, x_b=np.ones((4, 6, 6)))
-    assert inputs["a"].shape == (4, 5) and not inputs["a"].any() and mask.tolist() == [[False, True]] * 4
+    assert (
+        inputs["a"].shape == (4, 5)
+        and not inputs["a"].any()
+        and mask.tolist() == [[False, True]] * 4
+    )
     assert targets is None and ids == ["0", "1", "2", "3"]
 
 
-@pytest.mark.parametrize("arrays, message", [
-    ({"x_c": np.ones((4, 5))}, "none of x_a, x_b is there; it holds x_c"),
-    ({"x_a": np.ones((4, 6))}, r"x_a: samples have shape \(6,\), but the model was trained on \(5,\)"),
-    ({"x_a": np.ones((4, 5)), "x_b": np.ones((3, 6, 6))}, "x_b: has 3 rows, but x_a has 4"),
-    ({"x_a": np.full((4, 5), np.inf)}, "x_a: row 0 holds inf"),
-    ({"x_a": np.ones((4, 5)), "mask_a": np.array([1, 1, 0, 1], bool)}, "row 2 has none of a, b"),
-    ({"x_a": np.ones((4, 5)), "y": np.arange(3)}, r"y: has shape \(3,\)"),
-    ({"x_a": np.ones((4, 5)), "ids": np.arange(3)}, r"ids: has shape \(3,\)"),
-    ({"x_a": np.ones((0, 5))}, "x_a: is empty"),
-])
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        ({"x_c": np.ones((4, 5))}, "none of x_a, x_b is there; it holds x_c"),
+        (
+            {"x_a": np.ones((4, 6))},
+            r"x_a: samples have shape \(6,\), but the model was trained on \(5,\)",
+        ),
+        ({"x_a": np.ones((4, 5)), "x_b": np.ones((3, 6, 6))}, "x_b: has 3 rows, but x_a has 4"),
+        ({"x_a": np.full((4, 5), np.inf)}, "x_a: row 0 holds inf"),
+        (
+            {"x_a": np.ones((4, 5)), "mask_a": np.array([1, 1, 0, 1], bool)},
+            "row 2 has none of a, b",
+        ),
+        ({"x_a": np.ones((4, 5)), "y": np.arange(3)}, r"y: has shape \(3,\)"),
+        ({"x_a": np.ones((4, 5)), "ids": np.arange(3)}, r"ids: has shape \(3,\)"),
+        ({"x_a": np.ones((0, 5))}, "x_a: is empty"),
+    ],
+)
 def test_read_inputs_errors(tmp_path, arrays, message):
     with pytest.raises(InputError, match=message):
         _read(tmp_path, **arrays)
@@ -245,20 +375,56 @@ def test_prediction_inputs_match_training_inputs(tmp_path):
         assert torch.equal(values[test], data.test.inputs[name])
 
 
-@pytest.mark.parametrize("path, options, sizes, layouts, classes", [
-    ("utd_mhad/utd_mhad.npz", {"groups": "subject"}, (323, 108, 430),
-     {"depth": "image", "skeleton": "sequence", "inertial": "sequence"}, 27),
-    ("avletters/avletters.npz", {"groups": "speaker"}, (416, 104, 260), {"audio": "sequence", "visual": "video"}, 26),
-    ("avletters/avletters.npz", {"split": "split_speaker_independent"}, (546, 78, 156), {"audio": "sequence", "visual": "video"}, 26),
-    ("avdigits/avdigits.npz", {"modalities": "audio,visual"}, (4500, 600, 1000), {"audio": "image", "visual": "image"}, 10),
-    ("handwritten6/handwritten6.npz", {}, (1400, 200, 400), {f"view{index}": "vector" for index in range(1, 7)}, 10),
-])
+@pytest.mark.parametrize(
+    "path, options, sizes, layouts, classes",
+    [
+        (
+            "utd_mhad/utd_mhad.npz",
+            {"groups": "subject"},
+            (323, 108, 430),
+            {"depth": "image", "skeleton": "sequence", "inertial": "sequence"},
+            27,
+        ),
+        (
+            "avletters/avletters.npz",
+            {"groups": "speaker"},
+            (416, 104, 260),
+            {"audio": "sequence", "visual": "video"},
+            26,
+        ),
+        (
+            "avletters/avletters.npz",
+            {"split": "split_speaker_independent"},
+            (546, 78, 156),
+            {"audio": "sequence", "visual": "video"},
+            26,
+        ),
+        (
+            "avdigits/avdigits.npz",
+            {"modalities": "audio,visual"},
+            (4500, 600, 1000),
+            {"audio": "image", "visual": "image"},
+            10,
+        ),
+        (
+            "handwritten6/handwritten6.npz",
+            {},
+            (1400, 200, 400),
+            {f"view{index}": "vector" for index in range(1, 7)},
+            10,
+        ),
+    ],
+)
 def test_real_data(data_folder, path, options, sizes, layouts, classes):
     if not (data_folder / path).is_file():
         pytest.skip(f"{data_folder / path} is absent")
     data = _load(str(data_folder / path), **options)
     assert tuple(len(part) for part in (data.train, data.validation, data.test)) == sizes
-    assert data.layouts == layouts and data.num_classes == classes and (data.train.groups is None) == ("groups" not in options)
+    assert (
+        data.layouts == layouts
+        and data.num_classes == classes
+        and (data.train.groups is None) == ("groups" not in options)
+    )
     for part in (data.train, data.validation, data.test):
         for values in part.inputs.values():
             assert values.isfinite().all() and values.abs().max() < 100
@@ -271,6 +437,8 @@ def test_official_split_takes_whole_subjects_for_validation(data_folder):
     if not path.is_file():
         pytest.skip(f"{path} is absent")
     data = _load(str(path), split="split_official", groups="subject", modalities="inertial")
-    train, validation, test = (set(part.groups.tolist()) for part in (data.train, data.validation, data.test))
+    train, validation, test = (
+        set(part.groups.tolist()) for part in (data.train, data.validation, data.test)
+    )
     assert len(validation) == 1 and len(train) == 3 and len(test) == 4 and not train & validation
     assert len(data.train) + len(data.validation) == 431

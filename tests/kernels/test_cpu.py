@@ -1,4 +1,5 @@
 """The CPU's fast path computes what the general path computes, and steps aside where it does not apply."""
+
 import copy
 
 import pytest
@@ -10,7 +11,12 @@ from torch.nn import functional as F
 from iib_kernels import cpu
 from iibalance import IIBalanceHead, IIBalanceLoss, PrototypeBank
 
-SHAPES = [(1, 8, 3, 4), (2, 64, 26, 128), (3, 8, 4, 6), (6, 64, 10, 32)]  # modalities, batch, classes, size
+SHAPES = [
+    (1, 8, 3, 4),
+    (2, 64, 26, 128),
+    (3, 8, 4, 6),
+    (6, 64, 10, 32),
+]  # modalities, batch, classes, size
 
 
 def draw(count, batch, classes, size, seed=0):
@@ -18,10 +24,18 @@ def draw(count, batch, classes, size, seed=0):
     generator = torch.Generator().manual_seed(seed)
     embeddings = [torch.relu(torch.randn(batch, size, generator=generator)) for _ in range(count)]
     embeddings[0][0] = 0
-    targets = torch.cat([torch.arange(classes), torch.randint(classes, (batch - classes,), generator=generator)])
+    targets = torch.cat(
+        [torch.arange(classes), torch.randint(classes, (batch - classes,), generator=generator)]
+    )
     torch.manual_seed(seed)
-    head = IIBalanceHead([size] * count, classes, budgets=(0.8 + 0.2 * torch.rand(count, generator=generator)).tolist(),
-                         objective=IIBalanceLoss(fused_weight=0.6, unimodal_weight=1.3, alpha=0.7, beta=3.0, warmup=0.0, ramp=1.0))
+    head = IIBalanceHead(
+        [size] * count,
+        classes,
+        budgets=(0.8 + 0.2 * torch.rand(count, generator=generator)).tolist(),
+        objective=IIBalanceLoss(
+            fused_weight=0.6, unimodal_weight=1.3, alpha=0.7, beta=3.0, warmup=0.0, ramp=1.0
+        ),
+    )
     head(embeddings, targets)
     return head, embeddings, targets
 
@@ -46,7 +60,15 @@ def run(head, embeddings, targets, scalar, progress=0.9):
     leaves = [value.clone().requires_grad_() for value in embeddings]
     out = head(leaves, targets, progress=progress)
     gradients = torch.autograd.grad(scalar(out), [*leaves, *head.classifiers.parameters()])
-    return [out.logits, *out.modality_logits, out.loss, *out.parts, *gradients, *head.prototypes.prototypes, head.prototypes.counts]
+    return [
+        out.logits,
+        *out.modality_logits,
+        out.loss,
+        *out.parts,
+        *gradients,
+        *head.prototypes.prototypes,
+        head.prototypes.counts,
+    ]
 
 
 @pytest.mark.parametrize("what", ["loss", "every part", "logits", "fused"])
@@ -62,15 +84,19 @@ def test_a_step_is_the_references(shape, what, steps):
             return sum(values.square().mean() for values in out.modality_logits)
         if what == "fused":
             return out.loss + 0.3 * out.logits.square().mean()
-        return 0.3 * out.loss + out.parts.fused + sum((weight * part).sum() for part in out.parts[2:])
+        return (
+            0.3 * out.loss + out.parts.fused + sum((weight * part).sum() for part in out.parts[2:])
+        )
 
     slow = run(reference(head), embeddings, targets, scalar)
     assert not steps
     fast = run(head, embeddings, targets, scalar)
     assert steps == [1] and len(fast) == len(slow)
     for number, (one, other) in enumerate(zip(fast, slow)):
-        torch.testing.assert_close(one, other, atol=3e-6, rtol=2e-5, msg=lambda text: f"{number}: {text}")
-    assert all(values.requires_grad for values in (*fast[:shape[0] + 2], *slow[:shape[0] + 2]))
+        torch.testing.assert_close(
+            one, other, atol=3e-6, rtol=2e-5, msg=lambda text: f"{number}: {text}"
+        )
+    assert all(values.requires_grad for values in (*fast[: shape[0] + 2], *slow[: shape[0] + 2]))
     assert shape[0] == 1 or slow[shape[0] + 5].sum() > 0  # the alignment acts
 
 
@@ -80,10 +106,16 @@ def test_before_the_prototypes_begin_only_cross_entropies_count(steps):
     out = head(leaves, targets, progress=0.0)
     assert steps == [1]
     logits = [classifier(value) for classifier, value in zip(head.classifiers, embeddings)]
-    torch.testing.assert_close(out.loss, 0.6 * F.cross_entropy(sum(logits), targets) + 1.3 * sum(F.cross_entropy(value, targets) for value in logits))
+    torch.testing.assert_close(
+        out.loss,
+        0.6 * F.cross_entropy(sum(logits), targets)
+        + 1.3 * sum(F.cross_entropy(value, targets) for value in logits),
+    )
     out.loss.backward()
     one_hot = F.one_hot(targets, 4)
-    by_logits = (1.3 * (logits[1].softmax(1) - one_hot) + 0.6 * (sum(logits).softmax(1) - one_hot)) / 16
+    by_logits = (
+        1.3 * (logits[1].softmax(1) - one_hot) + 0.6 * (sum(logits).softmax(1) - one_hot)
+    ) / 16
     torch.testing.assert_close(leaves[1].grad, by_logits @ head.classifiers[1].weight)
 
 
@@ -109,12 +141,17 @@ def test_budgets_at_their_limits(budgets, steps):
 
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
 def test_prototypes_move_as_in_the_general_path(momentum):
-    fast, slow = (PrototypeBank({"a": 6, "b": 6}, 5, impl=impl, momentum=momentum) for impl in ("auto", "reference"))
+    fast, slow = (
+        PrototypeBank({"a": 6, "b": 6}, 5, impl=impl, momentum=momentum)
+        for impl in ("auto", "reference")
+    )
     for bank in (fast, slow):
         bank.prototypes_1[4] = 1.0  # whatever stands there before the class is seen does not count
     generator = torch.Generator().manual_seed(0)
     for step in range(5):
-        targets = torch.randint(5 if step else 3, (7,), generator=generator)  # some classes come later
+        targets = torch.randint(
+            5 if step else 3, (7,), generator=generator
+        )  # some classes come later
         embeddings = [torch.randn(7, 6, generator=generator) for _ in range(2)]
         embeddings[0][0] = 0
         for bank in (fast, slow):
@@ -134,8 +171,25 @@ class Halved(IIBalanceLoss):
         return out._replace(total=out.total / 2)
 
 
-@pytest.mark.parametrize("what", ["mask", "ignored", "sizes", "dtype", "autocast", "sqeuclidean", "reference", "unseen", "objective", "classifier", "no bias", "hook",
-                                  "objective's hook", "evaluation"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "mask",
+        "ignored",
+        "sizes",
+        "dtype",
+        "autocast",
+        "sqeuclidean",
+        "reference",
+        "unseen",
+        "objective",
+        "classifier",
+        "no bias",
+        "hook",
+        "objective's hook",
+        "evaluation",
+    ],
+)
 def test_everything_else_takes_the_general_path(what, steps):
     head, embeddings, targets = draw(2, 16, 4, 8)
     mask, called = None, []
@@ -160,7 +214,10 @@ def test_everything_else_takes_the_general_path(what, steps):
         head.objective = Halved()
     if what == "classifier":
         head.classifiers[1] = nn.Sequential(nn.Linear(8, 4))
-        head.classifiers[1].weight, head.classifiers[1].bias = head.classifiers[1][0].weight, head.classifiers[1][0].bias
+        head.classifiers[1].weight, head.classifiers[1].bias = (
+            head.classifiers[1][0].weight,
+            head.classifiers[1][0].bias,
+        )
     if what == "no bias":
         head.classifiers[1] = nn.Linear(8, 4, bias=False)
     if what == "hook":
@@ -176,13 +233,20 @@ def test_everything_else_takes_the_general_path(what, steps):
 
 def test_function_transforms_take_the_general_path(steps):
     head, embeddings, targets = draw(2, 16, 4, 8)
-    parameters, buffers = dict(head.named_parameters()), {name: value.clone() for name, value in head.named_buffers()}
-    loss = lambda parameters, buffers: functional_call(head, (parameters, buffers), (embeddings, targets)).loss
+    parameters, buffers = (
+        dict(head.named_parameters()),
+        {name: value.clone() for name, value in head.named_buffers()},
+    )
+    loss = lambda parameters, buffers: (
+        functional_call(head, (parameters, buffers), (embeddings, targets)).loss
+    )
     gradients = grad(loss)(parameters, buffers)
     assert not steps
     head(embeddings, targets).loss.backward()
     assert steps == [1]
-    torch.testing.assert_close(gradients["classifiers.1.weight"], head.classifiers[1].weight.grad, atol=3e-6, rtol=2e-5)
+    torch.testing.assert_close(
+        gradients["classifiers.1.weight"], head.classifiers[1].weight.grad, atol=3e-6, rtol=2e-5
+    )
 
 
 def test_a_target_out_of_range_is_still_an_error_that_says_so():
@@ -199,6 +263,6 @@ def test_a_second_derivative_is_refused_and_the_reference_has_it():
         torch.autograd.grad(head(embeddings, targets).loss, weight, create_graph=True)
     head = reference(head)
     weight = head.classifiers[0].weight
-    gradient, = torch.autograd.grad(head(embeddings, targets).loss, weight, create_graph=True)
+    (gradient,) = torch.autograd.grad(head(embeddings, targets).loss, weight, create_graph=True)
     gradient.square().sum().backward()
     assert weight.grad.isfinite().all()

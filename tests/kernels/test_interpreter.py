@@ -1,4 +1,5 @@
 """The sanitizer of tests/interpreter.py: kernels broken on purpose, one for each check, and a clean one whose bytes are known."""
+
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
@@ -7,13 +8,15 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-import triton.language as tl
-
 import interpreter
+import triton.language as tl
 from interpreter import MemoryAccessError, sanitized
 
 if not interpreter.interpreted():
-    pytest.skip("triton was imported without TRITON_INTERPRET=1, so kernels are compiled here", allow_module_level=True)
+    pytest.skip(
+        "triton was imported without TRITON_INTERPRET=1, so kernels are compiled here",
+        allow_module_level=True,
+    )
 
 BUILDER = interpreter.internals.interpreter_builder
 
@@ -31,7 +34,9 @@ def combine(features, weights, weights_stride, out, columns, BLOCK: tl.constexpr
     i = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for m in tl.static_range(len(features)):
-        total += tl.load(weights + m * weights_stride) * tl.load(features[m] + row * columns + i, mask=i < columns, other=0.0).to(tl.float32)
+        total += tl.load(weights + m * weights_stride) * tl.load(
+            features[m] + row * columns + i, mask=i < columns, other=0.0
+        ).to(tl.float32)
     tl.store(out + row * columns + i, total, mask=i < columns)
 
 
@@ -140,12 +145,20 @@ def test_entries_of_a_tuple_are_counted_apart_also_where_they_share_memory():
     torch.testing.assert_close(out, weights[0] * features[0])
     first, second = report.launches
     assert first.loaded == {"features[0]": 24, "features[1]": 24, "features[2]": 12, "weights": 24}
-    assert second.loaded == {"features[0]": 24, "weights": 8} and first.stored == second.stored == {"out": 24}
-    assert report.loaded_by("features") == 84 and report.loaded_by("features[0]", "weights") == 80 and report.loaded_by("out", "feat") == 0
+    assert second.loaded == {"features[0]": 24, "weights": 8} and first.stored == second.stored == {
+        "out": 24
+    }
+    assert (
+        report.loaded_by("features") == 84
+        and report.loaded_by("features[0]", "weights") == 80
+        and report.loaded_by("out", "feat") == 0
+    )
     assert (report.count, report.loaded, report.stored, report.stored_by("out")) == (2, 116, 48, 48)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int64, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int64, torch.bool]
+)
 def test_every_type_of_element(dtype):
     x = torch.ones(6).to(dtype)
     out = torch.zeros_like(x)
@@ -164,15 +177,26 @@ def test_strided_and_expanded_inputs_and_outputs_in_place():
         increment_own[(5,)](out.fill_(1.0))
         assert out.tolist() == [2.0] * 5
         copy[(1,)](out[:0], out[:0], 0, 1, BLOCK=4)
-    assert [launch.loaded.total() for launch in report.launches] == [20, 20, 40, 0] and report.stored == 60
+    assert [launch.loaded.total() for launch in report.launches] == [
+        20,
+        20,
+        40,
+        0,
+    ] and report.stored == 60
 
 
 def test_tensor_descriptors():
     x, out = torch.randn(3, 4), torch.empty(2, 4)
     with sanitized() as report:
         described[(1,)](x, out, 3)
-    assert torch.equal(out, torch.cat([x[2:], torch.zeros(1, 4)])) and (report.loaded, report.stored) == (16, 32)
-    with sanitized(), pytest.raises(MemoryAccessError, match="load from x at byte offset 48: not an element"):
+    assert torch.equal(out, torch.cat([x[2:], torch.zeros(1, 4)])) and (
+        report.loaded,
+        report.stored,
+    ) == (16, 32)
+    with (
+        sanitized(),
+        pytest.raises(MemoryAccessError, match="load from x at byte offset 48: not an element"),
+    ):
         described[(1,)](x, out, 4)
 
 
@@ -188,18 +212,66 @@ def test_a_launch_on_copies_of_the_storages_is_checked_just_so(monkeypatch):
 
 
 OUTSIDE = {
-    "load after the end": (move, (torch.zeros(4), torch.zeros(4), 4, 0), r"move, program \(0, 0, 0\): load from x at byte offset 16: not an element"),
-    "load before the start": (move, (torch.zeros(4)[1:], torch.zeros(4), -1, 0), r"load from x at byte offset -4: not an element"),
-    "store after the end": (move, (torch.zeros(4), torch.zeros(4), 0, 4), r"store to out at byte offset 16: not an element"),
-    "load of nothing": (move, (torch.zeros(0), torch.zeros(4), 0, 0), r"load from x at byte offset 0: not an element"),
-    "load far away": (move, (torch.zeros(4), torch.zeros(4), 2**46, 0), r"outside every argument|not an element"),
-    "load of a hole": (move, (torch.zeros(4, 3)[:, :2], torch.zeros(4), 2, 0), r"load from x at byte offset 8: not an element .*strides \(3, 1\)"),
-    "load of a hole of a transposed view": (move, (torch.zeros(4, 3)[:, :2].t(), torch.zeros(4), 5, 0), r"load from x at byte offset 20: not"),
-    "store to a hole": (move, (torch.zeros(4), torch.zeros(8)[::2], 0, 3), r"store to out at byte offset 12: not an element"),
-    "another type": (as_bytes, (torch.zeros(4), torch.zeros(4, dtype=torch.uint8)), r"load from x at byte offset 0: 1 bytes, but its elements have 4"),
-    "between two elements": (between_elements, (torch.zeros(4), torch.zeros(4)), r"load from x at byte offset 2: not an element"),
-    "no argument": (through_address, (torch.tensor([4096]), torch.zeros(4)), r"load from address 0x1000, outside every argument"),
-    "unmasked lanes": (copy, (torch.zeros(10), torch.zeros(12), 11, 1, 4), r"copy, program \(2, 0, 0\): load from x at byte offset 40: not an element"),
+    "load after the end": (
+        move,
+        (torch.zeros(4), torch.zeros(4), 4, 0),
+        r"move, program \(0, 0, 0\): load from x at byte offset 16: not an element",
+    ),
+    "load before the start": (
+        move,
+        (torch.zeros(4)[1:], torch.zeros(4), -1, 0),
+        r"load from x at byte offset -4: not an element",
+    ),
+    "store after the end": (
+        move,
+        (torch.zeros(4), torch.zeros(4), 0, 4),
+        r"store to out at byte offset 16: not an element",
+    ),
+    "load of nothing": (
+        move,
+        (torch.zeros(0), torch.zeros(4), 0, 0),
+        r"load from x at byte offset 0: not an element",
+    ),
+    "load far away": (
+        move,
+        (torch.zeros(4), torch.zeros(4), 2**46, 0),
+        r"outside every argument|not an element",
+    ),
+    "load of a hole": (
+        move,
+        (torch.zeros(4, 3)[:, :2], torch.zeros(4), 2, 0),
+        r"load from x at byte offset 8: not an element .*strides \(3, 1\)",
+    ),
+    "load of a hole of a transposed view": (
+        move,
+        (torch.zeros(4, 3)[:, :2].t(), torch.zeros(4), 5, 0),
+        r"load from x at byte offset 20: not",
+    ),
+    "store to a hole": (
+        move,
+        (torch.zeros(4), torch.zeros(8)[::2], 0, 3),
+        r"store to out at byte offset 12: not an element",
+    ),
+    "another type": (
+        as_bytes,
+        (torch.zeros(4), torch.zeros(4, dtype=torch.uint8)),
+        r"load from x at byte offset 0: 1 bytes, but its elements have 4",
+    ),
+    "between two elements": (
+        between_elements,
+        (torch.zeros(4), torch.zeros(4)),
+        r"load from x at byte offset 2: not an element",
+    ),
+    "no argument": (
+        through_address,
+        (torch.tensor([4096]), torch.zeros(4)),
+        r"load from address 0x1000, outside every argument",
+    ),
+    "unmasked lanes": (
+        copy,
+        (torch.zeros(10), torch.zeros(12), 11, 1, 4),
+        r"copy, program \(2, 0, 0\): load from x at byte offset 40: not an element",
+    ),
 }
 
 
@@ -213,15 +285,36 @@ def test_accesses_outside_the_argument(case):
 def test_straying_from_one_argument_into_another_is_outside():
     """The address belongs to an element of an argument, but not of the one it was computed from."""
     x = torch.arange(8.0)
-    with sanitized(), pytest.raises(MemoryAccessError, match="load from x at byte offset 16: not an element"):
+    with (
+        sanitized(),
+        pytest.raises(MemoryAccessError, match="load from x at byte offset 16: not an element"),
+    ):
         move[(1,)](x[:4], x[4:], 4, 0)
 
 
-@pytest.mark.parametrize("kernel, programs, arguments, message", [
-    (one_place, 1, (1, 2), r"one_place, program \(0, 0, 0\): store to out at byte offset 0: stored twice, by two lanes of one store"),
-    (one_place, 2, (0, 1), r"one_place, program \(1, 0, 0\): store to out at byte offset 0: stored twice, first by program \(0, 0, 0\)"),
-    (twice, 1, (), r"twice, program \(0, 0, 0\): store to out at byte offset 0: stored twice, first by program \(0, 0, 0\)"),
-])
+@pytest.mark.parametrize(
+    "kernel, programs, arguments, message",
+    [
+        (
+            one_place,
+            1,
+            (1, 2),
+            r"one_place, program \(0, 0, 0\): store to out at byte offset 0: stored twice, by two lanes of one store",
+        ),
+        (
+            one_place,
+            2,
+            (0, 1),
+            r"one_place, program \(1, 0, 0\): store to out at byte offset 0: stored twice, first by program \(0, 0, 0\)",
+        ),
+        (
+            twice,
+            1,
+            (),
+            r"twice, program \(0, 0, 0\): store to out at byte offset 0: stored twice, first by program \(0, 0, 0\)",
+        ),
+    ],
+)
 def test_two_stores_to_one_place(kernel, programs, arguments, message):
     with sanitized(), pytest.raises(MemoryAccessError, match=message):
         kernel[(programs,)](torch.zeros(4), *arguments)
@@ -238,13 +331,25 @@ def test_two_launches_may_store_to_one_place():
 def test_stored_by_one_program_and_loaded_by_another():
     x, out = torch.zeros(4), torch.zeros(1)
     with sanitized():
-        with pytest.raises(MemoryAccessError, match=r"program \(1, 0, 0\): store to x at byte offset 0: loaded by program \(0, 0, 0\)"):
+        with pytest.raises(
+            MemoryAccessError,
+            match=r"program \(1, 0, 0\): store to x at byte offset 0: loaded by program \(0, 0, 0\)",
+        ):
             move_between_programs[(2,)](x, out, 0)
-        with pytest.raises(MemoryAccessError, match=r"program \(1, 0, 0\): load from x at byte offset 0: stored by program \(0, 0, 0\)"):
+        with pytest.raises(
+            MemoryAccessError,
+            match=r"program \(1, 0, 0\): load from x at byte offset 0: stored by program \(0, 0, 0\)",
+        ):
             move_between_programs[(2,)](x, out, 1)
-        with pytest.raises(MemoryAccessError, match=r"program \(1, 0, 0\): load from x at byte offset 0: stored by program \(0, 0, 0\)"):
+        with pytest.raises(
+            MemoryAccessError,
+            match=r"program \(1, 0, 0\): load from x at byte offset 0: stored by program \(0, 0, 0\)",
+        ):
             load_all_store_own[(4,)](x)
-        with pytest.raises(MemoryAccessError, match=r"program \(2, 0, 0\): store to x at byte offset 0: loaded by other programs"):
+        with pytest.raises(
+            MemoryAccessError,
+            match=r"program \(2, 0, 0\): store to x at byte offset 0: loaded by other programs",
+        ):
             load_all_store_last[(3,)](x)
 
 
@@ -252,15 +357,28 @@ def test_races_show_through_views_of_one_storage():
     """Out is x moved by one element: program 0 stores what program 1 loads. Also where one views the other's memory as another type."""
     x = torch.zeros(9)
     with sanitized():
-        with pytest.raises(MemoryAccessError, match=r"copy, program \(1, 0, 0\): load from x at byte offset 4: stored by program \(0, 0, 0\)"):
+        with pytest.raises(
+            MemoryAccessError,
+            match=r"copy, program \(1, 0, 0\): load from x at byte offset 4: stored by program \(0, 0, 0\)",
+        ):
             copy[(8,)](x[:8], x[1:], 8, 1, BLOCK=1)
-        with pytest.raises(MemoryAccessError, match=r"program \(1, 0, 0\): load from x at byte offset 4: stored by program \(0, 0, 0\)"):
+        with pytest.raises(
+            MemoryAccessError,
+            match=r"program \(1, 0, 0\): load from x at byte offset 4: stored by program \(0, 0, 0\)",
+        ):
             copy[(2,)](x[:8], x[:8].view(torch.float64), 2, 1, BLOCK=1)
 
 
-@pytest.mark.parametrize("kernel, dtype", [(add_atomically, torch.float32), (exchange_atomically, torch.int32)])
+@pytest.mark.parametrize(
+    "kernel, dtype", [(add_atomically, torch.float32), (exchange_atomically, torch.int32)]
+)
 def test_atomic_operations(kernel, dtype):
-    with sanitized(), pytest.raises(MemoryAccessError, match=rf"{kernel.__name__}, program \(0, 0, 0\): atomic operation"):
+    with (
+        sanitized(),
+        pytest.raises(
+            MemoryAccessError, match=rf"{kernel.__name__}, program \(0, 0, 0\): atomic operation"
+        ),
+    ):
         kernel[(1,)](torch.zeros(1, dtype=dtype))
 
 
@@ -271,14 +389,22 @@ def test_int32_overflow():
     with sanitized():
         multiply[(1,)](out, 2**15, 2**15)
         assert out.item() == 2**30
-        with pytest.raises(interpreter.internals.InterpreterError, match="int32 overflow detected for operation mul"):
+        with pytest.raises(
+            interpreter.internals.InterpreterError,
+            match="int32 overflow detected for operation mul",
+        ):
             multiply[(1,)](out, 2**16, 2**16)
 
 
 def test_everything_is_as_before_afterwards():
     def state():
         executor = interpreter.internals.GridExecutor
-        return {**vars(BUILDER), "grid_dim": 0, "grid_idx": 0}, executor.__call__, executor._init_args_hst, interpreter.internals._implicit_cvt
+        return (
+            {**vars(BUILDER), "grid_dim": 0, "grid_idx": 0},
+            executor.__call__,
+            executor._init_args_hst,
+            interpreter.internals._implicit_cvt,
+        )
 
     x, before = torch.zeros(4), state()
     with sanitized():

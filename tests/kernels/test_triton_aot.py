@@ -1,4 +1,5 @@
 """Every kernel compiled ahead of time for GPUs that are not here: it compiles, does not spill, and addresses rows with 64 bits."""
+
 import collections
 import json
 from pathlib import Path
@@ -7,9 +8,25 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = {"fusion_forward", "fusion_backward", "alignment_forward", "alignment_backward_block", "alignment_backward_tiled", "nearest_forward",
-           "nearest_backward", "distance_forward", "distance_backward", "prototype_update"}
-MOST_SPILLS = {"bf16": 0, "fp16": 0, "fp32": 32, "tf32": 32, "bf16, fp32": 32}  # words; float64, for checking, may
+KERNELS = {
+    "fusion_forward",
+    "fusion_backward",
+    "alignment_forward",
+    "alignment_backward_block",
+    "alignment_backward_tiled",
+    "nearest_forward",
+    "nearest_backward",
+    "distance_forward",
+    "distance_backward",
+    "prototype_update",
+}
+MOST_SPILLS = {
+    "bf16": 0,
+    "fp16": 0,
+    "fp32": 32,
+    "tf32": 32,
+    "bf16, fp32": 32,
+}  # words; float64, for checking, may
 
 
 @pytest.fixture(scope="module")
@@ -25,15 +42,27 @@ def rows(compilation):
 
 def table(content) -> str:
     """Registers, shared memory and spills of every kernel, the worst over its sizes, as Markdown."""
-    lines = [f"Compiled without a GPU by `python tests/aot.py`, torch {content['torch']}, triton {content['triton']}. Largest over the compiled sizes and",
-             "over M = 1, 2, 3, 6: registers a thread, shared memory in bytes a program, spilled words a thread.", ""]
-    lines += ["| kernel | dtype | target | variants | registers | shared memory | spills |", "|---|---|---|---:|---:|---:|---:|"]
+    lines = [
+        f"Compiled without a GPU by `python tests/aot.py`, torch {content['torch']}, triton {content['triton']}. Largest over the compiled sizes and",
+        "over M = 1, 2, 3, 6: registers a thread, shared memory in bytes a program, spilled words a thread.",
+        "",
+    ]
+    lines += [
+        "| kernel | dtype | target | variants | registers | shared memory | spills |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
     groups = collections.defaultdict(list)
     for row in content["rows"]:
         groups[row["kernel"], row["dtype"], row["target"]].append(row)
     for (kernel, dtype, target), group in sorted(groups.items()):
-        worst = (max(row.get(key, -1) for row in group) for key in ("registers", "shared", "spills"))
-        lines.append(f"| {kernel} | {dtype} | {target} | {len(group)} | " + " | ".join(map(str, worst)) + " |")
+        worst = (
+            max(row.get(key, -1) for row in group) for key in ("registers", "shared", "spills")
+        )
+        lines.append(
+            f"| {kernel} | {dtype} | {target} | {len(group)} | "
+            + " | ".join(map(str, worst))
+            + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -42,7 +71,12 @@ def test_every_kernel_compiles_for_every_target(rows):
     assert not [row for row in rows if "error" in row]
     found = {(row["kernel"], row["dtype"], row["target"]) for row in rows}
     targets = ("sm_80", "sm_90", "sm_100", "gfx942")
-    assert found >= {(kernel, dtype, target) for kernel in KERNELS for dtype in ("bf16", "fp16", "fp32") for target in targets}
+    assert found >= {
+        (kernel, dtype, target)
+        for kernel in KERNELS
+        for dtype in ("bf16", "fp16", "fp32")
+        for target in targets
+    }
     several = {(row["kernel"], row["modalities"]) for row in rows}
     one = {"distance_forward", "distance_backward", "prototype_update"}  # no modalities
     assert several >= {(kernel, count) for kernel in KERNELS - one for count in (1, 2, 3, 6)}
@@ -55,7 +89,9 @@ def test_no_half_precision_kernel_spills_and_no_float32_one_much(rows):
 
 @pytest.mark.slow
 def test_rows_are_addressed_with_64_bits(rows):
-    assert not [row for row in rows if not row["wide_rows"] and "ones" not in row["sizes"]]  # strides of 1 are not multiplied by
+    assert not [
+        row for row in rows if not row["wide_rows"] and "ones" not in row["sizes"]
+    ]  # strides of 1 are not multiplied by
 
 
 @pytest.mark.slow

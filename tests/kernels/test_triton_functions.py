@@ -1,4 +1,5 @@
 """How the kernels live with torch: derivatives, opcheck, torch.compile, autocast, two processes, transforms, launches, and which implementation runs."""
+
 import contextlib
 import os
 import subprocess
@@ -10,9 +11,19 @@ import torch
 from torch import nn
 
 pytest.importorskip("triton")
-import iib_kernels
 import interpreter
-from iib_kernels import _runtime, _tuning, alignment_loss, fusion_cross_entropy, gated_fusion, nearest_prototype, prototype_distance, update_prototypes
+
+import iib_kernels
+from iib_kernels import (
+    _runtime,
+    _tuning,
+    alignment_loss,
+    fusion_cross_entropy,
+    gated_fusion,
+    nearest_prototype,
+    prototype_distance,
+    update_prototypes,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,33 +34,56 @@ cuda_only = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 @pytest.fixture(autouse=True)
 def checked():
     """The sanitizer around every interpreted kernel."""
-    with interpreter.sanitized() if interpreter.interpreted() else contextlib.nullcontext() as report:
+    with (
+        interpreter.sanitized() if interpreter.interpreted() else contextlib.nullcontext() as report
+    ):
         yield report
 
 
 def draw(*size, dtype=torch.float64, grad=False, seed=0):
     """Random numbers, the same for the same sizes and seed."""
     generator = torch.Generator().manual_seed(seed + 1000 * sum(size))
-    return torch.randn(*size, generator=generator, dtype=torch.float64).to(DEVICE, dtype).requires_grad_(grad)
+    return (
+        torch.randn(*size, generator=generator, dtype=torch.float64)
+        .to(DEVICE, dtype)
+        .requires_grad_(grad)
+    )
 
 
 def fusion_inputs(batch=3, classes=4, modalities=2, dtype=torch.float64, grad=True):
     """logits, log_prior, gate_logits, temperature, uncertainty_weight, scale, mask and targets."""
     logits = [draw(batch, classes, dtype=dtype, grad=grad, seed=m) for m in range(modalities)]
-    vector = lambda seed: (draw(modalities, dtype=dtype, seed=seed).abs() + 0.5).detach().requires_grad_(grad)
+    vector = lambda seed: (
+        (draw(modalities, dtype=dtype, seed=seed).abs() + 0.5).detach().requires_grad_(grad)
+    )
     mask = torch.ones(batch, modalities, dtype=torch.bool, device=DEVICE)
     mask[-1, 0] = False
     targets = torch.arange(batch, device=DEVICE) % classes
     targets[1] = -100
-    return logits, vector(1), draw(batch, modalities, dtype=dtype, grad=grad), vector(2), vector(3), torch.full((), 1.7, dtype=dtype, device=DEVICE,
-                                                                                                              requires_grad=grad), mask, targets
+    return (
+        logits,
+        vector(1),
+        draw(batch, modalities, dtype=dtype, grad=grad),
+        vector(2),
+        vector(3),
+        torch.full((), 1.7, dtype=dtype, device=DEVICE, requires_grad=grad),
+        mask,
+        targets,
+    )
 
 
 def tables(batch=4, classes=5, widths=(3, 4), dtype=torch.float64, grad=True):
     """features, prototypes, targets, budgets."""
-    features = [draw(batch, width, dtype=dtype, grad=grad, seed=m) for m, width in enumerate(widths)]
+    features = [
+        draw(batch, width, dtype=dtype, grad=grad, seed=m) for m, width in enumerate(widths)
+    ]
     prototypes = [draw(classes, width, dtype=dtype, seed=m) for m, width in enumerate(widths)]
-    return features, prototypes, torch.arange(batch, device=DEVICE) % classes, torch.tensor([0.9, 0.6, 0.3], device=DEVICE, dtype=dtype)[:len(widths)]
+    return (
+        features,
+        prototypes,
+        torch.arange(batch, device=DEVICE) % classes,
+        torch.tensor([0.9, 0.6, 0.3], device=DEVICE, dtype=dtype)[: len(widths)],
+    )
 
 
 # ----- derivatives
@@ -59,18 +93,35 @@ def tables(batch=4, classes=5, widths=(3, 4), dtype=torch.float64, grad=True):
 @pytest.mark.parametrize("classes", [1, 4, 1030])
 @pytest.mark.parametrize("loss", [False, True])
 def test_float64_gradcheck_of_fusion(classes, loss):
-    logits, prior, gate, temperature, kappa, scale, mask, targets = fusion_inputs(2 if classes > 1024 else 3, classes)
+    logits, prior, gate, temperature, kappa, scale, mask, targets = fusion_inputs(
+        2 if classes > 1024 else 3, classes
+    )
     targets = targets.clamp_min(0) if classes > 1024 else targets
 
     def call(prior, gate, temperature, kappa, scale, *logits):
-        arguments = dict(gate_logits=gate, temperature=temperature, uncertainty_weight=kappa, scale=scale, mask=mask, impl="triton")
+        arguments = dict(
+            gate_logits=gate,
+            temperature=temperature,
+            uncertainty_weight=kappa,
+            scale=scale,
+            mask=mask,
+            impl="triton",
+        )
         if loss:
-            return tuple(fusion_cross_entropy(logits, targets, prior, reduction="none", **arguments))
+            return tuple(
+                fusion_cross_entropy(logits, targets, prior, reduction="none", **arguments)
+            )
         return tuple(gated_fusion(logits, prior, **arguments))
 
-    assert torch.autograd.gradcheck(call, (prior, gate, temperature, kappa, scale, *logits), fast_mode=classes > 1024)
+    assert torch.autograd.gradcheck(
+        call, (prior, gate, temperature, kappa, scale, *logits), fast_mode=classes > 1024
+    )
     single = torch.full((), 0.8, dtype=torch.float64, device=DEVICE, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda t, k: call(prior, gate, t, k, scale, *logits), (single, single.detach().clone().requires_grad_()), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda t, k: call(prior, gate, t, k, scale, *logits),
+        (single, single.detach().clone().requires_grad_()),
+        fast_mode=True,
+    )
 
 
 @pytest.mark.slow
@@ -83,14 +134,27 @@ def test_float64_gradcheck_of_distances_and_alignment(metric, classes):
     mask = torch.tensor([[True, True], [True, False], [True, True]], device=DEVICE)
     fast = classes > 100
     leaf = prototypes[0].clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda f, p: prototype_distance(f, p, metric=metric, impl="triton"), (features[0], leaf), fast_mode=fast)
-    assert torch.autograd.gradcheck(lambda *f: nearest_prototype(f, prototypes, metric=metric, seen=seen, impl="triton").distance, features, fast_mode=fast)
+    assert torch.autograd.gradcheck(
+        lambda f, p: prototype_distance(f, p, metric=metric, impl="triton"),
+        (features[0], leaf),
+        fast_mode=fast,
+    )
+    assert torch.autograd.gradcheck(
+        lambda *f: (
+            nearest_prototype(f, prototypes, metric=metric, seen=seen, impl="triton").distance
+        ),
+        features,
+        fast_mode=fast,
+    )
     arguments = dict(metric=metric, seen=seen, mask=mask, reduction="none", temperature=0.7)
     call = lambda *f: alignment_loss(f, prototypes, targets, budgets, impl="triton", **arguments)
     assert torch.autograd.gradcheck(lambda *f: call(*f).contrastive, features, fast_mode=fast)
     # delta and q_a carry no gradient by definition, so numbers cannot be differences of the alignment term: the reference's derivative is
     expected = alignment_loss(features, prototypes, targets, budgets, impl="reference", **arguments)
-    for found, right in zip(torch.autograd.grad(call(*features).alignment.sum(), features), torch.autograd.grad(expected.alignment.sum(), features)):
+    for found, right in zip(
+        torch.autograd.grad(call(*features).alignment.sum(), features),
+        torch.autograd.grad(expected.alignment.sum(), features),
+    ):
         torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
     assert expected.alignment.abs().sum() > 0
 
@@ -101,7 +165,9 @@ KNOWN = torch.ones(5, dtype=torch.bool, device=DEVICE)
 SECOND = {
     "gated_fusion": lambda l: gated_fusion([l, l * 2], impl="triton").logits,
     "fusion_cross_entropy": lambda l: fusion_cross_entropy([l, l * 2], LABELS, impl="triton").fused,
-    "alignment_loss": lambda f: alignment_loss([f], [TABLE], LABELS, [1.0], impl="triton").contrastive,
+    "alignment_loss": lambda f: (
+        alignment_loss([f], [TABLE], LABELS, [1.0], impl="triton").contrastive
+    ),
     "nearest_prototype": lambda f: nearest_prototype([f], [TABLE], impl="triton").distance,
     "prototype_distance": lambda f: prototype_distance(f, TABLE, impl="triton"),
 }
@@ -111,19 +177,29 @@ SECOND = {
 def test_what_the_kernels_do_not_differentiate_raises(name):
     """Never a silent zero: second derivatives, forward-mode derivatives and vmap say what to do; func.grad is right."""
     call, leaf = SECOND[name], draw(3, 4, grad=True)
-    first, = torch.autograd.grad(call(leaf).square().sum(), leaf, create_graph=True)
+    (first,) = torch.autograd.grad(call(leaf).square().sum(), leaf, create_graph=True)
     assert first.abs().sum() > 0  # create_graph by itself works
-    with pytest.raises(NotImplementedError, match=f"{name}: the Triton kernels have no second derivative; use impl='reference'"):
+    with pytest.raises(
+        NotImplementedError,
+        match=f"{name}: the Triton kernels have no second derivative; use impl='reference'",
+    ):
         torch.autograd.grad(first.sum(), leaf)
     with pytest.raises(NotImplementedError, match="second derivative"):
         torch.autograd.functional.hessian(lambda value: call(value).square().sum(), leaf.detach())
-    torch.testing.assert_close(torch.func.grad(lambda value: call(value).square().sum())(leaf.detach()), first.detach())
+    torch.testing.assert_close(
+        torch.func.grad(lambda value: call(value).square().sum())(leaf.detach()), first.detach()
+    )
     with pytest.raises(NotImplementedError, match="no jvp .*use impl='reference'"):
         torch.func.jvp(call, (leaf.detach(),), (torch.ones_like(leaf),))
     with pytest.raises(NotImplementedError, match="no vmap .*use impl='reference'"):
         torch.func.vmap(call)(torch.stack([leaf.detach()] * 2))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no jvp .*use impl='reference'"):
-        torch.autograd.forward_ad.unpack_dual(call(torch.autograd.forward_ad.make_dual(leaf.detach(), torch.ones_like(leaf))))
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="no jvp .*use impl='reference'"),
+    ):
+        torch.autograd.forward_ad.unpack_dual(
+            call(torch.autograd.forward_ad.make_dual(leaf.detach(), torch.ones_like(leaf)))
+        )
 
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), float("-inf")])
@@ -135,8 +211,19 @@ def test_whatever_stands_in_an_ignored_row_reaches_no_gradient(garbage, classes)
         with torch.no_grad():
             for table in logits:
                 table[1] = value
-        out = fusion_cross_entropy(logits, targets, prior, gate_logits=gate, temperature=temperature, uncertainty_weight=kappa, scale=scale, impl="triton")
-        results.append([out.fused, out.unimodal, *torch.autograd.grad(out.fused + out.unimodal.sum(), leaves)])
+        out = fusion_cross_entropy(
+            logits,
+            targets,
+            prior,
+            gate_logits=gate,
+            temperature=temperature,
+            uncertainty_weight=kappa,
+            scale=scale,
+            impl="triton",
+        )
+        results.append(
+            [out.fused, out.unimodal, *torch.autograd.grad(out.fused + out.unimodal.sum(), leaves)]
+        )
     assert all(torch.equal(a, b) for a, b in zip(*results)) and results[0][3][1].abs().sum() == 0
 
 
@@ -145,36 +232,105 @@ def test_whatever_stands_in_an_ignored_row_reaches_no_gradient(garbage, classes)
 
 def operator_calls():
     """(operator, arguments) of every operator, with what is optional and without."""
-    logits, prior, gate, temperature, kappa, scale, mask, targets = fusion_inputs(dtype=torch.float32)
+    logits, prior, gate, temperature, kappa, scale, mask, targets = fusion_inputs(
+        dtype=torch.float32
+    )
     plain = [value.detach() for value in logits]
     numbers = [1.0, 1.0, 1.0]
     for full in (False, True):
-        parameters = (temperature.detach(), kappa.detach(), scale.detach(), numbers, mask) if full else (None, None, None, numbers, None)
+        parameters = (
+            (temperature.detach(), kappa.detach(), scale.detach(), numbers, mask)
+            if full
+            else (None, None, None, numbers, None)
+        )
         first = (prior.detach(), gate.detach()) if full else (None, None)
         needs = (True, full, torch.float32 if full else None)
         yield ops.gated_fusion, (logits, *first, *parameters)
-        fused, weights, uncertainty, statistics = (value.detach() for value in ops.gated_fusion(plain, *first, *parameters))
-        yield ops.gated_fusion_backward, (plain, *parameters, weights, statistics, fused, weights if full else None, uncertainty if full else None, *needs)
+        fused, weights, uncertainty, statistics = (
+            value.detach() for value in ops.gated_fusion(plain, *first, *parameters)
+        )
+        yield (
+            ops.gated_fusion_backward,
+            (
+                plain,
+                *parameters,
+                weights,
+                statistics,
+                fused,
+                weights if full else None,
+                uncertainty if full else None,
+                *needs,
+            ),
+        )
         yield ops.fusion_cross_entropy, (logits, targets, *first, *parameters, -100)
-        nll, unimodal, weights, _, statistics = (value.detach() for value in ops.fusion_cross_entropy(plain, targets, *first, *parameters, -100))
-        yield ops.fusion_cross_entropy_backward, (plain, targets, *parameters, -100, weights, statistics, nll, unimodal if full else None, None, *needs)
+        nll, unimodal, weights, _, statistics = (
+            value.detach()
+            for value in ops.fusion_cross_entropy(plain, targets, *first, *parameters, -100)
+        )
+        yield (
+            ops.fusion_cross_entropy_backward,
+            (
+                plain,
+                targets,
+                *parameters,
+                -100,
+                weights,
+                statistics,
+                nll,
+                unimodal if full else None,
+                None,
+                *needs,
+            ),
+        )
     for classes in (5, 130):
         features, prototypes, targets, budgets = tables(3, classes, dtype=torch.float32)
         plain = [value.detach() for value in features]
         for full in (False, True):
             seen = [torch.ones(classes, dtype=torch.bool, device=DEVICE)] * 2 if full else []
-            rest = (prototypes, targets, budgets, 0.2, full, seen, torch.ones(3, 2, dtype=torch.bool, device=DEVICE) if full else None, -100)
+            rest = (
+                prototypes,
+                targets,
+                budgets,
+                0.2,
+                full,
+                seen,
+                torch.ones(3, 2, dtype=torch.bool, device=DEVICE) if full else None,
+                -100,
+            )
             yield ops.alignment_loss, (features, *rest)
-            contrastive, alignment, confidence, _, statistics = (value.detach() for value in ops.alignment_loss(plain, *rest))
-            yield ops.alignment_loss_backward, (plain, *rest, confidence, statistics, contrastive, alignment if full else None)
+            contrastive, alignment, confidence, _, statistics = (
+                value.detach() for value in ops.alignment_loss(plain, *rest)
+            )
+            yield (
+                ops.alignment_loss_backward,
+                (plain, *rest, confidence, statistics, contrastive, alignment if full else None),
+            )
             yield ops.nearest_prototype, (features, prototypes, full, seen)
-            distance, index = (value.detach() for value in ops.nearest_prototype(plain, prototypes, full, seen))
+            distance, index = (
+                value.detach() for value in ops.nearest_prototype(plain, prototypes, full, seen)
+            )
             yield ops.nearest_prototype_backward, (plain, prototypes, full, index, distance)
         yield ops.prototype_distance, (features[0], prototypes[0], True, True)
-        distance, squares, others, _ = (value.detach() for value in ops.prototype_distance(plain[0], prototypes[0], True, True))
+        distance, squares, others, _ = (
+            value.detach() for value in ops.prototype_distance(plain[0], prototypes[0], True, True)
+        )
         for needs in ((True, False), (False, True), (True, True)):
-            yield ops.prototype_distance_backward, (plain[0], prototypes[0], True, squares, others, distance, distance, *needs)
-        yield ops.update_prototypes, (prototypes[0], torch.ones(classes, dtype=torch.int64, device=DEVICE), plain[0], targets, 0.9, True, -100)
+            yield (
+                ops.prototype_distance_backward,
+                (plain[0], prototypes[0], True, squares, others, distance, distance, *needs),
+            )
+        yield (
+            ops.update_prototypes,
+            (
+                prototypes[0],
+                torch.ones(classes, dtype=torch.int64, device=DEVICE),
+                plain[0],
+                targets,
+                0.9,
+                True,
+                -100,
+            ),
+        )
         yield ops.snapshot, (prototypes[0],)
         yield ops.class_sums, (plain[0], targets, classes, True, -100)
 
@@ -190,7 +346,11 @@ def test_opcheck_of_every_operator():
 
 def _defined():
     """Names of all operators that the package registers."""
-    return {schema.name.removeprefix("iib::") for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("iib::")}
+    return {
+        schema.name.removeprefix("iib::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("iib::")
+    }
 
 
 # ----- torch.compile, autocast, checkpointing, processes
@@ -213,23 +373,41 @@ class Model(nn.Module):
     def forward(self, inputs, targets):
         embeddings = [encoder(values) for encoder, values in zip(self.encoders, inputs)]
         logits = [classifier(values) for classifier, values in zip(self.classifiers, embeddings)]
-        prototypes = [iib_kernels.snapshot(self.prototypes_0), iib_kernels.snapshot(self.prototypes_1)]  # they move below
+        prototypes = [
+            iib_kernels.snapshot(self.prototypes_0),
+            iib_kernels.snapshot(self.prototypes_1),
+        ]  # they move below
         surprise = nearest_prototype(embeddings, prototypes, impl=self.impl).distance
         fused = gated_fusion(logits, gate_logits=-surprise, impl=self.impl)
-        entropies = fusion_cross_entropy(logits, targets, gate_logits=-surprise, scale=2.0, impl=self.impl)
+        entropies = fusion_cross_entropy(
+            logits, targets, gate_logits=-surprise, scale=2.0, impl=self.impl
+        )
         losses = alignment_loss(embeddings, prototypes, targets, [0.9, 0.5], impl=self.impl)
         spread = prototype_distance(embeddings[0], prototypes[0], impl=self.impl)
         for m, values in enumerate(embeddings):
-            moved, counts = update_prototypes(prototypes[m], getattr(self, f"counts_{m}"), values, targets, impl=self.impl)
+            moved, counts = update_prototypes(
+                prototypes[m], getattr(self, f"counts_{m}"), values, targets, impl=self.impl
+            )
             getattr(self, f"prototypes_{m}").copy_(moved)
             getattr(self, f"counts_{m}").copy_(counts)
-        total = entropies.fused + entropies.unimodal.sum() + losses.contrastive.sum() + 5 * losses.alignment.sum() + spread.float().mean()
-        return total + fused.logits.float().square().mean() + (fused.weights * fused.uncertainty).sum()
+        total = (
+            entropies.fused
+            + entropies.unimodal.sum()
+            + losses.contrastive.sum()
+            + 5 * losses.alignment.sum()
+            + spread.float().mean()
+        )
+        return (
+            total + fused.logits.float().square().mean() + (fused.weights * fused.uncertainty).sum()
+        )
 
 
 def results(model, batch, call=None, autocast=None):
     """Loss, gradients and prototypes after one step."""
-    inputs, targets = [draw(batch, 5, dtype=torch.float32), draw(batch, 4, dtype=torch.float32)], torch.arange(batch, device=DEVICE) % 3
+    inputs, targets = (
+        [draw(batch, 5, dtype=torch.float32), draw(batch, 4, dtype=torch.float32)],
+        torch.arange(batch, device=DEVICE) % 3,
+    )
     model.zero_grad()
     with torch.autocast(DEVICE, dtype=torch.bfloat16) if autocast else contextlib.nullcontext():
         loss = (model if call is None else call)(inputs, targets)
@@ -237,17 +415,32 @@ def results(model, batch, call=None, autocast=None):
             loss.backward()
     if autocast != "inside":
         loss.backward()
-    return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters()), model.prototypes_0.clone(), model.counts_1.clone()]
+    return [
+        loss.detach(),
+        *(parameter.grad.clone() for parameter in model.parameters()),
+        model.prototypes_0.clone(),
+        model.counts_1.clone(),
+    ]
 
 
-@pytest.mark.parametrize("backend, dynamic", [("eager", False), ("aot_eager", False), ("aot_eager", True),
-                                              pytest.param("inductor", False, marks=pytest.mark.slow), pytest.param("inductor", True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend, dynamic",
+    [
+        ("eager", False),
+        ("aot_eager", False),
+        ("aot_eager", True),
+        pytest.param("inductor", False, marks=pytest.mark.slow),
+        pytest.param("inductor", True, marks=pytest.mark.slow),
+    ],
+)
 def test_fullgraph_compile_of_a_module_with_all_six(backend, dynamic):
     torch._dynamo.reset()
     eager, compiled = Model("triton"), Model("triton")
     call = torch.compile(compiled, backend=backend, fullgraph=True, dynamic=dynamic)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for batch in (8, 11, 9) if dynamic else (8,):  # unlike every other size, which would be taken for it
+        for batch in (
+            (8, 11, 9) if dynamic else (8,)
+        ):  # unlike every other size, which would be taken for it
             for found, expected in zip(results(compiled, batch, call), results(eager, batch)):
                 torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
@@ -256,8 +449,12 @@ COMPILED = {
     "gated_fusion": lambda x: gated_fusion([x, x * 2], impl="triton").logits,
     "the same logits twice": lambda x: gated_fusion([x, x], impl="triton").logits,
     "fusion_cross_entropy": lambda x: fusion_cross_entropy([x, x * 2], LABELS, impl="triton").fused,
-    "alignment_loss": lambda x: alignment_loss([x, x * 2], [TABLE, TABLE], LABELS, [1.0, 0.5], impl="triton").contrastive,
-    "nearest_prototype": lambda x: nearest_prototype([x, x * 2], [TABLE, TABLE], seen=KNOWN, impl="triton").distance,
+    "alignment_loss": lambda x: (
+        alignment_loss([x, x * 2], [TABLE, TABLE], LABELS, [1.0, 0.5], impl="triton").contrastive
+    ),
+    "nearest_prototype": lambda x: (
+        nearest_prototype([x, x * 2], [TABLE, TABLE], seen=KNOWN, impl="triton").distance
+    ),
     "prototype_distance": lambda x: prototype_distance(x, TABLE, impl="triton"),
     "a distance to itself": lambda x: prototype_distance(x, x, impl="triton"),
 }
@@ -275,9 +472,20 @@ def test_compiled_code_without_gradients_and_inside_func_grad(name):
             leaf = draw(3, 4, seed=seed)
             with torch.no_grad():
                 assert torch.equal(compiled(leaf), call(leaf))
-    torch.testing.assert_close(torch.compile(lambda x: torch.func.grad(total)(x), backend="aot_eager", fullgraph=True)(leaf), torch.func.grad(total)(leaf))
-    for transformed in (lambda x: torch.func.jvp(call, (x,), (x,))[1], lambda x: torch.func.grad(lambda y: torch.func.grad(total)(y).sum())(x)):
-        with pytest.raises(Exception, match="the Triton kernels have no|second derivative|jvp|unsupported|Unsupported"):
+    torch.testing.assert_close(
+        torch.compile(lambda x: torch.func.grad(total)(x), backend="aot_eager", fullgraph=True)(
+            leaf
+        ),
+        torch.func.grad(total)(leaf),
+    )
+    for transformed in (
+        lambda x: torch.func.jvp(call, (x,), (x,))[1],
+        lambda x: torch.func.grad(lambda y: torch.func.grad(total)(y).sum())(x),
+    ):
+        with pytest.raises(
+            Exception,
+            match="the Triton kernels have no|second derivative|jvp|unsupported|Unsupported",
+        ):
             torch.compile(transformed, backend="eager", fullgraph=True)(leaf)
 
 
@@ -289,18 +497,25 @@ def test_the_whole_module_equals_the_reference():
 @pytest.mark.parametrize("where", ["inside", "outside"])
 def test_autocast_changes_nothing_inside_the_kernels(where):
     """Under autocast embeddings and logits are bfloat16, prototypes float32; backward inside the block gives the gradients of one outside."""
-    found, expected = results(Model("triton"), 5, autocast=where), results(Model("reference"), 5, autocast="outside")
+    found, expected = (
+        results(Model("triton"), 5, autocast=where),
+        results(Model("reference"), 5, autocast="outside"),
+    )
     for value, right in zip(found, expected):
         torch.testing.assert_close(value, right, rtol=2e-2, atol=2e-2)
     for value, right in zip(found, results(Model("triton"), 5, autocast="outside")):
-        torch.testing.assert_close(value, right, rtol=0, atol=1e-2 if value.dtype == torch.float32 else 0)
+        torch.testing.assert_close(
+            value, right, rtol=0, atol=1e-2 if value.dtype == torch.float32 else 0
+        )
 
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_activation_checkpointing(name):
     leaf = draw(3, 4, grad=True)
     call = lambda x: COMPILED[name](x).square().sum()
-    found = torch.autograd.grad(torch.utils.checkpoint.checkpoint(call, leaf, use_reentrant=False), leaf)
+    found = torch.autograd.grad(
+        torch.utils.checkpoint.checkpoint(call, leaf, use_reentrant=False), leaf
+    )
     assert torch.equal(*found, *torch.autograd.grad(call(leaf), leaf)) and found[0].abs().sum() > 0
 
 
@@ -345,10 +560,29 @@ def test_two_processes_over_gloo(tmp_path):
     port = str(29500 + os.getpid() % 2000)
     processes = []
     for rank in range(2):
-        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        processes.append(subprocess.Popen([sys.executable, "-c", WORKER], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", WORKER],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
     outputs = [process.communicate(timeout=240)[0] for process in processes]
-    assert all(process.returncode == 0 and f"rank {rank} done" in output for rank, (process, output) in enumerate(zip(processes, outputs))), "\n".join(outputs)
+    assert all(
+        process.returncode == 0 and f"rank {rank} done" in output
+        for rank, (process, output) in enumerate(zip(processes, outputs))
+    ), "\n".join(outputs)
 
 
 # ----- launches and memory
@@ -357,16 +591,32 @@ def test_two_processes_over_gloo(tmp_path):
 def test_one_launch_forward_and_one_backward(checked):
     if checked is None:
         pytest.skip("launches are counted in the interpreter")
-    logits, prior, gate, temperature, kappa, scale, mask, targets = fusion_inputs(classes=31, dtype=torch.float32)
+    logits, prior, gate, temperature, kappa, scale, mask, targets = fusion_inputs(
+        classes=31, dtype=torch.float32
+    )
     features, prototypes, labels, budgets = tables(dtype=torch.float32)
     many = tables(classes=140, dtype=torch.float32)
     leaf = prototypes[0].clone().requires_grad_()
     calls = {
-        "gated_fusion": lambda: gated_fusion(logits, prior, gate_logits=gate, mask=mask, impl="triton"),
-        "gated_fusion of one tensor": lambda: gated_fusion(torch.stack([value.detach() for value in logits]).requires_grad_(), impl="triton"),
-        "fusion_cross_entropy": lambda: fusion_cross_entropy(logits, targets, prior, gate_logits=gate, temperature=temperature, uncertainty_weight=kappa,
-                                                             scale=scale, impl="triton"),
-        "alignment_loss": lambda: alignment_loss(features, prototypes, labels, budgets, impl="triton")[:2],
+        "gated_fusion": lambda: gated_fusion(
+            logits, prior, gate_logits=gate, mask=mask, impl="triton"
+        ),
+        "gated_fusion of one tensor": lambda: gated_fusion(
+            torch.stack([value.detach() for value in logits]).requires_grad_(), impl="triton"
+        ),
+        "fusion_cross_entropy": lambda: fusion_cross_entropy(
+            logits,
+            targets,
+            prior,
+            gate_logits=gate,
+            temperature=temperature,
+            uncertainty_weight=kappa,
+            scale=scale,
+            impl="triton",
+        ),
+        "alignment_loss": lambda: alignment_loss(
+            features, prototypes, labels, budgets, impl="triton"
+        )[:2],
         "alignment_loss of many classes": lambda: alignment_loss(*many, impl="triton")[:2],
         "nearest_prototype": lambda: nearest_prototype(features, prototypes, impl="triton")[:1],
         "prototype_distance": lambda: [prototype_distance(features[0], leaf, impl="triton")],
@@ -378,17 +628,27 @@ def test_one_launch_forward_and_one_backward(checked):
         sum(value.sum() for value in outputs).backward()
         assert checked.count == before + 2, name
     before = checked.count
-    update_prototypes(prototypes[0], torch.zeros(5, dtype=torch.int64), features[0], labels, impl="triton")
+    update_prototypes(
+        prototypes[0], torch.zeros(5, dtype=torch.int64), features[0], labels, impl="triton"
+    )
     assert checked.count == before + 1
 
 
 def test_an_empty_batch_launches_nothing_but_has_gradients(checked):
     features, prototypes, targets, budgets = tables(batch=0)
     logits = [torch.empty(0, 4, device=DEVICE, requires_grad=True) for _ in range(2)]
-    outputs = [*gated_fusion(logits, impl="triton"), *fusion_cross_entropy(logits, targets, impl="triton"), nearest_prototype(features, prototypes, impl="triton")[0],
-               *alignment_loss(features, prototypes, targets, budgets, impl="triton")[:2], prototype_distance(features[0], prototypes[0], impl="triton")]
-    for value in torch.autograd.grad([value for value in outputs if value.requires_grad], [*logits, *features],
-                                     [torch.zeros_like(value) for value in outputs if value.requires_grad]):
+    outputs = [
+        *gated_fusion(logits, impl="triton"),
+        *fusion_cross_entropy(logits, targets, impl="triton"),
+        nearest_prototype(features, prototypes, impl="triton")[0],
+        *alignment_loss(features, prototypes, targets, budgets, impl="triton")[:2],
+        prototype_distance(features[0], prototypes[0], impl="triton"),
+    ]
+    for value in torch.autograd.grad(
+        [value for value in outputs if value.requires_grad],
+        [*logits, *features],
+        [torch.zeros_like(value) for value in outputs if value.requires_grad],
+    ):
         assert value.shape[0] == 0
     assert checked is None or checked.count == 0
 
@@ -404,18 +664,34 @@ def test_nothing_of_the_size_of_rows_times_classes_is_kept_or_made(classes, monk
         return made[-1]
 
     monkeypatch.setattr(torch.Tensor, "new_empty", recorded)
-    with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda value: kept.append(value) or value, lambda value: value
+    ):
         losses = alignment_loss(features, prototypes, targets, budgets, impl="triton")
         near = nearest_prototype(features, prototypes, impl="triton")
-    torch.autograd.grad(losses.contrastive.sum() + losses.alignment.sum() + near.distance.sum(), features)
+    torch.autograd.grad(
+        losses.contrastive.sum() + losses.alignment.sum() + near.distance.sum(), features
+    )
     allowed = {tuple(value.shape) for value in [*features, *prototypes]}
-    assert made and kept and all(tuple(value.shape) in allowed or value.numel() <= batch * 4 for value in [*made, *kept])
+    assert (
+        made
+        and kept
+        and all(
+            tuple(value.shape) in allowed or value.numel() <= batch * 4 for value in [*made, *kept]
+        )
+    )
 
 
 def test_narrow_targets_of_many_classes():
     """A class whose number is all ones in the targets' type is no stand-in for rows beyond the batch."""
-    features, targets = draw(3, 4, dtype=torch.float32), torch.tensor([255, 7, 255], dtype=torch.uint8, device=DEVICE)
-    for found, expected in zip(iib_kernels.class_sums(features, targets, 256, impl="triton"), iib_kernels.class_sums(features, targets, 256, impl="reference")):
+    features, targets = (
+        draw(3, 4, dtype=torch.float32),
+        torch.tensor([255, 7, 255], dtype=torch.uint8, device=DEVICE),
+    )
+    for found, expected in zip(
+        iib_kernels.class_sums(features, targets, 256, impl="triton"),
+        iib_kernels.class_sums(features, targets, 256, impl="reference"),
+    ):
         torch.testing.assert_close(found, expected)
 
 
@@ -426,19 +702,35 @@ def test_auto_on_the_cpu_is_plain_pytorch_even_where_kernels_could_be_interprete
     if checked is None:
         pytest.skip("on a GPU auto is Triton")
     logits = [draw(3, 4), draw(3, 4, seed=1)]
-    assert torch.equal(gated_fusion(logits).logits, gated_fusion(logits, impl="reference").logits) and checked.count == 0
+    assert (
+        torch.equal(gated_fusion(logits).logits, gated_fusion(logits, impl="reference").logits)
+        and checked.count == 0
+    )
 
 
 def test_triton_that_cannot_run_says_why(monkeypatch):
     logits = [torch.zeros(2, 3), torch.zeros(2, 3)]
     monkeypatch.setattr(_runtime, "interpreting", lambda: False)
-    with pytest.raises(RuntimeError, match="impl='triton' cannot run: the tensors are on cpu; move them to a GPU, or set TRITON_INTERPRET=1"):
+    with pytest.raises(
+        RuntimeError,
+        match="impl='triton' cannot run: the tensors are on cpu; move them to a GPU, or set TRITON_INTERPRET=1",
+    ):
         gated_fusion(logits, impl="triton")
-    monkeypatch.setattr(_runtime, "triton_missing", lambda: "triton cannot be imported (no module); install triton>=3.6")
+    monkeypatch.setattr(
+        _runtime,
+        "triton_missing",
+        lambda: "triton cannot be imported (no module); install triton>=3.6",
+    )
     with pytest.raises(RuntimeError, match="install triton>=3.6"):
         nearest_prototype([torch.zeros(2, 3)], [torch.zeros(4, 3)], impl="triton")
     with pytest.raises(ValueError, match="impl: 'cuda' is none of auto, triton, reference"):
-        update_prototypes(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64), impl="cuda")
+        update_prototypes(
+            torch.zeros(2, 3),
+            torch.zeros(2, dtype=torch.int64),
+            torch.zeros(1, 3),
+            torch.zeros(1, dtype=torch.int64),
+            impl="cuda",
+        )
 
 
 def test_importing_the_package_imports_no_triton():
@@ -448,31 +740,109 @@ def test_importing_the_package_imports_no_triton():
 
 
 def test_every_operation_has_its_function_exported():
-    for name in ("AlignmentLoss", "FusionCrossEntropy", "GatedFusion", "NearestPrototype", "PrototypeDistance", "UpdatePrototypes"):
-        assert issubclass(getattr(iib_kernels, f"{name}Function"), torch.autograd.Function) and f"{name}Function" in iib_kernels.__all__
+    for name in (
+        "AlignmentLoss",
+        "FusionCrossEntropy",
+        "GatedFusion",
+        "NearestPrototype",
+        "PrototypeDistance",
+        "UpdatePrototypes",
+    ):
+        assert (
+            issubclass(getattr(iib_kernels, f"{name}Function"), torch.autograd.Function)
+            and f"{name}Function" in iib_kernels.__all__
+        )
 
 
-L, Z, P, Y = [torch.zeros(2, 3)] * 2, [torch.ones(2, 3), torch.ones(2, 4)], [torch.ones(5, 3), torch.ones(5, 4)], torch.tensor([0, 1])
+L, Z, P, Y = (
+    [torch.zeros(2, 3)] * 2,
+    [torch.ones(2, 3), torch.ones(2, 4)],
+    [torch.ones(5, 3), torch.ones(5, 4)],
+    torch.tensor([0, 1]),
+)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="values are looked at on the CPU only")
-@pytest.mark.parametrize("call, error, words", [
-    (lambda i: gated_fusion([torch.zeros(2, 3), torch.zeros(2, 4)], impl=i), ValueError, r"logits\[1\]: expected shape \[2, 3\]"),
-    (lambda i: gated_fusion([torch.zeros(2, 3, dtype=torch.int64)], impl=i), TypeError, r"logits\[0\]: expected float16"),
-    (lambda i: gated_fusion(L, torch.zeros(3), impl=i), ValueError, "log_prior: expected shape"),
-    (lambda i: gated_fusion(L, mask=torch.tensor([[True, True], [False, False]]), impl=i), ValueError, "mask: row 1 has no modality present"),
-    (lambda i: fusion_cross_entropy(L, torch.tensor([0, 3]), impl=i), ValueError, "targets: row 1 holds 3, outside 0..2"),
-    (lambda i: fusion_cross_entropy(L, torch.tensor([0.0, 1.0]), impl=i), TypeError, "targets: expected int64"),
-    (lambda i: alignment_loss(Z, P, torch.tensor([0, 5]), [1.0, 0.5], impl=i), ValueError, "targets: row 1 holds 5, outside 0..4"),
-    (lambda i: alignment_loss(Z, P, Y, [1.0], impl=i), ValueError, "budgets: expected shape"),
-    (lambda i: alignment_loss(Z, [p.clone().requires_grad_() for p in P], Y, [1.0, 0.5], impl=i), ValueError, "prototypes: requires grad"),
-    (lambda i: alignment_loss(Z, P, Y, [1.0, 0.5], temperature=0.0, impl=i), ValueError, "temperature: expected a number above 0"),
-    (lambda i: nearest_prototype(Z, P, seen=torch.ones(4, dtype=torch.bool), impl=i), ValueError, r"seen\[0\]: expected shape"),
-    (lambda i: prototype_distance(torch.zeros(2, 3), torch.zeros(5, 4), impl=i), ValueError, r"features: expected shape \[..., D\] with D = 4"),
-    (lambda i: prototype_distance(torch.zeros(2, 3), P[0].to("meta"), impl=i), ValueError, "prototypes: is on meta"),
-    (lambda i: update_prototypes(P[0], torch.zeros(5), Z[0], Y, impl=i), TypeError, "counts: expected an int64 tensor"),
-    (lambda i: update_prototypes(P[0], torch.zeros(5).long(), Z[0], torch.tensor([0, 9]), impl=i), ValueError, "targets: row 1 holds 9"),
-])
+@pytest.mark.parametrize(
+    "call, error, words",
+    [
+        (
+            lambda i: gated_fusion([torch.zeros(2, 3), torch.zeros(2, 4)], impl=i),
+            ValueError,
+            r"logits\[1\]: expected shape \[2, 3\]",
+        ),
+        (
+            lambda i: gated_fusion([torch.zeros(2, 3, dtype=torch.int64)], impl=i),
+            TypeError,
+            r"logits\[0\]: expected float16",
+        ),
+        (
+            lambda i: gated_fusion(L, torch.zeros(3), impl=i),
+            ValueError,
+            "log_prior: expected shape",
+        ),
+        (
+            lambda i: gated_fusion(L, mask=torch.tensor([[True, True], [False, False]]), impl=i),
+            ValueError,
+            "mask: row 1 has no modality present",
+        ),
+        (
+            lambda i: fusion_cross_entropy(L, torch.tensor([0, 3]), impl=i),
+            ValueError,
+            "targets: row 1 holds 3, outside 0..2",
+        ),
+        (
+            lambda i: fusion_cross_entropy(L, torch.tensor([0.0, 1.0]), impl=i),
+            TypeError,
+            "targets: expected int64",
+        ),
+        (
+            lambda i: alignment_loss(Z, P, torch.tensor([0, 5]), [1.0, 0.5], impl=i),
+            ValueError,
+            "targets: row 1 holds 5, outside 0..4",
+        ),
+        (lambda i: alignment_loss(Z, P, Y, [1.0], impl=i), ValueError, "budgets: expected shape"),
+        (
+            lambda i: alignment_loss(
+                Z, [p.clone().requires_grad_() for p in P], Y, [1.0, 0.5], impl=i
+            ),
+            ValueError,
+            "prototypes: requires grad",
+        ),
+        (
+            lambda i: alignment_loss(Z, P, Y, [1.0, 0.5], temperature=0.0, impl=i),
+            ValueError,
+            "temperature: expected a number above 0",
+        ),
+        (
+            lambda i: nearest_prototype(Z, P, seen=torch.ones(4, dtype=torch.bool), impl=i),
+            ValueError,
+            r"seen\[0\]: expected shape",
+        ),
+        (
+            lambda i: prototype_distance(torch.zeros(2, 3), torch.zeros(5, 4), impl=i),
+            ValueError,
+            r"features: expected shape \[..., D\] with D = 4",
+        ),
+        (
+            lambda i: prototype_distance(torch.zeros(2, 3), P[0].to("meta"), impl=i),
+            ValueError,
+            "prototypes: is on meta",
+        ),
+        (
+            lambda i: update_prototypes(P[0], torch.zeros(5), Z[0], Y, impl=i),
+            TypeError,
+            "counts: expected an int64 tensor",
+        ),
+        (
+            lambda i: update_prototypes(
+                P[0], torch.zeros(5).long(), Z[0], torch.tensor([0, 9]), impl=i
+            ),
+            ValueError,
+            "targets: row 1 holds 9",
+        ),
+    ],
+)
 def test_wrong_input_is_named_alike_by_both(call, error, words):
     for implementation in ("triton", "reference"):
         with pytest.raises(error, match=words):
@@ -512,14 +882,35 @@ def test_autotuning_times_candidates_once_and_never_when_interpreting(monkeypatc
 
 def gpu_calls():
     """Every differentiable operation with numbers, masks and targets: (call, leaves)."""
-    logits, prior, gate, temperature, kappa, scale, mask, targets = fusion_inputs(dtype=torch.float32)
+    logits, prior, gate, temperature, kappa, scale, mask, targets = fusion_inputs(
+        dtype=torch.float32
+    )
     features, prototypes, labels, budgets = tables(dtype=torch.float32)
     return {
-        "gated_fusion": (lambda: gated_fusion(logits, prior, gate_logits=gate, mask=mask, scale=2.0, impl="triton"), logits),
-        "fusion_cross_entropy": (lambda: fusion_cross_entropy(logits, targets, gate_logits=gate, temperature=0.7, impl="triton")[:2], logits),
-        "alignment_loss": (lambda: alignment_loss(features, prototypes, labels, [0.9, 0.5], impl="triton")[:2], features),
-        "nearest_prototype": (lambda: nearest_prototype(features, prototypes, impl="triton")[:1], features),
-        "prototype_distance": (lambda: [prototype_distance(features[0], prototypes[0], impl="triton")], features[:1]),
+        "gated_fusion": (
+            lambda: gated_fusion(
+                logits, prior, gate_logits=gate, mask=mask, scale=2.0, impl="triton"
+            ),
+            logits,
+        ),
+        "fusion_cross_entropy": (
+            lambda: fusion_cross_entropy(
+                logits, targets, gate_logits=gate, temperature=0.7, impl="triton"
+            )[:2],
+            logits,
+        ),
+        "alignment_loss": (
+            lambda: alignment_loss(features, prototypes, labels, [0.9, 0.5], impl="triton")[:2],
+            features,
+        ),
+        "nearest_prototype": (
+            lambda: nearest_prototype(features, prototypes, impl="triton")[:1],
+            features,
+        ),
+        "prototype_distance": (
+            lambda: [prototype_distance(features[0], prototypes[0], impl="triton")],
+            features[:1],
+        ),
     }
 
 
@@ -529,11 +920,22 @@ def stepped(call, leaves):
 
 
 @cuda_only
-@pytest.mark.parametrize("name", ["gated_fusion", "fusion_cross_entropy", "alignment_loss", "nearest_prototype", "prototype_distance"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gated_fusion",
+        "fusion_cross_entropy",
+        "alignment_loss",
+        "nearest_prototype",
+        "prototype_distance",
+    ],
+)
 def test_on_a_gpu_graph_capture_repeats_and_no_synchronisation(name):
     call, leaves = gpu_calls()[name]
     expected = stepped(call, leaves)
-    assert all(torch.equal(a, b) for _ in range(20) for a, b in zip(stepped(call, leaves), expected))
+    assert all(
+        torch.equal(a, b) for _ in range(20) for a, b in zip(stepped(call, leaves), expected)
+    )
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

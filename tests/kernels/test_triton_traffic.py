@@ -3,6 +3,7 @@
 Prototypes, which every program reads and a cache serves, are counted apart; so are the targets of `update_prototypes`, which each class searches.
 ``python tests/kernels/test_triton_traffic.py`` prints the table of the README.
 """
+
 from __future__ import annotations
 
 import pytest
@@ -10,24 +11,53 @@ import torch
 
 pytest.importorskip("triton")
 import interpreter
-from iib_kernels import alignment_loss, fusion_cross_entropy, gated_fusion, nearest_prototype, prototype_distance, update_prototypes
 
-pytestmark = pytest.mark.skipif(not interpreter.interpreted(), reason="bytes are counted in the interpreter")
-SMALL = {"log_prior", "temperature", "kappa", "scale", "budgets"}  # a few numbers that every program reads
+from iib_kernels import (
+    alignment_loss,
+    fusion_cross_entropy,
+    gated_fusion,
+    nearest_prototype,
+    prototype_distance,
+    update_prototypes,
+)
+
+pytestmark = pytest.mark.skipif(
+    not interpreter.interpreted(), reason="bytes are counted in the interpreter"
+)
+SMALL = {
+    "log_prior",
+    "temperature",
+    "kappa",
+    "scale",
+    "budgets",
+}  # a few numbers that every program reads
 SHARED = {"prototypes", "seen", "prototype_squares"}
 
 
 def size(*values) -> int:
     """Bytes of the elements of tensors, nested in sequences or None."""
-    return sum(size(*value) if isinstance(value, (tuple, list)) else 0 if value is None else value.numel() * value.element_size() for value in values)
+    return sum(
+        size(*value)
+        if isinstance(value, (tuple, list))
+        else 0
+        if value is None
+        else value.numel() * value.element_size()
+        for value in values
+    )
 
 
 def traffic(call, apart=SMALL | SHARED) -> tuple[int, int]:
     """(bytes of one launch without those counted apart, number of launches)."""
     with interpreter.sanitized() as report:
         call()
-    moved = sum(sum(count for name, count in (*launch.loaded.items(), *launch.stored.items()) if name.split("[")[0] not in apart)
-                for launch in report.launches)
+    moved = sum(
+        sum(
+            count
+            for name, count in (*launch.loaded.items(), *launch.stored.items())
+            if name.split("[")[0] not in apart
+        )
+        for launch in report.launches
+    )
     return moved, report.count
 
 
@@ -40,28 +70,73 @@ def once(outputs, inputs, upstream=None):
 def fusion_case(batch, classes, modalities, dtype=torch.float32, mask=True):
     """Inputs of both fusion operators."""
     logits = [torch.randn(batch, classes, dtype=dtype).requires_grad_() for _ in range(modalities)]
-    mask = torch.ones(batch, modalities, dtype=torch.bool) if mask else None  # an absent modality's logits are not read at all
+    mask = (
+        torch.ones(batch, modalities, dtype=torch.bool) if mask else None
+    )  # an absent modality's logits are not read at all
     return logits, torch.randn(batch, modalities), mask, torch.randint(classes, (batch,))
 
 
 def fusion_rows(batch, classes, modalities, dtype=torch.float32):
     """(operator, mode, bytes, least) of the fusion operators."""
     logits, gate, mask, targets = fusion_case(batch, classes, modalities, dtype)
-    kept = size(torch.empty(batch if classes > 1024 else 0, 3 * modalities + 2))  # beyond one block backward is given these sums
+    kept = size(
+        torch.empty(batch if classes > 1024 else 0, 3 * modalities + 2)
+    )  # beyond one block backward is given these sums
     out = []
     fused = gated_fusion(logits, gate_logits=gate, mask=mask, impl="triton")
-    moved, launches = traffic(lambda: gated_fusion(logits, gate_logits=gate, mask=mask, impl="triton"))
-    out.append(("gated_fusion", "forward", moved, size(logits, gate, mask, fused) + kept * 3 * modalities // (3 * modalities + 2), launches))
-    grads = [torch.randn_like(fused.logits), torch.randn(batch, modalities), torch.randn(batch, modalities)]
+    moved, launches = traffic(
+        lambda: gated_fusion(logits, gate_logits=gate, mask=mask, impl="triton")
+    )
+    out.append(
+        (
+            "gated_fusion",
+            "forward",
+            moved,
+            size(logits, gate, mask, fused) + kept * 3 * modalities // (3 * modalities + 2),
+            launches,
+        )
+    )
+    grads = [
+        torch.randn_like(fused.logits),
+        torch.randn(batch, modalities),
+        torch.randn(batch, modalities),
+    ]
     moved, launches = traffic(once(fused, logits, grads))
-    out.append(("gated_fusion", "backward", moved, size(logits, mask, fused.weights, grads, logits) + kept * 3 * modalities // (3 * modalities + 2), launches))
-    call = lambda: fusion_cross_entropy(logits, targets, gate_logits=gate, mask=mask, reduction="none", impl="triton")
+    out.append(
+        (
+            "gated_fusion",
+            "backward",
+            moved,
+            size(logits, mask, fused.weights, grads, logits)
+            + kept * 3 * modalities // (3 * modalities + 2),
+            launches,
+        )
+    )
+    call = lambda: fusion_cross_entropy(
+        logits, targets, gate_logits=gate, mask=mask, reduction="none", impl="triton"
+    )
     loss = call()
     moved, launches = traffic(call)
     counts = torch.empty(batch, modalities + 1, dtype=torch.bool)
-    out.append(("fusion_cross_entropy", "forward", moved, size(logits, gate, mask, targets, loss, counts) + kept, launches))
+    out.append(
+        (
+            "fusion_cross_entropy",
+            "forward",
+            moved,
+            size(logits, gate, mask, targets, loss, counts) + kept,
+            launches,
+        )
+    )
     moved, launches = traffic(once(loss, logits))
-    out.append(("fusion_cross_entropy", "backward", moved, size(logits, mask, targets, loss.weights, loss, logits) + kept, launches))
+    out.append(
+        (
+            "fusion_cross_entropy",
+            "backward",
+            moved,
+            size(logits, mask, targets, loss.weights, loss, logits) + kept,
+            launches,
+        )
+    )
     return out
 
 
@@ -72,30 +147,91 @@ def prototype_rows(batch, classes, width, modalities, dtype=torch.float32, metri
     targets, budgets = torch.randint(classes, (batch,)), torch.rand(modalities)
     per_row = torch.empty(batch, modalities)
     out = []
-    call = lambda: alignment_loss(features, tables, targets, budgets, metric=metric, reduction="none", impl="triton")
+    call = lambda: alignment_loss(
+        features, tables, targets, budgets, metric=metric, reduction="none", impl="triton"
+    )
     loss = call()
     moved, launches = traffic(call)
-    out.append(("alignment_loss", "forward", moved, size(features, targets, loss, per_row.bool()), launches))
+    out.append(
+        (
+            "alignment_loss",
+            "forward",
+            moved,
+            size(features, targets, loss, per_row.bool()),
+            launches,
+        )
+    )
     moved, launches = traffic(once(loss[:2], features))
-    out.append(("alignment_loss", "backward", moved, size(features, targets, loss[0], loss[1][:, 1:], features), launches))  # the anchor is not aligned
+    out.append(
+        (
+            "alignment_loss",
+            "backward",
+            moved,
+            size(features, targets, loss[0], loss[1][:, 1:], features),
+            launches,
+        )
+    )  # the anchor is not aligned
     call = lambda: nearest_prototype(features, tables, metric=metric, impl="triton")
     near = call()
     moved, launches = traffic(call)
     out.append(("nearest_prototype", "forward", moved, size(features, near), launches))
     moved, launches = traffic(once([near.distance], features))
-    out.append(("nearest_prototype", "backward", moved, size(features, near.index, near.distance, features), launches))
+    out.append(
+        (
+            "nearest_prototype",
+            "backward",
+            moved,
+            size(features, near.index, near.distance, features),
+            launches,
+        )
+    )
     call = lambda: prototype_distance(features[0], tables[0], metric=metric, impl="triton")
     distance = call()
     kept = size(torch.empty(batch)) if metric == "cosine" else 0
     moved, launches = traffic(call)
-    kept_too = size(torch.empty(classes)) + (0 if dtype == torch.float32 else distance.numel() * 4) if metric == "cosine" else 0
-    out.append(("prototype_distance", "forward", moved, size(features[0], distance) + kept + kept_too, launches))
+    kept_too = (
+        size(torch.empty(classes)) + (0 if dtype == torch.float32 else distance.numel() * 4)
+        if metric == "cosine"
+        else 0
+    )
+    out.append(
+        (
+            "prototype_distance",
+            "forward",
+            moved,
+            size(features[0], distance) + kept + kept_too,
+            launches,
+        )
+    )
     moved, launches = traffic(once([distance], features[:1]))
-    given = distance.numel() * 4 if metric == "cosine" else 0  # the distances, before rounding to half precision, give the cosines again
-    out.append(("prototype_distance", "backward", moved, size(features[0], distance, features[0]) + given + kept, launches))
+    given = (
+        distance.numel() * 4 if metric == "cosine" else 0
+    )  # the distances, before rounding to half precision, give the cosines again
+    out.append(
+        (
+            "prototype_distance",
+            "backward",
+            moved,
+            size(features[0], distance, features[0]) + given + kept,
+            launches,
+        )
+    )
     counts = torch.ones(classes, dtype=torch.int64)
-    moved, launches = traffic(lambda: update_prototypes(tables[0], counts, features[0].detach(), targets, metric=metric, impl="triton"), {"targets"})
-    out.append(("update_prototypes", "forward", moved, size(features[0], tables[0], counts, tables[0], counts), launches))
+    moved, launches = traffic(
+        lambda: update_prototypes(
+            tables[0], counts, features[0].detach(), targets, metric=metric, impl="triton"
+        ),
+        {"targets"},
+    )
+    out.append(
+        (
+            "update_prototypes",
+            "forward",
+            moved,
+            size(features[0], tables[0], counts, tables[0], counts),
+            launches,
+        )
+    )
     return out
 
 
@@ -103,8 +239,17 @@ def prototype_rows(batch, classes, width, modalities, dtype=torch.float32, metri
 EXCEPT = {("alignment_loss", "backward"): 1.55}
 
 
-@pytest.mark.parametrize("batch, classes, modalities, dtype", [
-    (7, 6, 2, torch.float32), (5, 31, 2, torch.float16), (3, 309, 2, torch.float32), (3, 1000, 3, torch.float32), (2, 1024, 6, torch.bfloat16), (70, 3, 1, torch.float32)])
+@pytest.mark.parametrize(
+    "batch, classes, modalities, dtype",
+    [
+        (7, 6, 2, torch.float32),
+        (5, 31, 2, torch.float16),
+        (3, 309, 2, torch.float32),
+        (3, 1000, 3, torch.float32),
+        (2, 1024, 6, torch.bfloat16),
+        (70, 3, 1, torch.float32),
+    ],
+)
 def test_fusion_reads_every_logit_once(batch, classes, modalities, dtype):
     for name, mode, moved, least, launches in fusion_rows(batch, classes, modalities, dtype):
         assert launches == 1 and 1.0 <= moved / least <= 1.05, (name, mode, moved, least, launches)
@@ -117,10 +262,21 @@ def test_fusion_of_many_classes_reads_them_at_most_twice(classes, modalities):
 
 
 @pytest.mark.parametrize("metric", ["cosine", "sqeuclidean"])
-@pytest.mark.parametrize("batch, classes, width, modalities, dtype", [
-    (33, 6, 200, 2, torch.float32), (17, 31, 100, 3, torch.bfloat16), (5, 128, 130, 1, torch.float32), (19, 100, 37, 6, torch.float16)])
-def test_features_are_read_once_where_the_classes_fit_a_block(batch, classes, width, modalities, dtype, metric):
-    for name, mode, moved, least, launches in prototype_rows(batch, classes, width, modalities, dtype, metric):
+@pytest.mark.parametrize(
+    "batch, classes, width, modalities, dtype",
+    [
+        (33, 6, 200, 2, torch.float32),
+        (17, 31, 100, 3, torch.bfloat16),
+        (5, 128, 130, 1, torch.float32),
+        (19, 100, 37, 6, torch.float16),
+    ],
+)
+def test_features_are_read_once_where_the_classes_fit_a_block(
+    batch, classes, width, modalities, dtype, metric
+):
+    for name, mode, moved, least, launches in prototype_rows(
+        batch, classes, width, modalities, dtype, metric
+    ):
         limit = EXCEPT.get((name, mode), 1.05) if metric == "cosine" else 1.05
         assert launches == 1 and 1.0 <= moved / least <= limit, (name, mode, moved, least, launches)
 
@@ -130,10 +286,19 @@ def test_alignment_of_many_classes_never_stores_more_than_rows():
     batch, classes, width = 5, 309, 40
     features = [torch.randn(batch, width).requires_grad_() for _ in range(2)]
     tables = [torch.randn(classes, width) for _ in range(2)]
-    call = lambda: alignment_loss(features, tables, torch.randint(classes, (batch,)), torch.rand(2), reduction="none", impl="triton")
+    call = lambda: alignment_loss(
+        features,
+        tables,
+        torch.randint(classes, (batch,)),
+        torch.rand(2),
+        reduction="none",
+        impl="triton",
+    )
     with interpreter.sanitized() as report:
         loss = call()
-    assert report.stored == size(loss, torch.empty(batch, 2, dtype=torch.bool), torch.empty(batch, 4))
+    assert report.stored == size(
+        loss, torch.empty(batch, 2, dtype=torch.bool), torch.empty(batch, 4)
+    )
     assert report.loaded_by("features") == -(-classes // 64) * size(features)
     with interpreter.sanitized() as report:
         torch.autograd.grad(sum(value.sum() for value in loss[:2]), features)
@@ -142,8 +307,18 @@ def test_alignment_of_many_classes_never_stores_more_than_rows():
 
 if __name__ == "__main__":
     print("| operator | mode | shape | bytes | least | ratio |\n|---|---|---|---|---|---|")
-    shapes = [(64, 6, 512, 2), (64, 31, 512, 2), (64, 309, 512, 2), (8, 1000, 768, 3), (4, 4000, 0, 2)]
+    shapes = [
+        (64, 6, 512, 2),
+        (64, 31, 512, 2),
+        (64, 309, 512, 2),
+        (8, 1000, 768, 3),
+        (4, 4000, 0, 2),
+    ]
     for batch, classes, width, modalities in shapes:
-        rows = fusion_rows(batch, classes, modalities) + (prototype_rows(batch, classes, width, modalities) if width else [])
+        rows = fusion_rows(batch, classes, modalities) + (
+            prototype_rows(batch, classes, width, modalities) if width else []
+        )
         for name, mode, moved, least, launches in rows:
-            print(f"| {name} | {mode} | B={batch} K={classes} {f'D={width} ' if width else ''}M={modalities} | {moved} | {least} | {moved / least:.3f} |")
+            print(
+                f"| {name} | {mode} | B={batch} K={classes} {f'D={width} ' if width else ''}M={modalities} | {moved} | {least} | {moved / least:.3f} |"
+            )

@@ -6,6 +6,7 @@ the operator computes in; the scale is the largest |truth| in the element's row 
 nothing. Gradients of the fusion's parameters are sums of products with logits, often small differences of large ones: their scale is at least the largest
 logit. Infinities and NaN must stand where they stand in the truth or in eager.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -22,21 +23,36 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 import interpreter
-from iib_kernels import _checks, reference
+
+from iib_kernels import (
+    _checks,
+    alignment_loss,
+    class_sums,
+    fusion_cross_entropy,
+    gated_fusion,
+    nearest_prototype,
+    prototype_distance,
+    reference,
+    update_prototypes,
+)
 from iib_kernels._runtime import compute_dtype
-from iib_kernels import alignment_loss, class_sums, fusion_cross_entropy, gated_fusion, nearest_prototype, prototype_distance, update_prototypes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 FLOATS = tuple(TOLERANCE)
-SUMS = {f"grad {name}" for name in ("log_prior", "gate_logits", "temperature", "uncertainty_weight", "scale")}  # of products with logits
+SUMS = {
+    f"grad {name}"
+    for name in ("log_prior", "gate_logits", "temperature", "uncertainty_weight", "scale")
+}  # of products with logits
 LAYOUTS = ("plain", "transposed", "sliced", "expanded")
 
 
 @pytest.fixture(autouse=True)
 def watched():
     """Every kernel of this file runs in the sanitizer, and no test passes without one (on a GPU the kernels are compiled, and nobody watches)."""
-    with interpreter.sanitized() if interpreter.interpreted() else contextlib.nullcontext() as report:
+    with (
+        interpreter.sanitized() if interpreter.interpreted() else contextlib.nullcontext() as report
+    ):
         yield report
     assert report is None or report.count, "no kernel ran"
 
@@ -53,21 +69,38 @@ class Case(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """What the operator computes in: float64 if some of the features or logits are; of a single table of prototypes, if those are."""
-        return compute_dtype(*(value for name, value in self.inputs.items() if name.startswith(("features", "logits")) or name == "prototypes"))
+        return compute_dtype(
+            *(
+                value
+                for name, value in self.inputs.items()
+                if name.startswith(("features", "logits")) or name == "prototypes"
+            )
+        )
 
     @property
     def largest(self) -> float:
         """The largest logit in size, infinities aside; at least 1."""
-        logits = [value.double().nan_to_num(0.0, 0.0, 0.0) for name, value in self.inputs.items() if name.startswith("logits") and value.numel()]
+        logits = [
+            value.double().nan_to_num(0.0, 0.0, 0.0)
+            for name, value in self.inputs.items()
+            if name.startswith("logits") and value.numel()
+        ]
         return max([1.0, *(value.abs().max().item() for value in logits)])
 
 
-def evaluate(case: Case, impl: str, upstream: dict[str, Tensor], *, wide: bool = False) -> dict[str, Tensor]:
+def evaluate(
+    case: Case, impl: str, upstream: dict[str, Tensor], *, wide: bool = False
+) -> dict[str, Tensor]:
     """Outputs and gradients; ``wide`` raises the inputs to float64. ``upstream`` takes the upstream gradients of the first call, and gives them to others."""
-    given = {name: (value.double() if wide and value.is_floating_point() else value).detach() for name, value in case.inputs.items()}
+    given = {
+        name: (value.double() if wide and value.is_floating_point() else value).detach()
+        for name, value in case.inputs.items()
+    }
     leaves = [given[name].requires_grad_() for name in case.needs]
     found = case.call(given, impl)
-    used = [name for name in case.used if found[name].requires_grad]  # the reference's weights, say, do not depend on the scale
+    used = [
+        name for name in case.used if found[name].requires_grad
+    ]  # the reference's weights, say, do not depend on the scale
     g = start(7)
     for name in case.used:
         drawn = torch.randn(found[name].shape, generator=g)
@@ -75,7 +108,12 @@ def evaluate(case: Case, impl: str, upstream: dict[str, Tensor], *, wide: bool =
             upstream[name] = laid_out(drawn, case.upstream, found[name].dtype)
     gradients: Sequence[Tensor | None] = [None] * len(leaves)
     if used and leaves:
-        gradients = torch.autograd.grad([found[name] for name in used], leaves, [upstream[name].to(found[name].dtype) for name in used], allow_unused=True)
+        gradients = torch.autograd.grad(
+            [found[name] for name in used],
+            leaves,
+            [upstream[name].to(found[name].dtype) for name in used],
+            allow_unused=True,
+        )
     for name, leaf, gradient in zip(case.needs, leaves, gradients):
         found[f"grad {name}"] = torch.zeros_like(leaf) if gradient is None else gradient
     return {name: value.detach() for name, value in found.items()}
@@ -91,7 +129,11 @@ def check(case: Case) -> dict[str, Tensor]:
     """The rule, for all outputs and gradients (returned); their shapes and dtypes; and the inputs are as they were."""
     before = {name: value.clone() for name, value in case.inputs.items()}
     upstream: dict[str, Tensor] = {}
-    kernel, eager, truth = evaluate(case, "triton", upstream), evaluate(case, "reference", upstream), evaluate(case, "reference", upstream, wide=True)
+    kernel, eager, truth = (
+        evaluate(case, "triton", upstream),
+        evaluate(case, "reference", upstream),
+        evaluate(case, "reference", upstream, wide=True),
+    )
     for name, value in before.items():
         assert bits(case.inputs[name], value), f"{name}: changed in place"
     for name, found in kernel.items():
@@ -100,11 +142,20 @@ def check(case: Case) -> dict[str, Tensor]:
             assert torch.equal(found, eager[name]), name
             continue
         least = case.largest if name in SUMS else 1.0
-        close(name, found.double(), eager[name].double(), truth[name], max(TOLERANCE[found.dtype], TOLERANCE[case.dtype]), least)
+        close(
+            name,
+            found.double(),
+            eager[name].double(),
+            truth[name],
+            max(TOLERANCE[found.dtype], TOLERANCE[case.dtype]),
+            least,
+        )
     return kernel
 
 
-def close(name: str, found: Tensor, eager: Tensor, truth: Tensor, tolerance: float, least: float) -> None:
+def close(
+    name: str, found: Tensor, eager: Tensor, truth: Tensor, tolerance: float, least: float
+) -> None:
     """The rule, for one tensor; ``least``: the least scale."""
     if not found.numel():
         return
@@ -117,13 +168,19 @@ def close(name: str, found: Tensor, eager: Tensor, truth: Tensor, tolerance: flo
     if bad.any():
         worst = torch.where(bad, off / allowed, 0.0).flatten().argmax()
         at = tuple(int(i) for i in torch.unravel_index(worst, bad.shape))
-        raise AssertionError(f"{name}{list(at)}: kernel {found[at]:.9g}, eager {eager[at]:.9g}, truth {truth[at]:.9g}; off by {off[at]:.3g}, "
-                             f"allowed {allowed[at]:.3g}; {int(bad.sum())} of {bad.numel()} elements")
+        raise AssertionError(
+            f"{name}{list(at)}: kernel {found[at]:.9g}, eager {eager[at]:.9g}, truth {truth[at]:.9g}; off by {off[at]:.3g}, "
+            f"allowed {allowed[at]:.3g}; {int(bad.sum())} of {bad.numel()} elements"
+        )
 
 
 def bits(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors are equal bit for bit, NaN included (the sign of NaN aside)."""
-    return left.dtype == right.dtype and left.shape == right.shape and bool(((left == right) | ((left != left) & (right != right))).all())
+    return (
+        left.dtype == right.dtype
+        and left.shape == right.shape
+        and bool(((left == right) | ((left != left) & (right != right))).all())
+    )
 
 
 # ----- Inputs
@@ -137,7 +194,13 @@ def laid_out(values: Tensor, layout: str, dtype: torch.dtype | None = None) -> T
     if layout == "expanded" and values.numel():
         return values[:1].clone().expand(values.shape) if values.dim() else values
     if layout == "sliced":
-        outside = math.nan if values.is_floating_point() else True if values.dtype == torch.bool else torch.iinfo(values.dtype).max
+        outside = (
+            math.nan
+            if values.is_floating_point()
+            else True
+            if values.dtype == torch.bool
+            else torch.iinfo(values.dtype).max
+        )
         around = values.new_full([2 * size + 1 for size in values.shape], outside)
         view = around[(slice(1, None, 2),) * values.dim()]
         view.copy_(values)
@@ -160,13 +223,19 @@ def some(g: torch.Generator, names: list[str], all_of_them: bool) -> list[str]:
     return names if all_of_them else chosen or [pick(g, names)]
 
 
-def embeddings(g: torch.Generator, batch: int, classes: int, width: int, hard: bool) -> tuple[Tensor, Tensor]:
+def embeddings(
+    g: torch.Generator, batch: int, classes: int, width: int, hard: bool
+) -> tuple[Tensor, Tensor]:
     """Features and prototypes; ``hard``: some features (nearly) are a prototype, some rows are 0."""
-    rows, table = (torch.randn(size, width, generator=g) / max(1, width) ** 0.5 for size in (batch, classes))
+    rows, table = (
+        torch.randn(size, width, generator=g) / max(1, width) ** 0.5 for size in (batch, classes)
+    )
     if hard and classes:
         targets = torch.randint(classes, (batch,), generator=g)
         rows[::3] = table[targets[::3]]
-        rows[1::3] = table[targets[1::3]] * (1 + 1e-3 * torch.randn(len(rows[1::3]), width, generator=g))
+        rows[1::3] = table[targets[1::3]] * (
+            1 + 1e-3 * torch.randn(len(rows[1::3]), width, generator=g)
+        )
         rows[4::5] = 0
         table[5:6] = 0
     return rows, table
@@ -182,7 +251,11 @@ def labels(g: torch.Generator, shape, classes: int, kind: torch.dtype, ignored: 
 
 def spoil(g: torch.Generator, rows: Tensor, keep: Tensor, layout: str) -> Tensor:
     """NaN, inf or 1e30 in the rows that are not kept (an expanded tensor has one row only)."""
-    return rows if layout == "expanded" else torch.where(keep[..., None], rows, pick(g, (math.nan, math.inf, -math.inf, 1e4)))
+    return (
+        rows
+        if layout == "expanded"
+        else torch.where(keep[..., None], rows, pick(g, (math.nan, math.inf, -math.inf, 1e4)))
+    )
 
 
 def kinds(g: torch.Generator, dtype: torch.dtype | None, count: int) -> list[torch.dtype]:
@@ -191,24 +264,46 @@ def kinds(g: torch.Generator, dtype: torch.dtype | None, count: int) -> list[tor
 
 
 def distance_case(
-    seed=0, leading=(7,), classes=5, width=13, dtype=torch.float32, table_dtype=None, metric="cosine", layout="plain", table_layout="plain", upstream="plain",
+    seed=0,
+    leading=(7,),
+    classes=5,
+    width=13,
+    dtype=torch.float32,
+    table_dtype=None,
+    metric="cosine",
+    layout="plain",
+    table_layout="plain",
+    upstream="plain",
     everything=True,
 ) -> Case:
     g = start(seed)
     rows, table = embeddings(g, math.prod(leading), classes, width, hard=True)
-    inputs = {"features": laid_out(rows.reshape(*leading, width), layout, dtype), "prototypes": laid_out(table, table_layout, table_dtype or dtype)}
-    call = lambda given, impl: {"distance": prototype_distance(given["features"], given["prototypes"], metric=metric, impl=impl)}
-    return Case(call, inputs, some(g, ["features", "prototypes"], everything), ["distance"], upstream)
+    inputs = {
+        "features": laid_out(rows.reshape(*leading, width), layout, dtype),
+        "prototypes": laid_out(table, table_layout, table_dtype or dtype),
+    }
+    call = lambda given, impl: {
+        "distance": prototype_distance(
+            given["features"], given["prototypes"], metric=metric, impl=impl
+        )
+    }
+    return Case(
+        call, inputs, some(g, ["features", "prototypes"], everything), ["distance"], upstream
+    )
 
 
-def modal_inputs(g, batch, classes, modalities, widths, dtype, table_dtype, seen, layout, table_layout):
+def modal_inputs(
+    g, batch, classes, modalities, widths, dtype, table_dtype, seen, layout, table_layout
+):
     """Features and prototypes of all modalities by name, and which classes each has seen (NaN in the prototypes of others)."""
     count = {"none": 0, "one": 1}.get(seen, modalities)
     known = [torch.rand(classes, generator=g) < 0.7 for _ in range(count)]
     if seen == "blind":
         known[pick(g, range(modalities))][:] = False
     inputs = {}
-    for m, (kind, table_kind) in enumerate(zip(kinds(g, dtype, modalities), kinds(g, table_dtype or dtype, modalities))):
+    for m, (kind, table_kind) in enumerate(
+        zip(kinds(g, dtype, modalities), kinds(g, table_dtype or dtype, modalities))
+    ):
         rows, table = embeddings(g, batch, classes, pick(g, widths), hard=True)
         if known:
             table = spoil(g, table, known[m % count], table_layout)
@@ -223,43 +318,118 @@ def series(given: dict[str, Tensor], name: str, count: int) -> list[Tensor]:
 
 
 def nearest_case(
-    seed=0, batch=7, classes=5, modalities=2, widths=(13, 3), dtype=torch.float32, table_dtype=None, metric="cosine", seen="none", layout="plain",
-    table_layout="plain", upstream="plain", everything=True,
+    seed=0,
+    batch=7,
+    classes=5,
+    modalities=2,
+    widths=(13, 3),
+    dtype=torch.float32,
+    table_dtype=None,
+    metric="cosine",
+    seen="none",
+    layout="plain",
+    table_layout="plain",
+    upstream="plain",
+    everything=True,
 ) -> Case:
     g = start(seed)
-    inputs, count = modal_inputs(g, batch, classes, modalities, widths, dtype, table_dtype, seen, layout, table_layout)
+    inputs, count = modal_inputs(
+        g, batch, classes, modalities, widths, dtype, table_dtype, seen, layout, table_layout
+    )
     for name, value in inputs.items():
         if isinstance(value, tuple):
-            inputs[name] = laid_out(value[0], layout if name.startswith("features") else table_layout, value[1])
+            inputs[name] = laid_out(
+                value[0], layout if name.startswith("features") else table_layout, value[1]
+            )
     winners = []
 
     def call(given, impl):
         """Of several nearest any one will do: the reference's gradient is that of the kernel's choice, whose distance must be the least."""
-        features, prototypes, known = series(given, "features", modalities), series(given, "prototypes", modalities), series(given, "seen", count)
-        found = nearest_prototype(features, prototypes, metric=metric, seen=(known[0] if seen == "one" else known) if known else None, impl=impl)
+        features, prototypes, known = (
+            series(given, "features", modalities),
+            series(given, "prototypes", modalities),
+            series(given, "seen", count),
+        )
+        found = nearest_prototype(
+            features,
+            prototypes,
+            metric=metric,
+            seen=(known[0] if seen == "one" else known) if known else None,
+            impl=impl,
+        )
         if impl == "triton":
             winners[:] = [found.index]
-            return {"distance": found.distance, "distance of the winner": found.distance.detach(), "none": found.index < 0, "index": found.index}
+            return {
+                "distance": found.distance,
+                "distance of the winner": found.distance.detach(),
+                "none": found.index < 0,
+                "index": found.index,
+            }
         index, dtype = winners[0], compute_dtype(*features)
-        tables = [torch.where(known[m % count][:, None], table, 0.0) if known else table for m, table in enumerate(prototypes)]
-        every = [reference.prototype_distance(rows.to(dtype), table.to(dtype), metric) for rows, table in zip(features, tables)]
-        chosen = torch.stack([distance.gather(1, index[:, m, None].clamp_min(0))[:, 0] for m, distance in enumerate(every)], 1)
+        tables = [
+            torch.where(known[m % count][:, None], table, 0.0) if known else table
+            for m, table in enumerate(prototypes)
+        ]
+        every = [
+            reference.prototype_distance(rows.to(dtype), table.to(dtype), metric)
+            for rows, table in zip(features, tables)
+        ]
+        chosen = torch.stack(
+            [
+                distance.gather(1, index[:, m, None].clamp_min(0))[:, 0]
+                for m, distance in enumerate(every)
+            ],
+            1,
+        )
         chosen = torch.where(index < 0, 0.0, chosen)
         distance = found.distance.detach() + chosen - chosen.detach()
-        return {"distance": distance, "distance of the winner": chosen.detach(), "none": found.index < 0, "index": index}
+        return {
+            "distance": distance,
+            "distance of the winner": chosen.detach(),
+            "none": found.index < 0,
+            "index": index,
+        }
 
-    return Case(call, inputs, some(g, [f"features[{m}]" for m in range(modalities)], everything), ["distance"], upstream)
+    return Case(
+        call,
+        inputs,
+        some(g, [f"features[{m}]" for m in range(modalities)], everything),
+        ["distance"],
+        upstream,
+    )
 
 
 def alignment_case(
-    seed=0, batch=7, classes=5, modalities=2, widths=(13, 3), dtype=torch.float32, table_dtype=None, metric="cosine", seen="none", masked=False,
-    kind=torch.int64, ignored=-100, temperature=0.3, budgets="tensor", reduction="none", layout="plain", table_layout="plain", upstream="plain",
+    seed=0,
+    batch=7,
+    classes=5,
+    modalities=2,
+    widths=(13, 3),
+    dtype=torch.float32,
+    table_dtype=None,
+    metric="cosine",
+    seen="none",
+    masked=False,
+    kind=torch.int64,
+    ignored=-100,
+    temperature=0.3,
+    budgets="tensor",
+    reduction="none",
+    layout="plain",
+    table_layout="plain",
+    upstream="plain",
     everything=True,
 ) -> Case:
     g = start(seed)
-    inputs, count = modal_inputs(g, batch, classes, modalities, widths, dtype, table_dtype, seen, layout, table_layout)
+    inputs, count = modal_inputs(
+        g, batch, classes, modalities, widths, dtype, table_dtype, seen, layout, table_layout
+    )
     targets = labels(g, (batch,), classes, kind, ignored)
-    mask = torch.rand(batch, modalities, generator=g) < 0.7 if masked else torch.ones(batch, modalities, dtype=torch.bool)
+    mask = (
+        torch.rand(batch, modalities, generator=g) < 0.7
+        if masked
+        else torch.ones(batch, modalities, dtype=torch.bool)
+    )
     for name, value in inputs.items():
         if name.startswith("features"):
             keep = mask[:, int(name[9:-1])] & (targets != ignored)
@@ -280,9 +450,17 @@ def alignment_case(
     def call(given, impl):
         known = series(given, "seen", count)
         found = alignment_loss(
-            series(given, "features", modalities), series(given, "prototypes", modalities), given["targets"], given.get("budgets", shares.tolist()),
-            temperature=temperature, metric=metric, seen=(known[0] if seen == "one" else known) if known else None, mask=given.get("mask"),
-            ignore_index=ignored, reduction=reduction, impl=impl,
+            series(given, "features", modalities),
+            series(given, "prototypes", modalities),
+            given["targets"],
+            given.get("budgets", shares.tolist()),
+            temperature=temperature,
+            metric=metric,
+            seen=(known[0] if seen == "one" else known) if known else None,
+            mask=given.get("mask"),
+            ignore_index=ignored,
+            reduction=reduction,
+            impl=impl,
         )
         return found._asdict()
 
@@ -291,9 +469,28 @@ def alignment_case(
 
 
 def fusion_case(
-    seed=0, leading=(7,), classes=5, modalities=2, dtype=torch.float32, parameter_dtype=None, stacked=False, prior=True, gate=True, temperature="each",
-    kappa="each", scale="scalar", masked=False, extreme=False, layout="plain", parameter_layout="plain", loss=False, kind=torch.int64, ignored=-100,
-    reduction="none", upstream="plain", everything=True,
+    seed=0,
+    leading=(7,),
+    classes=5,
+    modalities=2,
+    dtype=torch.float32,
+    parameter_dtype=None,
+    stacked=False,
+    prior=True,
+    gate=True,
+    temperature="each",
+    kappa="each",
+    scale="scalar",
+    masked=False,
+    extreme=False,
+    layout="plain",
+    parameter_layout="plain",
+    loss=False,
+    kind=torch.int64,
+    ignored=-100,
+    reduction="none",
+    upstream="plain",
+    everything=True,
 ) -> Case:
     g = start(seed)
     logits = 2 * torch.randn(modalities, math.prod(leading), classes, generator=g)
@@ -301,7 +498,11 @@ def fusion_case(
         large = 1e4 * torch.where(torch.rand(logits.shape, generator=g) < 0.5, -1.0, 1.0)
         which = torch.randint(5, logits.shape[:2], generator=g)[..., None]
         logits = torch.where(which == 0, large, torch.where(which == 1, logits * 5e3, logits))
-        never = (torch.rand(logits.shape, generator=g) < 0.3) & (which < 4) & (torch.arange(classes) > 0)
+        never = (
+            (torch.rand(logits.shape, generator=g) < 0.3)
+            & (which < 4)
+            & (torch.arange(classes) > 0)
+        )
         logits = logits.masked_fill(never, -math.inf)
     mask = None
     if masked:
@@ -309,21 +510,36 @@ def fusion_case(
         mask |= torch.arange(modalities) == torch.randint(modalities, (*leading, 1), generator=g)
         logits = spoil(g, logits, mask.reshape(-1, modalities).T, layout)
     logits = logits.reshape(modalities, *leading, classes)
-    parameter = lambda values: laid_out(values, parameter_layout, parameter_dtype or pick(g, FLOATS))
+    parameter = lambda values: laid_out(
+        values, parameter_layout, parameter_dtype or pick(g, FLOATS)
+    )
     if stacked:
         inputs = {"logits": laid_out(logits, layout, kinds(g, dtype, 1)[0])}
     else:
-        inputs = {f"logits[{m}]": laid_out(logits[m], layout, value) for m, value in enumerate(kinds(g, dtype, modalities))}
+        inputs = {
+            f"logits[{m}]": laid_out(logits[m], layout, value)
+            for m, value in enumerate(kinds(g, dtype, modalities))
+        }
     if prior:
         inputs["log_prior"] = parameter(torch.randn(modalities, generator=g))
     if gate:
         inputs["gate_logits"] = parameter(torch.randn(*leading, modalities, generator=g))
     numbers = {"temperature": 0.7, "uncertainty_weight": 1.3, "scale": 1.7}
-    for name, form in (("temperature", temperature), ("uncertainty_weight", kappa), ("scale", scale)):
+    for name, form in (
+        ("temperature", temperature),
+        ("uncertainty_weight", kappa),
+        ("scale", scale),
+    ):
         if form != "number":
-            inputs[name] = parameter(0.5 + torch.rand((modalities,) if form == "each" else (), generator=g))
+            inputs[name] = parameter(
+                0.5 + torch.rand((modalities,) if form == "each" else (), generator=g)
+            )
     needs = some(g, [name for name in inputs], everything)
-    used = some(g, ["fused", "unimodal", "weights"] if loss else ["logits", "weights", "uncertainty"], everything)
+    used = some(
+        g,
+        ["fused", "unimodal", "weights"] if loss else ["logits", "weights", "uncertainty"],
+        everything,
+    )
     flat = "plain" if layout == "expanded" else layout
     if masked:
         inputs["mask"] = laid_out(mask, flat)
@@ -332,33 +548,87 @@ def fusion_case(
 
     def call(given, impl):
         values = given["logits"] if stacked else series(given, "logits", modalities)
-        options = {**numbers, **{name: given.get(name) for name in ("log_prior", "gate_logits", "mask")}, "impl": impl}
+        options = {
+            **numbers,
+            **{name: given.get(name) for name in ("log_prior", "gate_logits", "mask")},
+            "impl": impl,
+        }
         options |= {name: given[name] for name in numbers if name in given}
         if loss:
-            return fusion_cross_entropy(values, given["targets"], ignore_index=ignored, reduction=reduction, **options)._asdict()
+            return fusion_cross_entropy(
+                values, given["targets"], ignore_index=ignored, reduction=reduction, **options
+            )._asdict()
         return gated_fusion(values, **options)._asdict()
 
     return Case(call, inputs, needs, used, upstream)
 
 
 def update_case(
-    seed=0, batch=7, classes=5, width=13, dtype=torch.float32, table_dtype=None, metric="cosine", momentum=0.9, kind=torch.int64, ignored=-100,
-    layout="plain", table_layout="plain", sums=False,
+    seed=0,
+    batch=7,
+    classes=5,
+    width=13,
+    dtype=torch.float32,
+    table_dtype=None,
+    metric="cosine",
+    momentum=0.9,
+    kind=torch.int64,
+    ignored=-100,
+    layout="plain",
+    table_layout="plain",
+    sums=False,
 ) -> Case:
     g = start(seed)
     rows, table = embeddings(g, batch, classes, width, hard=True)
     targets = labels(g, (batch,), classes, kind, ignored)
     counts = torch.randint(3, (classes,), generator=g)
-    inputs = {"features": laid_out(spoil(g, rows, targets != ignored, layout), layout, dtype),
-              "targets": laid_out(targets, layout if layout != "expanded" else "plain")}
+    inputs = {
+        "features": laid_out(spoil(g, rows, targets != ignored, layout), layout, dtype),
+        "targets": laid_out(targets, layout if layout != "expanded" else "plain"),
+    }
     if sums:
-        return Case(lambda given, impl: dict(zip(("sums", "counts"), class_sums(
-            given["features"], given["targets"], classes, metric=metric, ignore_index=ignored, impl=impl))), inputs, [], [])
-    inputs["prototypes"] = laid_out(spoil(g, table, counts > 0, table_layout), table_layout, table_dtype or dtype)
+        return Case(
+            lambda given, impl: dict(
+                zip(
+                    ("sums", "counts"),
+                    class_sums(
+                        given["features"],
+                        given["targets"],
+                        classes,
+                        metric=metric,
+                        ignore_index=ignored,
+                        impl=impl,
+                    ),
+                )
+            ),
+            inputs,
+            [],
+            [],
+        )
+    inputs["prototypes"] = laid_out(
+        spoil(g, table, counts > 0, table_layout), table_layout, table_dtype or dtype
+    )
     inputs["counts"] = laid_out(counts, table_layout if table_layout != "expanded" else "plain")
-    return Case(lambda given, impl: dict(zip(("prototypes", "counts"), update_prototypes(
-        given["prototypes"], given["counts"], given["features"], given["targets"], momentum=momentum, metric=metric, ignore_index=ignored, impl=impl))),
-        inputs, [], [])
+    return Case(
+        lambda given, impl: dict(
+            zip(
+                ("prototypes", "counts"),
+                update_prototypes(
+                    given["prototypes"],
+                    given["counts"],
+                    given["features"],
+                    given["targets"],
+                    momentum=momentum,
+                    metric=metric,
+                    ignore_index=ignored,
+                    impl=impl,
+                ),
+            )
+        ),
+        inputs,
+        [],
+        [],
+    )
 
 
 # ----- Strategies
@@ -367,7 +637,11 @@ def update_case(
 SEEDS, FLAGS, ORDERS = st.integers(0, 10**6), st.booleans(), st.sampled_from(LAYOUTS)
 METRICS = st.sampled_from(["cosine", "sqeuclidean"])
 ANY = st.sampled_from([*FLOATS, None])  # None: each its own
-BATCHES, CLASSES, WIDTHS = st.sampled_from([0, 1, 2, 7, 17, 19]), st.sampled_from([1, 2, 7, 31, 128, 129]), st.sampled_from([1, 3, 13, 33, 67])
+BATCHES, CLASSES, WIDTHS = (
+    st.sampled_from([0, 1, 2, 7, 17, 19]),
+    st.sampled_from([1, 2, 7, 31, 128, 129]),
+    st.sampled_from([1, 3, 13, 33, 67]),
+)
 LEADING = st.sampled_from([(7,), (0,), (1,), (), (17,), (2, 3), (3, 0), (5, 1)])
 KINDS = st.sampled_from([torch.int64, torch.int32, torch.int16, torch.uint8])
 IGNORED = st.sampled_from([-100, 0, 200])
@@ -382,41 +656,118 @@ def cases(build: Callable[..., Case], *drawn, **named) -> st.SearchStrategy[Case
 
 def interpretable(case: Case) -> bool:
     """False for bfloat16 results of float64 arithmetic: Triton's interpreter stores garbage for them (see the last test)."""
-    return DEVICE != "cpu" or case.dtype != torch.float64 or all(value.dtype != torch.bfloat16 for value in case.inputs.values())
+    return (
+        DEVICE != "cpu"
+        or case.dtype != torch.float64
+        or all(value.dtype != torch.bfloat16 for value in case.inputs.values())
+    )
 
 
 def examples(count: int):
     """That many, always the same ones; a failing one is printed as it was drawn."""
-    return settings(max_examples=count, deadline=None, derandomize=True, database=None, phases=[Phase.generate], print_blob=False)
+    return settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        print_blob=False,
+    )
 
 
 @examples(25)
-@given(cases(distance_case, SEEDS, LEADING, CLASSES, WIDTHS, st.sampled_from(FLOATS), st.sampled_from(FLOATS), METRICS, ORDERS, ORDERS, ORDERS, FLAGS))
+@given(
+    cases(
+        distance_case,
+        SEEDS,
+        LEADING,
+        CLASSES,
+        WIDTHS,
+        st.sampled_from(FLOATS),
+        st.sampled_from(FLOATS),
+        METRICS,
+        ORDERS,
+        ORDERS,
+        ORDERS,
+        FLAGS,
+    )
+)
 def test_distances_and_their_gradients(case):
     check(case)
 
 
 @examples(20)
-@given(cases(nearest_case, SEEDS, BATCHES, CLASSES, st.integers(1, 6), st.just((1, 3, 13, 33, 67)), ANY, st.sampled_from(FLOATS), METRICS,
-                 st.sampled_from(["none", "one", "each", "blind"]), ORDERS, ORDERS, ORDERS, FLAGS))
+@given(
+    cases(
+        nearest_case,
+        SEEDS,
+        BATCHES,
+        CLASSES,
+        st.integers(1, 6),
+        st.just((1, 3, 13, 33, 67)),
+        ANY,
+        st.sampled_from(FLOATS),
+        METRICS,
+        st.sampled_from(["none", "one", "each", "blind"]),
+        ORDERS,
+        ORDERS,
+        ORDERS,
+        FLAGS,
+    )
+)
 def test_nearest_prototypes_and_their_gradients(case):
     check(case)
 
 
 @examples(25)
-@given(cases(
-    alignment_case, seed=SEEDS, batch=BATCHES, classes=CLASSES, modalities=st.integers(1, 6), widths=st.just((1, 3, 13, 33, 37)), dtype=ANY,
-    table_dtype=st.sampled_from(FLOATS), metric=METRICS, seen=st.sampled_from(["none", "one", "each", "blind"]), masked=FLAGS, kind=KINDS, ignored=IGNORED,
-    temperature=st.sampled_from([0.1, 0.5, 2.0]), budgets=st.sampled_from(["tensor", "numbers", "zero", "equal"]), reduction=REDUCTIONS, layout=ORDERS,
-    table_layout=ORDERS, upstream=ORDERS, everything=FLAGS))
+@given(
+    cases(
+        alignment_case,
+        seed=SEEDS,
+        batch=BATCHES,
+        classes=CLASSES,
+        modalities=st.integers(1, 6),
+        widths=st.just((1, 3, 13, 33, 37)),
+        dtype=ANY,
+        table_dtype=st.sampled_from(FLOATS),
+        metric=METRICS,
+        seen=st.sampled_from(["none", "one", "each", "blind"]),
+        masked=FLAGS,
+        kind=KINDS,
+        ignored=IGNORED,
+        temperature=st.sampled_from([0.1, 0.5, 2.0]),
+        budgets=st.sampled_from(["tensor", "numbers", "zero", "equal"]),
+        reduction=REDUCTIONS,
+        layout=ORDERS,
+        table_layout=ORDERS,
+        upstream=ORDERS,
+        everything=FLAGS,
+    )
+)
 def test_alignment_and_its_gradients(case):
     check(case)
 
 
 FUSION = dict(
-    seed=SEEDS, leading=LEADING, classes=st.sampled_from([1, 2, 3, 7, 31, 128, 129, 309]), modalities=st.integers(1, 6), dtype=ANY, parameter_dtype=ANY,
-    stacked=FLAGS, prior=FLAGS, gate=FLAGS, temperature=FORMS, kappa=FORMS, scale=st.sampled_from(["number", "scalar"]), masked=FLAGS, extreme=FLAGS,
-    layout=ORDERS, parameter_layout=ORDERS, upstream=ORDERS, everything=FLAGS)
+    seed=SEEDS,
+    leading=LEADING,
+    classes=st.sampled_from([1, 2, 3, 7, 31, 128, 129, 309]),
+    modalities=st.integers(1, 6),
+    dtype=ANY,
+    parameter_dtype=ANY,
+    stacked=FLAGS,
+    prior=FLAGS,
+    gate=FLAGS,
+    temperature=FORMS,
+    kappa=FORMS,
+    scale=st.sampled_from(["number", "scalar"]),
+    masked=FLAGS,
+    extreme=FLAGS,
+    layout=ORDERS,
+    parameter_layout=ORDERS,
+    upstream=ORDERS,
+    everything=FLAGS,
+)
 
 
 @examples(25)
@@ -426,14 +777,34 @@ def test_fusion_and_its_gradients(case):
 
 
 @examples(25)
-@given(cases(fusion_case, loss=st.just(True), kind=KINDS, ignored=IGNORED, reduction=REDUCTIONS, **FUSION))
+@given(
+    cases(
+        fusion_case, loss=st.just(True), kind=KINDS, ignored=IGNORED, reduction=REDUCTIONS, **FUSION
+    )
+)
 def test_fusion_cross_entropies_and_their_gradients(case):
     check(case)
 
 
 @examples(25)
-@given(cases(update_case, SEEDS, BATCHES, CLASSES, WIDTHS, st.sampled_from(FLOATS), st.sampled_from(FLOATS), METRICS, st.sampled_from([0.0, 0.5, 0.9]),
-                 KINDS, IGNORED, ORDERS, ORDERS, FLAGS))
+@given(
+    cases(
+        update_case,
+        SEEDS,
+        BATCHES,
+        CLASSES,
+        WIDTHS,
+        st.sampled_from(FLOATS),
+        st.sampled_from(FLOATS),
+        METRICS,
+        st.sampled_from([0.0, 0.5, 0.9]),
+        KINDS,
+        IGNORED,
+        ORDERS,
+        ORDERS,
+        FLAGS,
+    )
+)
 def test_prototype_updates_and_class_sums(case):
     check(case)
 
@@ -442,41 +813,102 @@ def test_prototype_updates_and_class_sums(case):
 
 
 @pytest.mark.parametrize("metric", ["cosine", "sqeuclidean"])
-@pytest.mark.parametrize("leading, classes, width, dtype", [((67,), 309, 130, torch.float32), ((1031,), 2, 5, torch.bfloat16), ((5,), 131, 300, torch.float16)])
+@pytest.mark.parametrize(
+    "leading, classes, width, dtype",
+    [
+        ((67,), 309, 130, torch.float32),
+        ((1031,), 2, 5, torch.bfloat16),
+        ((5,), 131, 300, torch.float16),
+    ],
+)
 def test_distances_over_several_blocks(leading, classes, width, dtype, metric):
     check(distance_case(3, leading, classes, width, dtype, metric=metric))
 
 
-@pytest.mark.parametrize("size", [{"leading": (0,)}, {"classes": 0}, {"width": 0}, {"leading": (3, 0)}, {"leading": (), "classes": 1, "width": 1}])
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"leading": (0,)},
+        {"classes": 0},
+        {"width": 0},
+        {"leading": (3, 0)},
+        {"leading": (), "classes": 1, "width": 1},
+    ],
+)
 def test_distances_of_nothing(size):
     check(distance_case(4, **size))
     check(distance_case())  # one kernel at least
 
 
 @pytest.mark.parametrize("metric", ["cosine", "sqeuclidean"])
-@pytest.mark.parametrize("widths, classes, dtype, layout", [
-    ((1031,), 7, torch.float32, "plain"), ((1025, 2), 3, torch.bfloat16, "transposed"), ((2500, 1024), 1, None, "sliced"),
-    ((37, 3), 309, torch.float16, "plain"), ((1100, 33), 5, torch.float64, "expanded")])
+@pytest.mark.parametrize(
+    "widths, classes, dtype, layout",
+    [
+        ((1031,), 7, torch.float32, "plain"),
+        ((1025, 2), 3, torch.bfloat16, "transposed"),
+        ((2500, 1024), 1, None, "sliced"),
+        ((37, 3), 309, torch.float16, "plain"),
+        ((1100, 33), 5, torch.float64, "expanded"),
+    ],
+)
 def test_nearest_prototypes_of_wide_rows_and_many_classes(widths, classes, dtype, layout, metric):
-    check(nearest_case(5, 5, classes, 3, widths, dtype, metric=metric, seen="each", layout=layout, upstream="expanded"))
+    check(
+        nearest_case(
+            5,
+            5,
+            classes,
+            3,
+            widths,
+            dtype,
+            metric=metric,
+            seen="each",
+            layout=layout,
+            upstream="expanded",
+        )
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("metric", ["cosine", "sqeuclidean"])
-@pytest.mark.parametrize("batch, classes, modalities, widths, dtype", [
-    (19, 309, 1, (37,), torch.float32), (3, 309, 2, (300, 7), torch.float32), (5, 309, 6, (5, 13), None), (17, 309, 2, (67, 33), torch.float64),
-    (5, 1000, 2, (3, 5), torch.bfloat16)])
+@pytest.mark.parametrize(
+    "batch, classes, modalities, widths, dtype",
+    [
+        (19, 309, 1, (37,), torch.float32),
+        (3, 309, 2, (300, 7), torch.float32),
+        (5, 309, 6, (5, 13), None),
+        (17, 309, 2, (67, 33), torch.float64),
+        (5, 1000, 2, (3, 5), torch.bfloat16),
+    ],
+)
 def test_alignment_over_many_classes(batch, classes, modalities, widths, dtype, metric):
-    check(alignment_case(6, batch, classes, modalities, widths, dtype, metric=metric, seen="each", masked=True, layout="sliced", upstream="transposed"))
+    check(
+        alignment_case(
+            6,
+            batch,
+            classes,
+            modalities,
+            widths,
+            dtype,
+            metric=metric,
+            seen="each",
+            masked=True,
+            layout="sliced",
+            upstream="transposed",
+        )
+    )
 
 
 @pytest.mark.parametrize("classes", [7, 129])
 @pytest.mark.parametrize("blind", [0, 1])
 def test_alignment_where_one_modality_has_seen_no_class(classes, blind):
-    case = alignment_case(7, 5, classes, 2, (3, 5), seen="each", budgets="equal")  # the anchor is the first
+    case = alignment_case(
+        7, 5, classes, 2, (3, 5), seen="each", budgets="equal"
+    )  # the anchor is the first
     case.inputs[f"seen[{blind}]"][:] = False
     case.inputs[f"seen[{1 - blind}]"][:] = True
-    case.inputs[f"prototypes[{1 - blind}]"].copy_(torch.randn(classes, case.inputs[f"prototypes[{1 - blind}]"].shape[1], generator=start(8)))
+    case.inputs[f"prototypes[{1 - blind}]"].copy_(
+        torch.randn(classes, case.inputs[f"prototypes[{1 - blind}]"].shape[1], generator=start(8))
+    )
     case.inputs[f"prototypes[{blind}]"][:] = math.nan
     found = check(case)
     assert all(value.isfinite().all() for value in found.values())
@@ -484,12 +916,35 @@ def test_alignment_where_one_modality_has_seen_no_class(classes, blind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", [False, True])
-@pytest.mark.parametrize("classes, modalities, dtype, layout", [
-    (1000, 3, torch.float32, "plain"), (1024, 6, torch.bfloat16, "transposed"), (1025, 4, torch.float32, "sliced"), (2500, 2, torch.float16, "expanded"),
-    (1031, 6, None, "transposed"), (2049, 1, torch.float64, "plain")])
+@pytest.mark.parametrize(
+    "classes, modalities, dtype, layout",
+    [
+        (1000, 3, torch.float32, "plain"),
+        (1024, 6, torch.bfloat16, "transposed"),
+        (1025, 4, torch.float32, "sliced"),
+        (2500, 2, torch.float16, "expanded"),
+        (1031, 6, None, "transposed"),
+        (2049, 1, torch.float64, "plain"),
+    ],
+)
 def test_fusion_of_many_classes(classes, modalities, dtype, layout, loss):
     for stacked, extreme in ((False, False), (True, True)):
-        check(fusion_case(8, (3,), classes, modalities, dtype, torch.float32, stacked, masked=True, extreme=extreme, layout=layout, loss=loss, upstream=layout))
+        check(
+            fusion_case(
+                8,
+                (3,),
+                classes,
+                modalities,
+                dtype,
+                torch.float32,
+                stacked,
+                masked=True,
+                extreme=extreme,
+                layout=layout,
+                loss=loss,
+                upstream=layout,
+            )
+        )
 
 
 @pytest.mark.parametrize("classes", [7, 1031])
@@ -514,13 +969,32 @@ def test_fusion_of_logits_of_ten_thousand(classes, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch, width, dtype, layout", [
-    (7, 1031, torch.float32, "plain"), (300, 3, torch.float32, "sliced"), (9, 1025, torch.bfloat16, "transposed"), (3, 1500, torch.float64, "expanded"),
-    (1, 1, torch.float16, "plain")])
+@pytest.mark.parametrize(
+    "batch, width, dtype, layout",
+    [
+        (7, 1031, torch.float32, "plain"),
+        (300, 3, torch.float32, "sliced"),
+        (9, 1025, torch.bfloat16, "transposed"),
+        (3, 1500, torch.float64, "expanded"),
+        (1, 1, torch.float16, "plain"),
+    ],
+)
 @pytest.mark.parametrize("metric", ["cosine", "sqeuclidean"])
 def test_updates_of_wide_rows_and_large_batches(batch, width, dtype, layout, metric):
     for sums in (False, True):
-        check(update_case(11, batch, 2, width, dtype, metric=metric, layout=layout, table_layout=layout, sums=sums))
+        check(
+            update_case(
+                11,
+                batch,
+                2,
+                width,
+                dtype,
+                metric=metric,
+                layout=layout,
+                table_layout=layout,
+                sums=sums,
+            )
+        )
 
 
 def test_updates_of_many_classes():
@@ -532,28 +1006,42 @@ def test_updates_of_many_classes():
 
 ROUGH = {
     "distance": lambda: distance_case(20, (67,), 31, 33, upstream="expanded"),
-    "distance sqeuclidean": lambda: distance_case(20, (2, 3), 129, 5, torch.bfloat16, metric="sqeuclidean", layout="transposed"),
+    "distance sqeuclidean": lambda: distance_case(
+        20, (2, 3), 129, 5, torch.bfloat16, metric="sqeuclidean", layout="transposed"
+    ),
     "nearest": lambda: nearest_case(21, 19, 31, 3, (33, 3), seen="blind"),
     "nearest wide": lambda: nearest_case(21, 3, 2, 2, (1031, 3), dtype=None, layout="sliced"),
-    "alignment": lambda: alignment_case(22, 19, 31, 3, (33, 3), seen="each", masked=True, reduction="mean"),
-    "alignment mixed": lambda: alignment_case(22, 7, 5, 6, (33, 3), dtype=None, masked=True, layout="transposed"),
-    "alignment tiled": lambda: alignment_case(22, 17, 129, 2, (37, 3), dtype=None, masked=True, seen="one", metric="sqeuclidean"),
+    "alignment": lambda: alignment_case(
+        22, 19, 31, 3, (33, 3), seen="each", masked=True, reduction="mean"
+    ),
+    "alignment mixed": lambda: alignment_case(
+        22, 7, 5, 6, (33, 3), dtype=None, masked=True, layout="transposed"
+    ),
+    "alignment tiled": lambda: alignment_case(
+        22, 17, 129, 2, (37, 3), dtype=None, masked=True, seen="one", metric="sqeuclidean"
+    ),
     "fusion": lambda: fusion_case(23, (19,), 31, 3, masked=True),
     "fusion of one": lambda: fusion_case(23, (5, 3), 1, 1, torch.float16),
     "fusion two passes": lambda: fusion_case(23, (3,), 1031, 4, masked=True),
     "losses": lambda: fusion_case(24, (19,), 31, 6, masked=True, loss=True, reduction="mean"),
-    "losses two passes": lambda: fusion_case(24, (3,), 1031, 2, torch.bfloat16, stacked=True, masked=True, loss=True),
+    "losses two passes": lambda: fusion_case(
+        24, (3,), 1031, 2, torch.bfloat16, stacked=True, masked=True, loss=True
+    ),
     "update": lambda: update_case(25, 17, 7, 33),
     "update wide": lambda: update_case(25, 3, 2, 1031, torch.bfloat16),
     "sums": lambda: update_case(25, 17, 7, 33, torch.float16, sums=True),
 }
-rough = pytest.mark.parametrize("build", [pytest.param(build, id=name) for name, build in ROUGH.items()])
+rough = pytest.mark.parametrize(
+    "build", [pytest.param(build, id=name) for name, build in ROUGH.items()]
+)
 
 
 @rough
 def test_garbage_where_nothing_counts_changes_nothing(build):
     """Absent and ignored rows and unseen classes hold NaN, infinities or 1e4 in these cases."""
-    assert all(value.isfinite().all() for name, value in check(build()).items() if name != "prototypes")  # of classes never seen they stay what they were
+    assert all(
+        value.isfinite().all() for name, value in check(build()).items() if name != "prototypes"
+    )  # of classes never seen they stay what they were
 
 
 @rough
@@ -564,7 +1052,13 @@ def test_results_are_the_same_whatever_the_memory_held(build, monkeypatch):
 
         def filled(self, *size, **options):
             made.append(empty(self, *size, **options))
-            return made[-1].fill_(number if made[-1].is_floating_point() else truth if made[-1].dtype == torch.bool else integer)  # noqa: B023
+            return made[-1].fill_(
+                number
+                if made[-1].is_floating_point()
+                else truth
+                if made[-1].dtype == torch.bool
+                else integer
+            )  # noqa: B023
 
         monkeypatch.setattr(Tensor, "new_empty", filled)
         found.append(evaluate(case, "triton", {}))
@@ -587,18 +1081,32 @@ def test_results_repeat_bit_for_bit(build):
 @pytest.mark.parametrize("classes", [5, 129])
 def test_a_nan_that_counts_is_not_lost(classes, metric):
     """NaN in a feature or logit shows wherever it does in plain PyTorch (whose weights take a modality with NaN for a sure one: the kernels' are NaN)."""
-    for case, names in ((distance_case(30, classes=classes, metric=metric), ["distance"]), (nearest_case(30, classes=classes, metric=metric), ["distance"]),
-                        (alignment_case(30, classes=classes, metric=metric, ignored=200), ["contrastive", "confidence", "alignment"]),
-                        (fusion_case(30, classes=classes), ["logits", "weights", "uncertainty"]),
-                        (fusion_case(30, classes=classes, loss=True, ignored=200), ["fused", "unimodal", "weights"])):
+    for case, names in (
+        (distance_case(30, classes=classes, metric=metric), ["distance"]),
+        (nearest_case(30, classes=classes, metric=metric), ["distance"]),
+        (
+            alignment_case(30, classes=classes, metric=metric, ignored=200),
+            ["contrastive", "confidence", "alignment"],
+        ),
+        (fusion_case(30, classes=classes), ["logits", "weights", "uncertainty"]),
+        (
+            fusion_case(30, classes=classes, loss=True, ignored=200),
+            ["fused", "unimodal", "weights"],
+        ),
+    ):
         first = next(name for name in case.inputs if name.startswith(("features", "logits")))
         case.inputs[first][2, 1] = math.nan
         if "targets" in case.inputs:
             case.inputs["targets"][2] = 0
-        kernel, eager = evaluate(case._replace(used=[]), "triton", {}), evaluate(case._replace(used=[]), "reference", {})
+        kernel, eager = (
+            evaluate(case._replace(used=[]), "triton", {}),
+            evaluate(case._replace(used=[]), "reference", {}),
+        )
         assert any(eager[name].isnan().any() for name in names)
         for name in names:
-            assert (kernel[name].isnan() >= eager[name].isnan()).all() and not kernel[name][3:].isnan().any(), name
+            assert (kernel[name].isnan() >= eager[name].isnan()).all() and not kernel[name][
+                3:
+            ].isnan().any(), name
 
 
 # ----- Targets
@@ -606,13 +1114,17 @@ def test_a_nan_that_counts_is_not_lost(classes, metric):
 
 TARGETED = {
     "alignment": lambda **options: alignment_case(40, 9, 7, 2, (3, 5), masked=True, **options),
-    "alignment tiled": lambda **options: alignment_case(40, 5, 129, 2, (3, 5), seen="each", **options),
+    "alignment tiled": lambda **options: alignment_case(
+        40, 5, 129, 2, (3, 5), seen="each", **options
+    ),
     "losses": lambda **options: fusion_case(40, (9,), 7, 2, loss=True, **options),
     "losses two passes": lambda **options: fusion_case(40, (3,), 1031, 2, loss=True, **options),
     "update": lambda **options: update_case(40, 9, 7, 3, **options),
     "sums": lambda **options: update_case(40, 9, 7, 3, sums=True, **options),
 }
-targeted = pytest.mark.parametrize("build", [pytest.param(build, id=name) for name, build in TARGETED.items()])
+targeted = pytest.mark.parametrize(
+    "build", [pytest.param(build, id=name) for name, build in TARGETED.items()]
+)
 
 
 def without_assertions(monkeypatch) -> None:
@@ -628,7 +1140,11 @@ def test_targets_of_any_integer_type(build):
     case.inputs["targets"].clamp_(0, 6)
     expected = evaluate(case, "triton", {})
     for kind in (torch.int32, torch.int16, torch.int8, torch.uint8):
-        found = evaluate(case._replace(inputs={**case.inputs, "targets": case.inputs["targets"].to(kind)}), "triton", {})
+        found = evaluate(
+            case._replace(inputs={**case.inputs, "targets": case.inputs["targets"].to(kind)}),
+            "triton",
+            {},
+        )
         for name, value in expected.items():
             assert bits(found[name], value), (kind, name)
 
@@ -637,7 +1153,11 @@ def test_targets_of_any_integer_type(build):
 def test_targets_out_of_range_are_ignored_where_nobody_looks(build, monkeypatch):
     """As on a GPU: no check of values on the host, no assertion on the device. The sanitizer would see an index made of them."""
     wild, tame = build(), build()
-    for row, value in ((0, 10**9), (1, -7), (2, len(wild.inputs.get("prototypes", torch.empty(7))) + 10**6)):
+    for row, value in (
+        (0, 10**9),
+        (1, -7),
+        (2, len(wild.inputs.get("prototypes", torch.empty(7))) + 10**6),
+    ):
         wild.inputs["targets"][row], tame.inputs["targets"][row] = value, -100
     without_assertions(monkeypatch)
     expected = evaluate(tame, "triton", {})
@@ -650,20 +1170,36 @@ def test_targets_out_of_range_are_ignored_where_nobody_looks(build, monkeypatch)
 def test_operators_ignore_targets_out_of_range(monkeypatch):
     """torch.ops.iib directly: nothing between the caller and the kernel."""
     without_assertions(monkeypatch)
-    rows, table, budgets = (torch.randn(size, generator=start(41)).to(DEVICE) for size in ((5, 3), (4, 3), (1,)))
-    counts, seen = torch.ones(4, dtype=torch.int64, device=DEVICE), torch.ones(4, dtype=torch.bool, device=DEVICE)
+    rows, table, budgets = (
+        torch.randn(size, generator=start(41)).to(DEVICE) for size in ((5, 3), (4, 3), (1,))
+    )
+    counts, seen = (
+        torch.ones(4, dtype=torch.int64, device=DEVICE),
+        torch.ones(4, dtype=torch.bool, device=DEVICE),
+    )
     calls = (
-        lambda targets: torch.ops.iib.alignment_loss([rows], [table], targets, budgets, 0.5, True, [seen], None, -100)[:4],
-        lambda targets: torch.ops.iib.fusion_cross_entropy([rows], targets, None, None, None, None, None, [1.0, 1.0, 1.0], None, -100)[:4],
-        lambda targets: torch.ops.iib.update_prototypes(table, counts, rows, targets, 0.9, True, -100),
+        lambda targets: torch.ops.iib.alignment_loss(
+            [rows], [table], targets, budgets, 0.5, True, [seen], None, -100
+        )[:4],
+        lambda targets: torch.ops.iib.fusion_cross_entropy(
+            [rows], targets, None, None, None, None, None, [1.0, 1.0, 1.0], None, -100
+        )[:4],
+        lambda targets: torch.ops.iib.update_prototypes(
+            table, counts, rows, targets, 0.9, True, -100
+        ),
         lambda targets: torch.ops.iib.class_sums(rows, targets, 4, True, -100),
     )
     for call in calls:
-        wild, tame = (call(torch.tensor(targets, device=DEVICE)) for targets in ([2, 10**9, -7, 4, 0], [2, -100, -100, -100, 0]))
+        wild, tame = (
+            call(torch.tensor(targets, device=DEVICE))
+            for targets in ([2, 10**9, -7, 4, 0], [2, -100, -100, -100, 0])
+        )
         assert all(bits(value, other) for value, other in zip(wild, tame))
 
 
-@pytest.mark.skipif(not interpreter.interpreted(), reason="a device assertion ends the process's use of a GPU")
+@pytest.mark.skipif(
+    not interpreter.interpreted(), reason="a device assertion ends the process's use of a GPU"
+)
 @pytest.mark.parametrize("build", [TARGETED["alignment"], TARGETED["losses"]])
 def test_targets_out_of_range_are_named_by_a_device_assertion(build, monkeypatch):
     case = build()
@@ -680,11 +1216,25 @@ def test_targets_out_of_range_are_named_by_a_device_assertion(build, monkeypatch
 # ----- bfloat16 results of float64 arithmetic: Triton's interpreter (3.7.1) stores garbage where float64 is cast to bfloat16 (float32 it casts right)
 
 
-@pytest.mark.skipif(interpreter.interpreted(), reason="Triton's interpreter (3.7.1) casts float64 to bfloat16 wrongly: 1.0 becomes 9e-41")
-@pytest.mark.parametrize("case", [
-    pytest.param(lambda: distance_case(50, dtype=torch.bfloat16, table_dtype=torch.float64), id="distance"),
-    pytest.param(lambda: fusion_case(50, dtype=torch.float64, parameter_dtype=torch.bfloat16), id="fusion"),
-    pytest.param(lambda: update_case(50, dtype=torch.float64, table_dtype=torch.bfloat16), id="update"),
-])
+@pytest.mark.skipif(
+    interpreter.interpreted(),
+    reason="Triton's interpreter (3.7.1) casts float64 to bfloat16 wrongly: 1.0 becomes 9e-41",
+)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            lambda: distance_case(50, dtype=torch.bfloat16, table_dtype=torch.float64),
+            id="distance",
+        ),
+        pytest.param(
+            lambda: fusion_case(50, dtype=torch.float64, parameter_dtype=torch.bfloat16),
+            id="fusion",
+        ),
+        pytest.param(
+            lambda: update_case(50, dtype=torch.float64, table_dtype=torch.bfloat16), id="update"
+        ),
+    ],
+)
 def test_bfloat16_beside_float64(case):
     check(case())

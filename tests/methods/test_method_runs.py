@@ -1,16 +1,24 @@
 """Every method through the whole of a run: trained, stopped in the middle and gone on with, loaded, and asked about samples that lack a modality."""
+
 import numpy as np
 import pytest
 import torch
 
 import iibalance
 from iibalance import InputError, RunConfig
-from iibalance.training import loop, stages
 from iibalance.config import BudgetConfig, DataConfig, ModelConfig, TrainingConfig
 from iibalance.methods import METHODS
+from iibalance.training import loop, stages
 from iibalance.training.run import train
 
-STATEFUL = ("agm", "pmr", "qmf", "greedy", "mslr", "g_blend")  # have more to remember than model and optimiser
+STATEFUL = (
+    "agm",
+    "pmr",
+    "qmf",
+    "greedy",
+    "mslr",
+    "g_blend",
+)  # have more to remember than model and optimiser
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +29,28 @@ def npz(tmp_path_factory):
     signal = np.eye(3)[y]
     mask = np.ones(150, bool)
     mask[::11] = False
-    np.savez(path, x_a=signal @ generator.normal(size=(3, 6)) + generator.normal(size=(150, 6)), mask_a=mask,
-             x_b=2 * signal @ generator.normal(size=(3, 5)) + generator.normal(size=(150, 5)), y=y)
+    np.savez(
+        path,
+        x_a=signal @ generator.normal(size=(3, 6)) + generator.normal(size=(150, 6)),
+        mask_a=mask,
+        x_b=2 * signal @ generator.normal(size=(3, 5)) + generator.normal(size=(150, 5)),
+        y=y,
+    )
     return str(path)
 
 
 def config(npz, output, method, **options):
-    return RunConfig(data=DataConfig(name="npz", path=npz), method=method, output=str(output), epochs=4, model=ModelConfig(width=4, embedding_dim=8),
-                     training=TrainingConfig(progress=False, alone=False, checkpoint_seconds=0.0, learning_rate=0.02), **options)
+    return RunConfig(
+        data=DataConfig(name="npz", path=npz),
+        method=method,
+        output=str(output),
+        epochs=4,
+        model=ModelConfig(width=4, embedding_dim=8),
+        training=TrainingConfig(
+            progress=False, alone=False, checkpoint_seconds=0.0, learning_rate=0.02
+        ),
+        **options,
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -39,9 +61,14 @@ def test_trained_loaded_and_asked(npz, tmp_path, name):
     a, b = torch.randn(4, 6, generator=generator), torch.randn(4, 5, generator=generator)
     both = model.predict({"a": a, "b": b})
     only = model.predict({"b": b})
-    masked = model.predict({"a": torch.full((4, 6), torch.nan), "b": b}, mask=torch.tensor([[False, True]] * 4))
+    masked = model.predict(
+        {"a": torch.full((4, 6), torch.nan), "b": b}, mask=torch.tensor([[False, True]] * 4)
+    )
     torch.testing.assert_close(only.probabilities, masked.probabilities)
-    assert torch.allclose(both.probabilities.sum(1), torch.ones(4), atol=1e-5) and both.probabilities.isfinite().all()
+    assert (
+        torch.allclose(both.probabilities.sum(1), torch.ones(4), atol=1e-5)
+        and both.probabilities.isfinite().all()
+    )
     if name != "unimodal":
         assert not torch.equal(both.probabilities, only.probabilities)
     if both.weights is not None:
@@ -71,34 +98,61 @@ def test_training_starts_from_the_models_of_the_budget_stage(npz, tmp_path, monk
     """From that stage's own first model, only where it trained one, and again after a stop."""
     seen = []
     original = METHODS["iibalance"].initialise
-    monkeypatch.setattr(METHODS["iibalance"], "initialise", lambda self, model, folds: (seen.append((model, folds)), original(self, model, folds))[1])
+    monkeypatch.setattr(
+        METHODS["iibalance"],
+        "initialise",
+        lambda self, model, folds: (seen.append((model, folds)), original(self, model, folds))[1],
+    )
 
     def run(name, resume=False, budgets=BudgetConfig(epochs=2)):
-        options = config(npz, tmp_path / name, "iibalance", method_options={"warm_start": 1.0}, budgets=budgets)
-        options.epochs, options.training.learning_rate = 1, 1e-30  # what it starts from is what it ends with
+        options = config(
+            npz, tmp_path / name, "iibalance", method_options={"warm_start": 1.0}, budgets=budgets
+        )
+        options.epochs, options.training.learning_rate = (
+            1,
+            1e-30,
+        )  # what it starts from is what it ends with
         train(options, resume=resume)
         return iibalance.load(tmp_path / name)
 
     model = run("whole")
-    (_, folds), = seen
+    ((_, folds),) = seen
     assert len(folds) == 3 and folds[0].modalities == ("a", "b")
     for m in range(2):
-        assert torch.equal(next(model.encoders[m].parameters()), next(folds[0].encoders[m].parameters()))
-        assert not torch.equal(next(model.encoders[m].parameters()), next(folds[1].encoders[m].parameters()))
+        assert torch.equal(
+            next(model.encoders[m].parameters()), next(folds[0].encoders[m].parameters())
+        )
+        assert not torch.equal(
+            next(model.encoders[m].parameters()), next(folds[1].encoders[m].parameters())
+        )
     run("probe", budgets=BudgetConfig(source="probe"))
     assert len(seen) == 1
-    monkeypatch.setattr(stages.Run, "train_joint", lambda self, budgets: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        stages.Run, "train_joint", lambda self, budgets: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         run("stopped")
     monkeypatch.undo()
     resumed = run("stopped", resume=True)
-    assert all(torch.equal(value, other) for value, other in zip(model.state_dict().values(), resumed.state_dict().values()))
+    assert all(
+        torch.equal(value, other)
+        for value, other in zip(model.state_dict().values(), resumed.state_dict().values())
+    )
 
 
 def test_method_options_reach_the_method_and_wrong_ones_are_refused(npz, tmp_path):
-    weak, strong = (train(config(npz, tmp_path / str(alpha), "agm", method_options={"alpha": alpha}))["test"]["nll"] for alpha in (0.0, 3.0))
+    weak, strong = (
+        train(config(npz, tmp_path / str(alpha), "agm", method_options={"alpha": alpha}))["test"][
+            "nll"
+        ]
+        for alpha in (0.0, 3.0)
+    )
     assert weak != strong
-    for options, message in (({"beta": 1.0}, "agm has no parameter 'beta'; it has alpha"), ({"alpha": -1.0}, "alpha is -1.0"), ({"alpha": "x"}, "alpha is 'x'")):
+    for options, message in (
+        ({"beta": 1.0}, "agm has no parameter 'beta'; it has alpha"),
+        ({"alpha": -1.0}, "alpha is -1.0"),
+        ({"alpha": "x"}, "alpha is 'x'"),
+    ):
         with pytest.raises(InputError, match=message):
             train(config(npz, tmp_path / "wrong", "agm", method_options=options))
     assert not (tmp_path / "wrong").exists()
@@ -107,10 +161,18 @@ def test_method_options_reach_the_method_and_wrong_ones_are_refused(npz, tmp_pat
 def test_a_step_of_several_micro_batches_is_modulated_once(npz, tmp_path, monkeypatch):
     """On the whole gradient: what is changed after the first micro-batch would be changed again after the second."""
     kind, before = METHODS["ogm_ge"], []
-    monkeypatch.setattr(kind, "coefficients", staticmethod(lambda scores, alpha: torch.zeros(2)))  # the encoders' gradients become 0
+    monkeypatch.setattr(
+        kind, "coefficients", staticmethod(lambda scores, alpha: torch.zeros(2))
+    )  # the encoders' gradients become 0
     original = torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: (before.append([v.grad.abs().max() for g in self.param_groups for v in g["params"]]),
-                                                                          original(self, *a, **k))[1])
+    monkeypatch.setattr(
+        torch.optim.AdamW,
+        "step",
+        lambda self, *a, **k: (
+            before.append([v.grad.abs().max() for g in self.param_groups for v in g["params"]]),
+            original(self, *a, **k),
+        )[1],
+    )
     calls = []
     after = kind.after_backward
     monkeypatch.setattr(kind, "after_backward", lambda *a: (calls.append(1), after(*a))[1])
@@ -118,15 +180,24 @@ def test_a_step_of_several_micro_batches_is_modulated_once(npz, tmp_path, monkey
     options.epochs, options.training.gradient_accumulation = 1, 2
     train(options)
     assert len(calls) == len(before) > 1
-    assert all(gradients[0] == 0 and gradients[-1] > 0 for gradients in before)  # an encoder's, the head's
+    assert all(
+        gradients[0] == 0 and gradients[-1] > 0 for gradients in before
+    )  # an encoder's, the head's
 
 
 def test_encoders_whose_size_no_linear_layer_tells(npz, tmp_path):
-    encoders = {"a": lambda: torch.nn.Sequential(torch.nn.Unflatten(1, (1, 6)), torch.nn.Conv1d(1, 2, 3), torch.nn.Flatten()), "b": torch.nn.Identity}
+    encoders = {
+        "a": lambda: torch.nn.Sequential(
+            torch.nn.Unflatten(1, (1, 6)), torch.nn.Conv1d(1, 2, 3), torch.nn.Flatten()
+        ),
+        "b": torch.nn.Identity,
+    }
     options = config(npz, tmp_path / "run", "iibalance")
     options.training.alone = True
     metrics = train(options, encoders=encoders)
-    assert metrics["test"]["modalities"]["b"]["accuracy"] > 0.5 and iibalance.load(tmp_path / "run", encoders=encoders).head.embedding_dims == {"a": 8, "b": 5}
+    assert metrics["test"]["modalities"]["b"]["accuracy"] > 0.5 and iibalance.load(
+        tmp_path / "run", encoders=encoders
+    ).head.embedding_dims == {"a": 8, "b": 5}
 
 
 def test_two_modalities_are_two(tmp_path):
@@ -142,8 +213,12 @@ def test_step_takes_each_groups_rate_in_a_loop_of_ones_own():
     method = iibalance.make_method("mslr", window=1)
     model = method.build({"x": torch.nn.Linear(4, 6), "y": torch.nn.Linear(3, 5)}, num_classes=3)
     optimizer = torch.optim.SGD(method.parameter_groups(model), lr=0.1)
-    method.after_epoch({"epoch": 1, "validation.accuracy.x": 0.4, "validation.accuracy.y": 0.4}, optimizer)
-    optimizer.param_groups[0]["scale"] = 0.25  # as after_epoch leaves it for a modality that falls behind
+    method.after_epoch(
+        {"epoch": 1, "validation.accuracy.x": 0.4, "validation.accuracy.y": 0.4}, optimizer
+    )
+    optimizer.param_groups[0]["scale"] = (
+        0.25  # as after_epoch leaves it for a modality that falls behind
+    )
     batch = Batch({"x": torch.randn(8, 4), "y": torch.randn(8, 3)}, torch.arange(8) % 3, None)
     before = [next(encoder.parameters()).detach().clone() for encoder in model.encoders]
     model(batch.inputs, batch.targets).loss.backward()
@@ -160,11 +235,18 @@ def test_own_loop_with_hooks_called_one_by_one_equals_step():
     for by_hand in (False, True):
         torch.manual_seed(0)
         method = iibalance.make_method("mmpareto")
-        model = method.build({"x": torch.nn.Linear(4, 6), "y": torch.nn.Linear(3, 5), "z": torch.nn.Linear(2, 4)}, num_classes=3)
+        model = method.build(
+            {"x": torch.nn.Linear(4, 6), "y": torch.nn.Linear(3, 5), "z": torch.nn.Linear(2, 4)},
+            num_classes=3,
+        )
         optimizer = torch.optim.SGD(method.parameter_groups(model), lr=0.1)
         from iibalance.data.dataset import Batch
 
-        batch = Batch({"x": torch.randn(8, 4), "y": torch.randn(8, 3), "z": torch.randn(8, 2)}, torch.arange(8) % 3, None)
+        batch = Batch(
+            {"x": torch.randn(8, 4), "y": torch.randn(8, 3), "z": torch.randn(8, 2)},
+            torch.arange(8) % 3,
+            None,
+        )
         for _ in range(3):
             if by_hand:
                 output = model(batch.inputs, batch.targets, progress=0.5)

@@ -1,4 +1,5 @@
 """Each method's fusion and calibration on a toy problem where the right answer is known; their training runs elsewhere."""
+
 import copy
 import math
 import re
@@ -13,13 +14,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from iibalance.budgets import Budgets
-from iibalance.nn.calibration import collect
 from iibalance.config import RunConfig
-from iibalance.data.dataset import Split
 from iibalance.data.corruption import corrupt
+from iibalance.data.dataset import Split
 from iibalance.errors import InputError
 from iibalance.methods import METHODS, Method, make_method
 from iibalance.methods.concat import ConcatHead
+from iibalance.nn.calibration import collect
 from iibalance.nn.model import MultimodalClassifier
 from iibalance.temperature import fit_temperature
 
@@ -31,10 +32,17 @@ def draw(count=600, seed=0, classes=4, missing=0.0):
     generator = torch.Generator().manual_seed(seed)
     targets = torch.randint(classes, (count,), generator=generator)
     sharpness = {"weak": 1.0, "strong": 2.0}
-    inputs = {name: s * F.one_hot(targets, 5).float() + torch.randn(count, 5, generator=generator) for name, s in sharpness.items()}
+    inputs = {
+        name: s * F.one_hot(targets, 5).float() + torch.randn(count, 5, generator=generator)
+        for name, s in sharpness.items()
+    }
     mask = torch.rand(count, 2, generator=generator) >= missing
     mask[~mask.any(1), 0] = True
-    return Split({name: values * mask[:, m, None] for m, (name, values) in enumerate(inputs.items())}, targets, mask)
+    return Split(
+        {name: values * mask[:, m, None] for m, (name, values) in enumerate(inputs.items())},
+        targets,
+        mask,
+    )
 
 
 def classifier_for(sharpness, scale, classes=4):
@@ -54,11 +62,15 @@ def ready(name, scales=(3.0, 0.5)):
         alone[m] = MultimodalClassifier({m: nn.Linear(5, 5)}, 4)
         nn.init.eye_(alone[m].encoders[0].weight)
         nn.init.zeros_(alone[m].encoders[0].bias)
-        alone[m].head.classifiers[0].load_state_dict(classifier_for(sharpness, scales[index]).state_dict())
+        alone[m].head.classifiers[0].load_state_dict(
+            classifier_for(sharpness, scales[index]).state_dict()
+        )
         if method.joint:
             model.encoders[index].load_state_dict(alone[m].encoders[0].state_dict())
             if hasattr(model.head, "classifiers"):
-                model.head.classifiers[index].load_state_dict(alone[m].head.classifiers[0].state_dict())
+                model.head.classifiers[index].load_state_dict(
+                    alone[m].head.classifiers[0].state_dict()
+                )
     method.assemble(model, alone)
     return method, model, alone
 
@@ -86,16 +98,24 @@ def test_the_registry():
 def test_every_joint_method_learns_and_every_head_fuses(name):
     torch.manual_seed(0)
     method = make_method(name, RunConfig())
-    model = MultimodalClassifier({m: nn.Linear(5, 8) for m in DIMS}, head=method.head(dict.fromkeys(DIMS, 8), 4))
+    model = MultimodalClassifier(
+        {m: nn.Linear(5, 8) for m in DIMS}, head=method.head(dict.fromkeys(DIMS, 8), 4)
+    )
     split = draw(missing=0.2)
     if method.joint:
         optimizer, losses = torch.optim.Adam(model.parameters(), lr=0.03), []
         for step in range(40):
             method.before_epoch(model, split, step / 40)
-            out = method.step(model, optimizer, split.__getitems__(range(len(split))), progress=step / 40)
-            losses.append(nll(out.logits, split))  # not the loss: its prototype terms come in with time
+            out = method.step(
+                model, optimizer, split.__getitems__(range(len(split))), progress=step / 40
+            )
+            losses.append(
+                nll(out.logits, split)
+            )  # not the loss: its prototype terms come in with time
         assert losses[-1] < 0.7 * losses[0]
-        assert (fused(model, draw(seed=5)).logits.argmax(1) == draw(seed=5).targets).float().mean() > 0.75
+        assert (
+            fused(model, draw(seed=5)).logits.argmax(1) == draw(seed=5).targets
+        ).float().mean() > 0.75
     assert fused(model, split).logits.shape == (600, 4)
 
 
@@ -103,14 +123,22 @@ def test_every_joint_method_learns_and_every_head_fuses(name):
 def test_calibration_lowers_the_nll_of_new_samples_and_leaves_encoders_and_classifiers_alone(name):
     method, model, _ = ready(name, (8.0, 8.0) if name in ("greedy", "qmf") else (3.0, 0.5))
     if hasattr(model.head, "classifier"):
-        model.head.classifier.weight.data.copy_(3.0 * torch.cat([torch.eye(5)[:4], 2 * torch.eye(5)[:4]], 1))
+        model.head.classifier.weight.data.copy_(
+            3.0 * torch.cat([torch.eye(5)[:4], 2 * torch.eye(5)[:4]], 1)
+        )
         nn.init.zeros_(model.head.classifier.bias)
-    weights = {key: value.clone() for key, value in model.state_dict().items() if key.startswith("encoders") or ".classifier" in key}
+    weights = {
+        key: value.clone()
+        for key, value in model.state_dict().items()
+        if key.startswith("encoders") or ".classifier" in key
+    }
     train, validation, test = draw(seed=1), draw(300, seed=2, missing=0.2), draw(seed=3)
     before = nll(fused(model, test).logits, test)
     method.calibrate(model, train, validation, None, 0)
     assert nll(fused(model, test).logits, test) < before - 0.02
-    assert weights and all(torch.equal(model.state_dict()[key], value) for key, value in weights.items())
+    assert weights and all(
+        torch.equal(model.state_dict()[key], value) for key, value in weights.items()
+    )
 
 
 # -- sum
@@ -121,13 +149,22 @@ def test_sum_trains_the_summed_logits_alone_and_has_one_temperature():
     split, validation, test = draw(missing=0.3), draw(seed=2), draw(seed=3)
     model.train()
     out = model(split.inputs, split.targets, mask=split.mask)
-    total = sum(c(split.inputs[m]).masked_fill(~split.mask[:, i, None], 0) for i, (m, c) in enumerate(zip(DIMS, model.head.classifiers)))
-    assert method.loss(out, model, split.batch(), 1.0).item() == pytest.approx(nll(total, split), rel=1e-5)
+    total = sum(
+        c(split.inputs[m]).masked_fill(~split.mask[:, i, None], 0)
+        for i, (m, c) in enumerate(zip(DIMS, model.head.classifiers))
+    )
+    assert method.loss(out, model, split.batch(), 1.0).item() == pytest.approx(
+        nll(total, split), rel=1e-5
+    )
     before = fused(model, test).logits
-    torch.testing.assert_close(before, sum(c(test.inputs[m]) for m, c in zip(DIMS, model.head.classifiers)))
+    torch.testing.assert_close(
+        before, sum(c(test.inputs[m]) for m, c in zip(DIMS, model.head.classifiers))
+    )
     temperature = fit_temperature(fused(model, validation).logits, validation.targets)
     method.calibrate(model, split, validation, None, 0)
-    torch.testing.assert_close(fused(model, test).logits, before / temperature, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        fused(model, test).logits, before / temperature, atol=1e-5, rtol=1e-5
+    )
     assert abs(math.log(temperature)) > 0.1
 
 
@@ -141,10 +178,14 @@ def test_ensemble_is_the_sum_of_separately_calibrated_models():
     method.calibrate(model, draw(seed=1), validation, None, 0)
     expected = 0
     for m, part in alone.items():
-        temperature = fit_temperature(part.eval()({m: validation.inputs[m]}).logits.detach(), validation.targets)
+        temperature = fit_temperature(
+            part.eval()({m: validation.inputs[m]}).logits.detach(), validation.targets
+        )
         expected = expected + part({m: test.inputs[m]}).logits / temperature
     torch.testing.assert_close(fused(model, test).logits, expected, atol=1e-5, rtol=1e-5)
-    assert model.head.gate.temperature.tolist() == pytest.approx([3.0, 0.5], rel=0.2)  # what they had been made too sure by
+    assert model.head.gate.temperature.tolist() == pytest.approx(
+        [3.0, 0.5], rel=0.2
+    )  # what they had been made too sure by
 
 
 def test_ensemble_calibrates_each_modality_where_it_is_present():
@@ -169,7 +210,9 @@ def test_unimodal_predicts_what_its_best_modality_predicts(scales):
     method.calibrate(model, draw(seed=1), validation, None, 0)
     out = fused(model, test)
     strong = alone["strong"].eval()({"strong": test.inputs["strong"]}).logits
-    temperature = fit_temperature(alone["strong"]({"strong": validation.inputs["strong"]}).logits.detach(), validation.targets)
+    temperature = fit_temperature(
+        alone["strong"]({"strong": validation.inputs["strong"]}).logits.detach(), validation.targets
+    )
     torch.testing.assert_close(out.logits, strong / temperature, atol=1e-5, rtol=1e-5)
     assert out.weights.tolist() == [[pytest.approx(0, abs=1e-20), 1.0]] * 600
     assert torch.equal(out.logits.argmax(1), strong.argmax(1))
@@ -182,7 +225,9 @@ def test_unimodal_falls_back_where_its_best_modality_is_missing():
     test.mask[:100, 1] = False
     out = fused(model, test)
     weak = alone["weak"].eval()({"weak": test.inputs["weak"]}).logits
-    temperature = fit_temperature(alone["weak"]({"weak": validation.inputs["weak"]}).logits.detach(), validation.targets)
+    temperature = fit_temperature(
+        alone["weak"]({"weak": validation.inputs["weak"]}).logits.detach(), validation.targets
+    )
     torch.testing.assert_close(out.logits[:100], (weak / temperature)[:100], atol=1e-5, rtol=1e-5)
     assert out.weights[:100].tolist() == [[1.0, 0.0]] * 100 and (out.weights[100:, 1] == 1).all()
 
@@ -192,9 +237,17 @@ def test_unimodal_ranks_three():
     names = ["noise", "weak", "strong"]
     base, validation = draw(seed=3), draw(seed=2)
     more = lambda split, seed: Split(
-        {"noise": torch.randn(600, 5, generator=torch.Generator().manual_seed(seed)), **split.inputs}, split.targets, torch.ones(600, 3, dtype=torch.bool))
+        {
+            "noise": torch.randn(600, 5, generator=torch.Generator().manual_seed(seed)),
+            **split.inputs,
+        },
+        split.targets,
+        torch.ones(600, 3, dtype=torch.bool),
+    )
     test, validation = more(base, 8), more(validation, 9)
-    model = MultimodalClassifier({m: nn.Linear(5, 5) for m in names}, head=method.head(dict.fromkeys(names, 5), 4))
+    model = MultimodalClassifier(
+        {m: nn.Linear(5, 5) for m in names}, head=method.head(dict.fromkeys(names, 5), 4)
+    )
     for index, sharpness in enumerate((1.0, 1.0, 2.0)):
         nn.init.eye_(model.encoders[index].weight)
         nn.init.zeros_(model.encoders[index].bias)
@@ -221,7 +274,9 @@ def test_concat_is_one_linear_layer_on_what_is_there():
     assert not split.mask.all() and head.fuse(z, split.mask).weights is None
 
 
-@pytest.mark.parametrize(("classes", "kept"), [(4, [0, 1, 2, 3]), (2, [0, 1]), (4, [0, 2, 3]), (4, [1, 3])])
+@pytest.mark.parametrize(
+    ("classes", "kept"), [(4, [0, 1, 2, 3]), (2, [0, 1]), (4, [0, 2, 3]), (4, [1, 3])]
+)
 def test_probes_are_scikit_learns_logistic_regression(classes, kept):
     """Also where one modality never shows some classes in training, and with two classes, for which scikit-learn keeps one row."""
     split = draw(500, classes=classes)
@@ -232,7 +287,9 @@ def test_probes_are_scikit_learns_logistic_regression(classes, kept):
     test = [3 + 10 * values for values in draw(200, seed=4, classes=classes).inputs.values()]
     for m, probe in enumerate(head.fuse(test).modality_logits):
         rows = split.mask[:, m]
-        reference = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(z[m][rows].numpy(), split.targets[rows].numpy())
+        reference = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(
+            z[m][rows].numpy(), split.targets[rows].numpy()
+        )
         expected = np.full((200, classes), 0.0)
         expected[:, reference.classes_] = reference.predict_proba(test[m].numpy())
         np.testing.assert_allclose(probe.softmax(-1).detach().numpy(), expected, atol=2e-3)
@@ -245,8 +302,15 @@ def test_concat_calibrates_one_temperature_and_fits_its_probes():
     train, validation, test = draw(seed=1), draw(seed=2), draw(seed=3)
     before, held = fused(model, test).logits, fused(model, validation).logits
     method.calibrate(model, train, validation, None, 0)
-    torch.testing.assert_close(fused(model, test).logits, before / fit_temperature(held, validation.targets), atol=1e-5, rtol=1e-4)
-    accuracies = [(out.argmax(1) == test.targets).float().mean() for out in fused(model, test).modality_logits]
+    torch.testing.assert_close(
+        fused(model, test).logits,
+        before / fit_temperature(held, validation.targets),
+        atol=1e-5,
+        rtol=1e-4,
+    )
+    accuracies = [
+        (out.argmax(1) == test.targets).float().mean() for out in fused(model, test).modality_logits
+    ]
     assert 0.4 < accuracies[0] < accuracies[1] and accuracies[1] > 0.75
 
 
@@ -255,11 +319,28 @@ def test_concat_calibrates_one_temperature_and_fits_its_probes():
 
 def test_iibalance_takes_its_options_from_the_configuration():
     config = RunConfig()
-    config.objective.alpha, config.objective.beta, config.objective.momentum, config.objective.temperature = 0.3, 0.7, 0.5, 0.4
-    config.objective.fused_weight, config.objective.warmup, config.objective.ramp, config.calibration.hidden = 0.25, 0.2, 0.1, 3
+    (
+        config.objective.alpha,
+        config.objective.beta,
+        config.objective.momentum,
+        config.objective.temperature,
+    ) = 0.3, 0.7, 0.5, 0.4
+    (
+        config.objective.fused_weight,
+        config.objective.warmup,
+        config.objective.ramp,
+        config.calibration.hidden,
+    ) = 0.25, 0.2, 0.1, 3
     head = make_method("iibalance", config).head(DIMS, 4)
     o = head.objective
-    assert (o.alpha, o.beta, o.temperature, o.fused_weight, o.warmup, o.ramp) == (0.3, 0.7, 0.4, 0.25, 0.2, 0.1)
+    assert (o.alpha, o.beta, o.temperature, o.fused_weight, o.warmup, o.ramp) == (
+        0.3,
+        0.7,
+        0.4,
+        0.25,
+        0.2,
+        0.1,
+    )
     assert head.prototypes.momentum == 0.5 and head.gate.hidden == 3
 
 
@@ -267,11 +348,14 @@ def test_iibalance_passes_budgets_on():
     method, model, _ = ready("iibalance")
     assert method.needs_budgets and method.joint
     method.set_budgets(model, Budgets.given({"weak": 0.2, "strong": 0.6}))
-    assert model.head.budgets.tolist() == pytest.approx([0.2, 0.6]) and model.head.log_prior.exp().tolist() == pytest.approx([0.25, 0.75])
+    assert model.head.budgets.tolist() == pytest.approx(
+        [0.2, 0.6]
+    ) and model.head.log_prior.exp().tolist() == pytest.approx([0.25, 0.75])
 
 
 def trained_and_new(name="iibalance", **options):
     """A method, two "trained" fold models, a new model and a copy of its weights; encoders with batch statistics."""
+
     def model():
         encoders = {m: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)) for m in DIMS}
         return MultimodalClassifier(encoders, head=method.head(dict.fromkeys(DIMS, 6), 4))
@@ -288,26 +372,63 @@ def trained_and_new(name="iibalance", **options):
     return method, folds, new, {key: value.clone() for key, value in new.state_dict().items()}
 
 
-@pytest.mark.parametrize(("name", "options", "share"), [("iibalance", {}, 0.5), ("iibalance", {"warm_start": 0.25}, 0.25), ("iibalance", {"warm_start": 1}, 1.0)])
+@pytest.mark.parametrize(
+    ("name", "options", "share"),
+    [
+        ("iibalance", {}, 0.5),
+        ("iibalance", {"warm_start": 0.25}, 0.25),
+        ("iibalance", {"warm_start": 1}, 1.0),
+    ],
+)
 def test_the_warm_start_is_between_the_first_folds_weights_and_new_ones(name, options, share):
     method, folds, model, new = trained_and_new(name, **options)
     method.set_budgets(model, Budgets.given({"weak": 0.2, "strong": 0.6}))
     method.initialise(model, folds)
     now, trained = model.state_dict(), folds[0].state_dict()
-    blended = [f"encoders.{m}.0.weight" for m in range(2)] + [f"head.classifiers.{m}.weight" for m in range(2)]
+    blended = [f"encoders.{m}.0.weight" for m in range(2)] + [
+        f"head.classifiers.{m}.weight" for m in range(2)
+    ]
     for key in blended:
         torch.testing.assert_close(now[key], share * trained[key] + (1 - share) * new[key])
-    taken = [f"encoders.{m}.{part}" for m in range(2) for part in ("0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked")]
-    taken += [f"head.{part}" for m in range(2) for part in (f"classifiers.{m}.bias", f"prototypes.prototypes_{m}", f"prototypes.counts_{m}")]
+    taken = [
+        f"encoders.{m}.{part}"
+        for m in range(2)
+        for part in (
+            "0.bias",
+            "1.weight",
+            "1.bias",
+            "1.running_mean",
+            "1.running_var",
+            "1.num_batches_tracked",
+        )
+    ]
+    taken += [
+        f"head.{part}"
+        for m in range(2)
+        for part in (
+            f"classifiers.{m}.bias",
+            f"prototypes.prototypes_{m}",
+            f"prototypes.counts_{m}",
+        )
+    ]
     for key in taken:
-        assert torch.equal(now[key], trained[key]) and (share == 1 or not torch.equal(now[key], new[key])), key
+        assert torch.equal(now[key], trained[key]) and (
+            share == 1 or not torch.equal(now[key], new[key])
+        ), key
     assert model.head.budgets.tolist() == pytest.approx([0.2, 0.6])  # not the fold's
     rest = set(now) - {*blended, *taken, "head.budgets", "head.log_prior"}
-    assert all(torch.equal(now[key], new[key]) for key in rest) and all(key.startswith(("head.gate", "head.prototypes.usual", "head.prototypes.spread")) for key in rest)
+    assert all(torch.equal(now[key], new[key]) for key in rest) and all(
+        key.startswith(("head.gate", "head.prototypes.usual", "head.prototypes.spread"))
+        for key in rest
+    )
 
 
 def test_without_warm_start_all_weights_are_new():
-    for name, options in (("iibalance_no_warm_start", {}), ("iibalance", {"warm_start": 0}), ("ensemble", {})):
+    for name, options in (
+        ("iibalance_no_warm_start", {}),
+        ("iibalance", {"warm_start": 0}),
+        ("ensemble", {}),
+    ):
         method, folds, model, new = trained_and_new(name, **options)
         method.initialise(model, folds)
         assert all(torch.equal(value, new[key]) for key, value in model.state_dict().items())
@@ -322,12 +443,21 @@ def test_a_warm_start_is_a_share():
 def test_no_prototypes_means_none_in_the_budget_stage_either():
     config = RunConfig()
     config.objective.alpha = 0.7
-    assert make_method("iibalance", config).budget_alpha == make_method("iibalance_no_alignment", config).budget_alpha == 0.7
-    assert make_method("iibalance_no_prototypes", config).budget_alpha == make_method("ensemble_gated", config).budget_alpha == 0
+    assert (
+        make_method("iibalance", config).budget_alpha
+        == make_method("iibalance_no_alignment", config).budget_alpha
+        == 0.7
+    )
+    assert (
+        make_method("iibalance_no_prototypes", config).budget_alpha
+        == make_method("ensemble_gated", config).budget_alpha
+        == 0
+    )
 
 
 def test_the_warm_start_blends_what_is_learned_once_and_takes_the_rest():
     """Tied weights, frozen weights, buffers, and a head of another kind."""
+
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -343,31 +473,50 @@ def test_the_warm_start_blends_what_is_learned_once_and_takes_the_rest():
     class Deep(METHODS["iibalance"]):
         def head(self, embedding_dims, num_classes):
             head = super().head(embedding_dims, num_classes)
-            head.classifiers = nn.ModuleList(nn.Sequential(nn.Linear(6, 7), nn.Linear(7, num_classes)) for _ in embedding_dims)
+            head.classifiers = nn.ModuleList(
+                nn.Sequential(nn.Linear(6, 7), nn.Linear(7, num_classes)) for _ in embedding_dims
+            )
             return head
 
     for kind in (METHODS["iibalance"], Deep):
         plain, method = make_method("iibalance"), kind(RunConfig())
-        fold, model = (MultimodalClassifier({m: Tied() for m in DIMS}, head=part.head(dict.fromkeys(DIMS, 6), 4)) for part in (plain, method))
+        fold, model = (
+            MultimodalClassifier(
+                {m: Tied() for m in DIMS}, head=part.head(dict.fromkeys(DIMS, 6), 4)
+            )
+            for part in (plain, method)
+        )
         new = {key: value.clone() for key, value in model.state_dict().items()}
         method.initialise(model, [fold])
         encoder, trained = model.encoders[1], fold.encoders[1]
-        torch.testing.assert_close(encoder.first.weight, (trained.first.weight + new["encoders.1.first.weight"]) / 2)
+        torch.testing.assert_close(
+            encoder.first.weight, (trained.first.weight + new["encoders.1.first.weight"]) / 2
+        )
         assert encoder.second.weight is encoder.first.weight
-        assert torch.equal(encoder.frozen, trained.frozen) and torch.equal(encoder.frequencies, trained.frequencies)
+        assert torch.equal(encoder.frozen, trained.frozen) and torch.equal(
+            encoder.frequencies, trained.frequencies
+        )
         if kind is Deep:
-            assert all(torch.equal(model.state_dict()[key], new[key]) for key in new if ".classifiers." in key)
+            assert all(
+                torch.equal(model.state_dict()[key], new[key])
+                for key in new
+                if ".classifiers." in key
+            )
 
 
 def test_each_modality_keeps_its_own_epoch():
     names = [f"m{index}" for index in range(12)]  # index 1 is not index 11
     method = make_method("iibalance", RunConfig())
-    model = MultimodalClassifier({name: nn.Linear(2, 3) for name in names}, head=method.head(dict.fromkeys(names, 3), 2))
+    model = MultimodalClassifier(
+        {name: nn.Linear(2, 3) for name in names}, head=method.head(dict.fromkeys(names, 3), 2)
+    )
     groups = method.groups(model)
     for key in model.state_dict():
         owners = [column for pattern, column in groups.items() if re.match(pattern, key)]
         index = re.search(r"encoders\.(\d+)\.|classifiers\.(\d+)\.|prototypes\.\w+_(\d+)$", key)
-        expected = [] if index is None else [f"validation.nll.m{next(filter(None, index.groups()))}"]
+        expected = (
+            [] if index is None else [f"validation.nll.m{next(filter(None, index.groups()))}"]
+        )
         assert owners == expected, key
     assert list(make_method("qmf", RunConfig()).groups(model).values()) == ["validation.nll"]
 
@@ -380,29 +529,56 @@ def terms(model, split):
     z = model.embed(split.inputs)
     logits = [classifier(values) for classifier, values in zip(model.head.classifiers, z)]
     budgets, temperature = model.head.budgets, model.head.objective.temperature
-    log_q = [(-(1 - F.normalize(values, dim=1) @ F.normalize(p, dim=1).T) * 2 / temperature).log_softmax(1) for values, p in zip(z, model.head.prototypes.prototypes)]
+    log_q = [
+        (-(1 - F.normalize(values, dim=1) @ F.normalize(p, dim=1).T) * 2 / temperature).log_softmax(
+            1
+        )
+        for values, p in zip(z, model.head.prototypes.prototypes)
+    ]
     anchor = int(budgets.argmax())
     right = [values.gather(1, split.targets[:, None]).exp().squeeze(1) for values in log_q]
-    align = sum(((budgets[m] / budgets[anchor] * right[anchor] - right[m]).clamp_min(0).detach()
-                 * (log_q[anchor].detach().exp() * (log_q[anchor].detach() - log_q[m])).sum(1)).mean() for m in range(len(z)) if m != anchor)
-    return sum(nll(values, split) for values in logits), nll(sum(logits), split), sum(nll(values, split) for values in log_q), align.item()
+    align = sum(
+        (
+            (budgets[m] / budgets[anchor] * right[anchor] - right[m]).clamp_min(0).detach()
+            * (log_q[anchor].detach().exp() * (log_q[anchor].detach() - log_q[m])).sum(1)
+        ).mean()
+        for m in range(len(z))
+        if m != anchor
+    )
+    return (
+        sum(nll(values, split) for values in logits),
+        nll(sum(logits), split),
+        sum(nll(values, split) for values in log_q),
+        align.item(),
+    )
 
 
-@pytest.mark.parametrize(("name", "alpha", "beta"), [("iibalance", 0.7, 1.5), ("iibalance_no_alignment", 0.7, 0.0), ("iibalance_no_prototypes", 0.0, 0.0),
-                                                     ("iibalance_no_gate", 0.7, 1.5)])
+@pytest.mark.parametrize(
+    ("name", "alpha", "beta"),
+    [
+        ("iibalance", 0.7, 1.5),
+        ("iibalance_no_alignment", 0.7, 0.0),
+        ("iibalance_no_prototypes", 0.0, 0.0),
+        ("iibalance_no_gate", 0.7, 1.5),
+    ],
+)
 def test_the_loss_of_the_whole_and_of_what_is_left_of_it(name, alpha, beta):
     config = RunConfig()
     config.objective.alpha, config.objective.beta, config.objective.fused_weight = 0.7, 1.5, 0.4
     torch.manual_seed(0)
     method = make_method(name, config)
-    model = MultimodalClassifier({m: nn.Linear(5, 6) for m in DIMS}, head=method.head(dict.fromkeys(DIMS, 6), 4))
+    model = MultimodalClassifier(
+        {m: nn.Linear(5, 6) for m in DIMS}, head=method.head(dict.fromkeys(DIMS, 6), 4)
+    )
     method.set_budgets(model, Budgets.given({"weak": 0.3, "strong": 0.6}))
     split = draw(40)
     model.train()
     model(split.inputs, split.targets)  # prototypes
     unimodal, fused_loss, contrastive, alignment = terms(model, split)
     out = model(split.inputs, split.targets, progress=1.0)
-    assert method.loss(out, model, split.batch(), 1.0).item() == pytest.approx(unimodal + 0.4 * fused_loss + alpha * contrastive + beta * alignment, rel=1e-4)
+    assert method.loss(out, model, split.batch(), 1.0).item() == pytest.approx(
+        unimodal + 0.4 * fused_loss + alpha * contrastive + beta * alignment, rel=1e-4
+    )
     assert contrastive > 0.1 and alignment > 1e-3
 
 
@@ -410,9 +586,24 @@ def test_the_loss_of_the_whole_and_of_what_is_left_of_it(name, alpha, beta):
 def gates():
     """Each gate's fusion of noisy test samples with some modalities missing, fitted on the same model."""
     train, validation, test = draw(seed=1), draw(400, seed=2), draw(500, seed=3, missing=0.2)
-    noisy = Split(*corrupt(test.batch(), "strong", "noise", fraction=0.5, strength=4.0, generator=torch.Generator().manual_seed(0)))
+    noisy = Split(
+        *corrupt(
+            test.batch(),
+            "strong",
+            "noise",
+            fraction=0.5,
+            strength=4.0,
+            generator=torch.Generator().manual_seed(0),
+        )
+    )
     found = {}
-    for name in ("iibalance", "iibalance_no_prior", "iibalance_no_prototypes", "iibalance_no_gate", "iibalance_fixed_gate"):
+    for name in (
+        "iibalance",
+        "iibalance_no_prior",
+        "iibalance_no_prototypes",
+        "iibalance_no_gate",
+        "iibalance_fixed_gate",
+    ):
         method, model, _ = ready(name)
         model.train()
         model(train.inputs, train.targets)
@@ -426,18 +617,24 @@ def test_no_gate_weighs_all_that_is_present_alike(gates):
     noisy, found = gates
     model, out = found["iibalance_no_gate"]
     torch.testing.assert_close(out.weights, noisy.mask / noisy.mask.sum(1, keepdim=True).float())
-    assert model.head.gate.temperature.tolist() == pytest.approx([3.0, 0.5], rel=0.25)  # what the heads had been made too sure by
+    assert model.head.gate.temperature.tolist() == pytest.approx(
+        [3.0, 0.5], rel=0.25
+    )  # what the heads had been made too sure by
 
 
 def test_a_fixed_gates_weights_are_the_prior_over_what_is_present(gates):
     noisy, found = gates
     prior = torch.tensor([0.25, 0.75]) * noisy.mask
-    torch.testing.assert_close(found["iibalance_fixed_gate"][1].weights, prior / prior.sum(1, keepdim=True))
+    torch.testing.assert_close(
+        found["iibalance_fixed_gate"][1].weights, prior / prior.sum(1, keepdim=True)
+    )
 
 
 def test_without_prior_its_strength_is_not_fitted_but_0(monkeypatch):
     asked = []
-    monkeypatch.setattr("iibalance.methods.iibalance.calibrate", lambda *arguments, **fixed: asked.append(fixed))
+    monkeypatch.setattr(
+        "iibalance.methods.iibalance.calibrate", lambda *arguments, **fixed: asked.append(fixed)
+    )
     for name in ("iibalance", "iibalance_no_prior"):
         method, model, _ = ready(name)
         method.calibrate(model, draw(), draw(50), None, 0)
@@ -461,7 +658,10 @@ def test_without_prior_the_budgets_do_not_enter_and_with_it_they_may(gates):
         others(head)
         head.gate.prior_strength.fill_(1.0)
 
-    assert moved(gates, "iibalance_no_prior", others) == 0 and moved(gates, "iibalance", others_that_count) > 0.1
+    assert (
+        moved(gates, "iibalance_no_prior", others) == 0
+        and moved(gates, "iibalance", others_that_count) > 0.1
+    )
 
 
 def test_without_prototypes_the_gate_does_not_look_at_them(gates):
@@ -473,8 +673,13 @@ def test_without_prototypes_the_gate_does_not_look_at_them(gates):
         head.prototypes.usual.sub_(3.0)  # everything is unusual
 
     for name in ("iibalance", "iibalance_no_prototypes"):
-        assert (found[name][1].weights[noisy.mask.all(1)].std(0) > 0.01).all()  # weights of each sample's own
-    assert moved(gates, "iibalance_no_prototypes", others) == 0 and moved(gates, "iibalance", others) > 0.1
+        assert (
+            found[name][1].weights[noisy.mask.all(1)].std(0) > 0.01
+        ).all()  # weights of each sample's own
+    assert (
+        moved(gates, "iibalance_no_prototypes", others) == 0
+        and moved(gates, "iibalance", others) > 0.1
+    )
 
 
 def test_after_calibration_a_noisy_modality_loses_its_say():
@@ -486,11 +691,16 @@ def test_after_calibration_a_noisy_modality_loses_its_say():
     method.set_budgets(model, Budgets.given({"weak": 0.3, "strong": 0.6}))
     method.calibrate(model, train, validation, None, 0)
     generator = torch.Generator().manual_seed(0)
-    noisy = Split(*corrupt(test.batch(), "strong", "noise", fraction=1.0, strength=4.0, generator=generator))
+    noisy = Split(
+        *corrupt(test.batch(), "strong", "noise", fraction=1.0, strength=4.0, generator=generator)
+    )
     clean, degraded = fused(model, test), fused(model, noisy)
     assert nll(degraded.logits, noisy) < nll(fused(before, noisy).logits, noisy) - 0.1
     assert nll(clean.logits, test) < nll(fused(before, test).logits, test)
-    own = [fit_temperature(logits.detach(), validation.targets) for logits in model.head.heads(model.embed(validation.inputs))]
+    own = [
+        fit_temperature(logits.detach(), validation.targets)
+        for logits in model.head.heads(model.embed(validation.inputs))
+    ]
     assert model.head.gate.own_temperature.tolist() == pytest.approx(own, rel=1e-4)
 
 
@@ -509,9 +719,13 @@ def test_what_the_gate_is_calibrated_on():
         torch.testing.assert_close(held.logits[m][held.clean], logits)
         assert not held.logits[m][~held.mask[:, m]].any()
     assert torch.equal(held.mask[held.clean], split.mask) and held.mask.any(1).all()
-    assert held.weight[held.clean].sum().item() == 100 and held.weight[~held.clean].sum().item() == pytest.approx(100 * config.corrupted_weight)
+    assert held.weight[held.clean].sum().item() == 100 and held.weight[
+        ~held.clean
+    ].sum().item() == pytest.approx(100 * config.corrupted_weight)
     copies = held.logits[1][~held.clean].view(config.copies, 100, 4)
-    assert ((copies - held.logits[1][held.clean]).abs().amax(2) > 1e-4).float().mean() > 0.2  # some corrupted in this modality
+    assert (
+        (copies - held.logits[1][held.clean]).abs().amax(2) > 1e-4
+    ).float().mean() > 0.2  # some corrupted in this modality
     assert not torch.equal(collect(model, split, config, seed=6).mask, held.mask)
 
 
@@ -523,7 +737,12 @@ def test_gradients_are_clipped_group_by_group():
 
     def parameters():
         generator = torch.Generator().manual_seed(0)
-        values = [nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(7))]
+        values = [
+            nn.Parameter(torch.zeros(3, 4)),
+            nn.Parameter(torch.zeros(5)),
+            nn.Parameter(torch.zeros(2, 2)),
+            nn.Parameter(torch.zeros(7)),
+        ]
         for value, scale in zip(values, (10.0, 0.1, 0.01, 1.0)):
             value.grad = scale * torch.randn(value.shape, generator=generator)
         values[3].grad = None
@@ -535,13 +754,18 @@ def test_gradients_are_clipped_group_by_group():
         nn.utils.clip_grad_norm_(group, 1.0)
     for one, other in zip(ours[:3], theirs):
         torch.testing.assert_close(one.grad, other.grad)
-    assert ours[3].grad is None and ours[0].grad.norm() < 1.0001 and torch.equal(ours[2].grad, parameters()[2].grad)
+    assert (
+        ours[3].grad is None
+        and ours[0].grad.norm() < 1.0001
+        and torch.equal(ours[2].grad, parameters()[2].grad)
+    )
 
 
 @pytest.mark.parametrize("limit, moved", [(0.0, 20.0), (1.0, 1.0), (100.0, 20.0)])
 def test_a_step_of_ones_own_loop_clips_where_it_is_asked_to(limit, moved):
     class Steep(Method):
         """The loss 20 times one weight: its gradient is as long as that."""
+
         name = "steep"
 
         def loss(self, output, model, batch, progress):
@@ -550,5 +774,10 @@ def test_a_step_of_ones_own_loop_clips_where_it_is_asked_to(limit, moved):
     model = MultimodalClassifier({m: nn.Linear(5, 5) for m in DIMS}, 4)
     before = model.encoders[0].weight[0, 0].item()
     split = draw(count=8)
-    Steep(RunConfig()).step(model, torch.optim.SGD(model.parameters(), lr=1.0), split.__getitems__(range(8)), max_gradient_norm=limit)
+    Steep(RunConfig()).step(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        split.__getitems__(range(8)),
+        max_gradient_norm=limit,
+    )
     assert before - model.encoders[0].weight[0, 0].item() == pytest.approx(moved, rel=1e-5)

@@ -1,15 +1,29 @@
 """The built-in encoders: every layout learns what it should be able to see, and reads its axes as they are."""
+
 import pytest
 import torch
 from torch import nn
 
-from iibalance.nn.encoders import ImageEncoder, SequenceEncoder, VectorEncoder, VideoEncoder, build_encoder
 from iibalance.errors import InputError
+from iibalance.nn.encoders import (
+    ImageEncoder,
+    SequenceEncoder,
+    VectorEncoder,
+    VideoEncoder,
+    build_encoder,
+)
 from iibalance.nn.model import MultimodalClassifier
 
 SHAPES = {
-    (20,): VectorEncoder, (30, 7): SequenceEncoder, (24, 6, 3): SequenceEncoder, (16, 16): ImageEncoder, (3, 16, 12): ImageEncoder,
-    (16, 16, 3): ImageEncoder, (6, 12, 16): VideoEncoder, (6, 3, 12, 16): VideoEncoder, (6, 12, 16, 3): VideoEncoder,
+    (20,): VectorEncoder,
+    (30, 7): SequenceEncoder,
+    (24, 6, 3): SequenceEncoder,
+    (16, 16): ImageEncoder,
+    (3, 16, 12): ImageEncoder,
+    (16, 16, 3): ImageEncoder,
+    (6, 12, 16): VideoEncoder,
+    (6, 3, 12, 16): VideoEncoder,
+    (6, 12, 16, 3): VideoEncoder,
 }
 
 
@@ -34,14 +48,19 @@ def test_every_layout_trains_every_parameter(shape):
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
     for name, touched in moved.items():
-        assert touched.float().mean() > 0.5, name  # a ReLU may be dead for this batch; a layer may not
+        assert touched.float().mean() > 0.5, (
+            name
+        )  # a ReLU may be dead for this batch; a layer may not
 
 
-@pytest.mark.parametrize(("first", "last", "axes"), [
-    ((3, 16, 16), (16, 16, 3), (0, 2, 3, 1)),
-    ((1, 20, 20), (20, 20, 1), (0, 2, 3, 1)),
-    ((6, 3, 12, 16), (6, 12, 16, 3), (0, 1, 3, 4, 2)),
-])
+@pytest.mark.parametrize(
+    ("first", "last", "axes"),
+    [
+        ((3, 16, 16), (16, 16, 3), (0, 2, 3, 1)),
+        ((1, 20, 20), (20, 20, 1), (0, 2, 3, 1)),
+        ((6, 3, 12, 16), (6, 12, 16, 3), (0, 1, 3, 4, 2)),
+    ],
+)
 def test_channels_last_is_channels_first_on_the_same_weights(first, last, axes):
     torch.manual_seed(0)
     one, two = build_encoder(first, width=8).eval(), build_encoder(last, width=8).eval()
@@ -55,15 +74,22 @@ def test_channels_last_is_channels_first_on_the_same_weights(first, last, axes):
 def test_a_missing_channel_axis_is_one_channel(shape, layout):
     torch.manual_seed(0)
     encoder = build_encoder(shape, width=8, layout=layout).eval()
-    channel = build_encoder((1, *shape) if layout == "image" else (shape[0], 1, *shape[1:]), width=8, layout=layout).eval()
+    channel = build_encoder(
+        (1, *shape) if layout == "image" else (shape[0], 1, *shape[1:]), width=8, layout=layout
+    ).eval()
     channel.load_state_dict(encoder.state_dict())
     x = torch.randn(3, *shape)
-    torch.testing.assert_close(channel(x.unsqueeze(1 if layout == "image" else 2)), encoder(x), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        channel(x.unsqueeze(1 if layout == "image" else 2)), encoder(x), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_skeletons_are_flattened_frame_by_frame():
     torch.manual_seed(0)
-    joints, flat = build_encoder((24, 6, 3), width=8).eval(), build_encoder((24, 18), width=8).eval()
+    joints, flat = (
+        build_encoder((24, 6, 3), width=8).eval(),
+        build_encoder((24, 18), width=8).eval(),
+    )
     flat.load_state_dict(joints.state_dict())
     x = torch.randn(2, 24, 6, 3)
     torch.testing.assert_close(joints(x), flat(x.reshape(2, 24, 18)))
@@ -84,7 +110,11 @@ def test_a_sequence_tells_early_from_late_and_a_video_forwards_from_backwards():
         assert (encoder(x) - encoder(x.flip(1))).abs().max() > 1e-3, shape
 
 
-@pytest.mark.parametrize("shape", [(1,), (1, 2), (2, 5), (5, 4), (1, 6, 6), (1, 5, 5, 1), (2, 1, 7, 9), (3, 8, 9)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(1,), (1, 2), (2, 5), (5, 4), (1, 6, 6), (1, 5, 5, 1), (2, 1, 7, 9), (3, 8, 9)],
+    ids=str,
+)
 def test_small_samples(shape):
     """One frame, one feature, a few pixels: nothing is pooled away."""
     layout = "video" if len(shape) == 4 or shape == (3, 8, 9) else None
@@ -96,7 +126,10 @@ def test_small_samples(shape):
 @pytest.mark.parametrize("width", [1, 2, 3])
 def test_narrow_widths(width):
     for shape in SHAPES:
-        assert build_encoder(shape, width=width, embedding_dim=3)(torch.randn(2, *shape)).shape == (2, 3)
+        assert build_encoder(shape, width=width, embedding_dim=3)(torch.randn(2, *shape)).shape == (
+            2,
+            3,
+        )
 
 
 def test_dropout_acts_in_training_only():
@@ -109,23 +142,29 @@ def test_dropout_acts_in_training_only():
 
 
 def test_the_embedding_size_can_be_read_off():
-    encoders = {f"m{index}": build_encoder(shape, embedding_dim=10 + index, width=4) for index, shape in enumerate(SHAPES)}
+    encoders = {
+        f"m{index}": build_encoder(shape, embedding_dim=10 + index, width=4)
+        for index, shape in enumerate(SHAPES)
+    }
     model = MultimodalClassifier(encoders, 3)
     assert list(model.head.embedding_dims.values()) == [10 + index for index in range(len(SHAPES))]
     inputs = {f"m{index}": torch.randn(2, *shape) for index, shape in enumerate(SHAPES)}
     assert model(inputs, torch.tensor([0, 2])).loss.isfinite()
 
 
-@pytest.mark.parametrize(("shape", "layout", "message"), [
-    ((8,), "audio", "layout: 'audio' is none of vector, sequence, image, video"),
-    ((8,), "image", r"layout: 'image' does not fit samples of shape \(8,\)"),
-    ((8, 8), "video", "layout: 'video' does not fit"),
-    ((2, 8, 8, 3), "image", "layout: 'image' does not fit"),
-    ((), None, "holds nothing to encode"),
-    ((5, 0), None, "holds nothing to encode"),
-    ((3, 9, 4), None, "can be read in more than one way"),
-    ((2, 2, 2, 2, 2), None, "can be read in more than one way"),
-])
+@pytest.mark.parametrize(
+    ("shape", "layout", "message"),
+    [
+        ((8,), "audio", "layout: 'audio' is none of vector, sequence, image, video"),
+        ((8,), "image", r"layout: 'image' does not fit samples of shape \(8,\)"),
+        ((8, 8), "video", "layout: 'video' does not fit"),
+        ((2, 8, 8, 3), "image", "layout: 'image' does not fit"),
+        ((), None, "holds nothing to encode"),
+        ((5, 0), None, "holds nothing to encode"),
+        ((3, 9, 4), None, "can be read in more than one way"),
+        ((2, 2, 2, 2, 2), None, "can be read in more than one way"),
+    ],
+)
 def test_shapes_and_layouts_that_do_not_fit(shape, layout, message):
     with pytest.raises(InputError, match=message):
         build_encoder(shape, layout=layout)

@@ -1,4 +1,5 @@
 """What the gate means, whatever its formula: neutral before calibration, better after it, and never in the hands of what is missing or corrupted."""
+
 import math
 
 import pytest
@@ -23,7 +24,9 @@ def bayes(count=4000, scales=(1.0, 1.0), seed=0, classes=4):
     targets = torch.randint(classes, (count,), generator=generator)
     logits = []
     for scale, sharpness in zip(scales, (1.2, 0.9)):
-        x = sharpness * F.one_hot(targets, classes) + torch.randn(count, classes, generator=generator)  # log p(x | k) = sharpness x_k + constant
+        x = sharpness * F.one_hot(targets, classes) + torch.randn(
+            count, classes, generator=generator
+        )  # log p(x | k) = sharpness x_k + constant
         logits.append(scale * sharpness * x)
     return targets, logits
 
@@ -57,7 +60,10 @@ def test_neutral_is_the_sum_of_the_available_logits(hidden, count):
     mask = torch.rand(20, count, generator=generator) < 0.6
     mask[~mask.any(1), 0] = True
     gate = Gate([f"m{index}" for index in range(count)], hidden=hidden)
-    surprise, log_prior = torch.rand(20, count, generator=generator), torch.rand(count, generator=generator).log()
+    surprise, log_prior = (
+        torch.rand(20, count, generator=generator),
+        torch.rand(count, generator=generator).log(),
+    )
     for given, there in ((None, torch.ones(20, count, dtype=torch.bool)), (mask, mask)):
         out = gate(logits, log_prior, surprise, given)
         expected = sum(values * there[:, m, None] for m, values in enumerate(logits))
@@ -75,7 +81,10 @@ def test_a_masked_modality_has_no_say(hidden):
     out = gate(logits, LOG_PRIOR, surprise, mask)
     assert not out.weights[~mask].any() and (out.weights[mask] > 0).all()
     torch.testing.assert_close(out.weights.sum(1), torch.ones(300))
-    dirty = [values.masked_fill(~mask[:, m, None], fill) for m, (values, fill) in enumerate(zip(logits, (math.nan, 1e30)))]
+    dirty = [
+        values.masked_fill(~mask[:, m, None], fill)
+        for m, (values, fill) in enumerate(zip(logits, (math.nan, 1e30)))
+    ]
     other = gate(dirty, LOG_PRIOR, surprise.masked_fill(~mask, math.nan), mask)
     assert torch.equal(other.logits, out.logits) and torch.equal(other.weights, out.weights)
 
@@ -134,7 +143,9 @@ def test_fit_recovers_the_temperatures_of_scaled_logits(scales):
     targets, logits = bayes(scales=scales)
     gate = Gate(NAMES)
     gate.fit(logits, targets, fit_gating=False)
-    assert (gate.temperature[0] / gate.temperature[1]).item() == pytest.approx(scales[0] / scales[1], rel=0.15)
+    assert (gate.temperature[0] / gate.temperature[1]).item() == pytest.approx(
+        scales[0] / scales[1], rel=0.15
+    )
     test, held = bayes(seed=9, scales=scales)
     oracle = F.cross_entropy(held[0] / scales[0] + held[1] / scales[1], test).item()
     assert nll(gate, test, held) == pytest.approx(oracle, abs=0.005)
@@ -148,7 +159,10 @@ def test_fit_lowers_the_nll_of_new_samples_and_says_which_it_reached(hidden):
     gate = Gate(NAMES, hidden=hidden)
     before = nll(gate, targets, logits, LOG_PRIOR, surprise)
     final = gate.fit(logits, targets, log_prior=LOG_PRIOR, surprise=surprise)
-    assert final == pytest.approx(nll(gate, targets, logits, LOG_PRIOR, surprise), abs=1e-4) and final < before - 0.1
+    assert (
+        final == pytest.approx(nll(gate, targets, logits, LOG_PRIOR, surprise), abs=1e-4)
+        and final < before - 0.1
+    )
     test, held, far, _ = corrupted(seed=5)
     assert nll(gate, test, held, LOG_PRIOR, far) < nll(Gate(NAMES), test, held) - 0.1
 
@@ -161,7 +175,10 @@ def test_a_corrupted_modality_loses_its_weight_to_surprise():
     test, held, far, kind = corrupted(seed=5)
     weights = gate(held, None, far).weights
     for m in (0, 1):
-        assert weights[kind == m + 1, m].mean() < 0.5 * weights[kind == 0, m].mean() and weights[kind == m + 1, m].mean() < 0.25
+        assert (
+            weights[kind == m + 1, m].mean() < 0.5 * weights[kind == 0, m].mean()
+            and weights[kind == m + 1, m].mean() < 0.25
+        )
     right = lambda fused: (fused.logits.argmax(1) == test)[kind > 0].float().mean().item()
     assert right(gate(held, None, far)) > max(right(Gate(NAMES)(held)), right(blind(held))) + 0.05
 
@@ -190,7 +207,9 @@ def test_five_samples_leave_the_gate_close_to_neutral():
         for prior_scale, values in excess.items():
             gate = Gate(NAMES, hidden=0)
             try:
-                gate.fit(logits, targets, log_prior=LOG_PRIOR, surprise=surprise, prior_scale=prior_scale)
+                gate.fit(
+                    logits, targets, log_prior=LOG_PRIOR, surprise=surprise, prior_scale=prior_scale
+                )
                 values.append(nll(gate, test, held, LOG_PRIOR, typical) - neutral)
             except ValueError:
                 values.append(math.inf)
@@ -210,7 +229,9 @@ def test_a_narrow_prior_stays_neutral_but_for_the_temperatures():
     wide.fit(logits, targets, surprise=surprise)
     narrow.fit(logits, targets, surprise=surprise, prior_scale=1e-4)
     assert narrow.surprise_weight.abs().max() < 0.01 < 0.3 < wide.surprise_weight.abs().max()
-    assert torch.equal(narrow.log_temperature, wide.log_temperature) and narrow.log_temperature.any()
+    assert (
+        torch.equal(narrow.log_temperature, wide.log_temperature) and narrow.log_temperature.any()
+    )
 
 
 def test_temperatures_calibrate_each_modality_by_itself_on_clean_rows():
@@ -218,7 +239,9 @@ def test_temperatures_calibrate_each_modality_by_itself_on_clean_rows():
     gate = Gate(NAMES)
     gate.fit(logits, targets, surprise=surprise, clean=kind == 0)
     rows = kind == 0
-    assert gate.temperature.tolist() == pytest.approx([fit_temperature(values[rows], targets[rows]) for values in logits], rel=1e-5)
+    assert gate.temperature.tolist() == pytest.approx(
+        [fit_temperature(values[rows], targets[rows]) for values in logits], rel=1e-5
+    )
     kept = torch.tensor([0.5, 2.0])
     gate.fit(logits, targets, surprise=surprise, temperature=kept)
     torch.testing.assert_close(gate.temperature, kept)
@@ -238,9 +261,18 @@ def test_the_scale_moves_towards_new_samples_by_as_much_as_they_weigh():
 def test_a_kept_prior_strength_is_kept():
     targets, logits, surprise, _ = corrupted(300)
     gate = Gate(NAMES)
-    gate.fit(logits, targets, surprise=surprise, log_prior=LOG_PRIOR, fit_gating=False, prior_strength=1.0)
+    gate.fit(
+        logits,
+        targets,
+        surprise=surprise,
+        log_prior=LOG_PRIOR,
+        fit_gating=False,
+        prior_strength=1.0,
+    )
     assert gate.prior_strength == 1.0 and not gate.surprise_weight.any()
-    torch.testing.assert_close(gate(logits, LOG_PRIOR, surprise).weights[0], torch.tensor([0.7, 0.3]))
+    torch.testing.assert_close(
+        gate(logits, LOG_PRIOR, surprise).weights[0], torch.tensor([0.7, 0.3])
+    )
 
 
 def test_a_weight_counts_like_copies():
@@ -250,7 +282,12 @@ def test_a_weight_counts_like_copies():
     rows = torch.arange(200).repeat_interleave(weight.long())
     ones = torch.ones(2)
     weighted.fit(logits, targets, surprise=surprise, sample_weight=weight, temperature=ones)
-    copied.fit([values[rows] for values in logits], targets[rows], surprise=surprise[rows], temperature=ones)
+    copied.fit(
+        [values[rows] for values in logits],
+        targets[rows],
+        surprise=surprise[rows],
+        temperature=ones,
+    )
     torch.testing.assert_close(all_values(weighted), all_values(copied), atol=2e-3, rtol=1e-2)
     plain = Gate(NAMES, hidden=0)
     plain.fit(logits, targets, surprise=surprise, temperature=ones)
@@ -261,7 +298,12 @@ def test_only_temperatures_and_scale_without_gating():
     targets, logits, surprise, _ = corrupted(300)
     gate = Gate(NAMES)
     gate.fit(logits, targets, surprise=surprise, log_prior=LOG_PRIOR, fit_gating=False)
-    assert not gate.uncertainty_weight.any() and not gate.surprise_weight.any() and not gate.prior_strength.any() and gate.log_temperature.any()
+    assert (
+        not gate.uncertainty_weight.any()
+        and not gate.surprise_weight.any()
+        and not gate.prior_strength.any()
+        and gate.log_temperature.any()
+    )
 
 
 def test_a_fit_that_fails_changes_nothing():

@@ -1,4 +1,5 @@
 """The prototype bank against a loop written for a reader, in one process and in two."""
+
 import socket
 
 import pytest
@@ -18,8 +19,12 @@ def batches(count=4, size=12, classes=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
     result = []
     for number in range(count):
-        embeddings = {name: torch.randn(size, dim, generator=generator) * 3 for name, dim in DIMS.items()}
-        targets = torch.randint(0, 2 if number < count // 2 else classes - 1, (size,), generator=generator)  # the last class never occurs
+        embeddings = {
+            name: torch.randn(size, dim, generator=generator) * 3 for name, dim in DIMS.items()
+        }
+        targets = torch.randint(
+            0, 2 if number < count // 2 else classes - 1, (size,), generator=generator
+        )  # the last class never occurs
         targets[torch.rand(size, generator=generator) < 0.2] = -100
         result.append((embeddings, targets, torch.rand(size, 2, generator=generator) < 0.7))
     return result
@@ -33,12 +38,18 @@ def by_loop(steps, classes=4, momentum=0.9, cosine=True):
     for embeddings, targets, mask in steps:
         for column, name in enumerate(DIMS):
             for k in range(classes):
-                rows = [unit(embeddings[name][i].double()) for i in range(len(targets)) if targets[i] == k and mask[i, column]]
+                rows = [
+                    unit(embeddings[name][i].double())
+                    for i in range(len(targets))
+                    if targets[i] == k and mask[i, column]
+                ]
                 if not rows:
                     continue
                 mean = sum(rows) / len(rows)
                 old = prototypes[name][k]
-                prototypes[name][k] = unit(mean if old is None else momentum * old + (1 - momentum) * mean)
+                prototypes[name][k] = unit(
+                    mean if old is None else momentum * old + (1 - momentum) * mean
+                )
                 counts[name][k] += len(rows)
     return prototypes, counts
 
@@ -48,8 +59,12 @@ def assert_same(bank, prototypes, counts):
         assert bank.counts[index].tolist() == counts[name]
         assert bank.seen[index].tolist() == [count > 0 for count in counts[name]]
         for k, expected in enumerate(prototypes[name]):
-            expected = torch.zeros(DIMS[name], dtype=torch.float64) if expected is None else expected
-            torch.testing.assert_close(bank.prototypes[index][k].double(), expected, atol=2e-5, rtol=1e-5)  # a mean near 0 magnifies float32
+            expected = (
+                torch.zeros(DIMS[name], dtype=torch.float64) if expected is None else expected
+            )
+            torch.testing.assert_close(
+                bank.prototypes[index][k].double(), expected, atol=2e-5, rtol=1e-5
+            )  # a mean near 0 magnifies float32
 
 
 @pytest.mark.parametrize("metric", ["cosine", "sqeuclidean"])
@@ -90,7 +105,9 @@ def test_a_mask_of_ones_is_no_mask_and_a_list_is_a_dict():
     one, two = PrototypeBank(DIMS, 4), PrototypeBank(DIMS, 4)
     one.update(embeddings, targets)
     two.update(list(embeddings.values()), targets, torch.ones(len(targets), 2, dtype=torch.bool))
-    assert all(torch.equal(a, b) for a, b in zip(one.prototypes, two.prototypes)) and torch.equal(one.counts, two.counts)
+    assert all(torch.equal(a, b) for a, b in zip(one.prototypes, two.prototypes)) and torch.equal(
+        one.counts, two.counts
+    )
 
 
 def test_another_ignore_index():
@@ -106,8 +123,14 @@ def test_nearest_is_the_distance_to_the_closest_class_seen():
     embeddings = batches(1, seed=9)[0][0]
     for index, name in enumerate(DIMS):
         for row, value in enumerate(embeddings[name]):
-            cosines = [torch.cosine_similarity(value, p, 0) for p, seen in zip(bank.prototypes[index], bank.seen[index]) if seen]
-            assert bank.nearest(embeddings)[row, index] == pytest.approx(2 - 2 * max(map(float, cosines)), abs=1e-5)
+            cosines = [
+                torch.cosine_similarity(value, p, 0)
+                for p, seen in zip(bank.prototypes[index], bank.seen[index])
+                if seen
+            ]
+            assert bank.nearest(embeddings)[row, index] == pytest.approx(
+                2 - 2 * max(map(float, cosines)), abs=1e-5
+            )
 
 
 def test_nearest_of_a_bank_that_has_seen_nothing_is_no_surprise():
@@ -121,7 +144,9 @@ def test_the_bank_is_saved_and_loaded_with_the_model():
     other = PrototypeBank(DIMS, 4)
     other.load_state_dict(bank.state_dict())
     assert not list(bank.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(bank.prototypes, other.prototypes)) and torch.equal(bank.counts, other.counts)
+    assert all(
+        torch.equal(a, b) for a, b in zip(bank.prototypes, other.prototypes)
+    ) and torch.equal(bank.counts, other.counts)
     step = batches(1, seed=5)[0]
     bank.update(*step)
     other.update(*step)  # goes on as the first would have
@@ -137,7 +162,9 @@ def test_prototypes_stay_float32_under_half_precision(dtype):
     expected.update({name: values.float() for name, values in half.items()}, targets, mask)
     for a, b in zip(bank.prototypes, expected.prototypes):
         assert a.dtype == torch.float32
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)  # the sums are not taken in half precision
+        torch.testing.assert_close(
+            a, b, atol=1e-6, rtol=1e-5
+        )  # the sums are not taken in half precision
 
 
 def test_the_update_takes_no_part_in_the_gradient():
@@ -158,7 +185,9 @@ def test_a_head_moves_them_in_training_only():
     head.fuse(second)
     head.eval()
     head(second, targets)
-    assert all(torch.equal(value, before[key]) for key, value in head.prototypes.state_dict().items())
+    assert all(
+        torch.equal(value, before[key]) for key, value in head.prototypes.state_dict().items()
+    )
     head.train()
     head(second, targets)
     assert not torch.equal(head.prototypes.prototypes_0, before["prototypes_0"])
@@ -171,17 +200,27 @@ def test_momentum_out_of_range(momentum):
 
 
 def test_embeddings_under_the_wrong_names():
-    with pytest.raises(ValueError, match="embeddings: expected the modalities audio, visual, got audio, text"):
-        PrototypeBank(DIMS, 4).update({"audio": torch.zeros(1, 5), "text": torch.zeros(1, 3)}, torch.tensor([0]))
+    with pytest.raises(
+        ValueError, match="embeddings: expected the modalities audio, visual, got audio, text"
+    ):
+        PrototypeBank(DIMS, 4).update(
+            {"audio": torch.zeros(1, 5), "text": torch.zeros(1, 3)}, torch.tensor([0])
+        )
 
 
 def _rank(rank, world, port, path):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+    )
     try:
         bank = PrototypeBank(DIMS, 4)
         for embeddings, targets, mask in batches():
             share = slice(0, 4) if rank == 0 else slice(4, None)  # unequal halves
-            bank.update({name: values[share] for name, values in embeddings.items()}, targets[share], mask[share])
+            bank.update(
+                {name: values[share] for name, values in embeddings.items()},
+                targets[share],
+                mask[share],
+            )
         torch.save(bank.state_dict(), f"{path}/{rank}.pt")
     finally:
         dist.destroy_process_group()

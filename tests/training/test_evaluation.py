@@ -1,4 +1,5 @@
 """What is reported of a model, on models whose behaviour is known by construction."""
+
 import math
 
 import pytest
@@ -7,11 +8,11 @@ from torch import nn
 
 from iibalance.data.dataset import Split
 from iibalance.errors import InputError
-from iibalance.training.evaluation import degrade, evaluate
-from iibalance.nn.head import IIBalanceHead
 from iibalance.methods.concat import ConcatHead
 from iibalance.metrics import classification_metrics
+from iibalance.nn.head import IIBalanceHead
 from iibalance.nn.model import MultimodalClassifier
+from iibalance.training.evaluation import degrade, evaluate
 
 
 def one_hot_model(names, classes=4, sharpness=6.0):
@@ -28,7 +29,11 @@ def votes(said, classes=4):
 
 
 def split_of(inputs, targets, mask=None):
-    return Split(inputs, targets, torch.ones(len(targets), len(inputs), dtype=torch.bool) if mask is None else mask)
+    return Split(
+        inputs,
+        targets,
+        torch.ones(len(targets), len(inputs), dtype=torch.bool) if mask is None else mask,
+    )
 
 
 class TestEvaluate:
@@ -45,25 +50,40 @@ class TestEvaluate:
         noise = torch.randint(4, (400,), generator=torch.Generator().manual_seed(0))
         model = one_hot_model(["good", "noise"])
         model.head.classifiers[1].weight.data.mul_(0.1)  # a whisper: it never outvotes the other
-        metrics, _ = evaluate(model, split_of({"good": votes(self.targets), "noise": votes(noise)}, self.targets), majority=0)
+        metrics, _ = evaluate(
+            model,
+            split_of({"good": votes(self.targets), "noise": votes(noise)}, self.targets),
+            majority=0,
+        )
         assert abs(metrics["shapley"]["noise"]) < 0.03 and metrics["shapley"]["good"] > 0.7
 
     def test_shapley_by_hand_for_two_modalities(self):
-        a = torch.where(torch.arange(400) < 240, self.targets, (self.targets + 1) % 4)  # right in 240
-        b = torch.where(torch.arange(400) >= 200, self.targets, (self.targets + 2) % 4)  # right in 200
+        a = torch.where(
+            torch.arange(400) < 240, self.targets, (self.targets + 1) % 4
+        )  # right in 240
+        b = torch.where(
+            torch.arange(400) >= 200, self.targets, (self.targets + 2) % 4
+        )  # right in 200
         model = one_hot_model(["a", "b"])
         model.head.classifiers[1].weight.data.mul_(1.5)  # b wins where they differ
-        metrics, _ = evaluate(model, split_of({"a": votes(a), "b": votes(b)}, self.targets), majority=1)
+        metrics, _ = evaluate(
+            model, split_of({"a": votes(a), "b": votes(b)}, self.targets), majority=1
+        )
         empty, only_a, only_b, both = 0.25, 0.6, 0.5, 0.5
         assert metrics["accuracy"] == both
         assert metrics["shapley"]["a"] == pytest.approx(((only_a - empty) + (both - only_b)) / 2)
         assert metrics["shapley"]["b"] == pytest.approx(((only_b - empty) + (both - only_a)) / 2)
         without, _ = evaluate(model, split_of({"a": votes(a), "b": votes(b)}, self.targets))
-        assert sum(without["shapley"].values()) == pytest.approx(both)  # nothing known, nothing right
+        assert sum(without["shapley"].values()) == pytest.approx(
+            both
+        )  # nothing known, nothing right
 
     def test_every_number_of_the_fused_and_of_each_modalitys_prediction(self):
         generator = torch.Generator().manual_seed(0)
-        inputs = {name: votes(self.targets) + torch.randn(400, 4, generator=generator) for name in ("a", "b")}
+        inputs = {
+            name: votes(self.targets) + torch.randn(400, 4, generator=generator)
+            for name in ("a", "b")
+        }
         model = one_hot_model(["a", "b"], sharpness=1.0)
         model.head.gate.log_temperature.copy_(torch.tensor([0.2, -0.3]))
         model.head.gate.own_temperature.copy_(torch.tensor([1.5, 0.5]))
@@ -72,12 +92,21 @@ class TestEvaluate:
         expected = classification_metrics(fused.double().log_softmax(-1), self.targets)
         assert {key: metrics[key] for key in expected} == pytest.approx(expected, abs=1e-6)
         for name, temperature in (("a", 1.5), ("b", 0.5)):
-            expected = classification_metrics((inputs[name].double() / temperature).log_softmax(-1), self.targets)
-            assert {key: metrics["modalities"][name][key] for key in expected} == pytest.approx(expected, abs=1e-6)
+            expected = classification_metrics(
+                (inputs[name].double() / temperature).log_softmax(-1), self.targets
+            )
+            assert {key: metrics["modalities"][name][key] for key in expected} == pytest.approx(
+                expected, abs=1e-6
+            )
         assert set(reliability) == {"fused", "a", "b"}
-        assert metrics["modalities"]["a"]["utilisation"] == pytest.approx(metrics["modalities"]["a"]["accuracy"] / 0.9)
+        assert metrics["modalities"]["a"]["utilisation"] == pytest.approx(
+            metrics["modalities"]["a"]["accuracy"] / 0.9
+        )
         assert metrics["modalities"]["a"]["alone_accuracy"] == 0.9
-        assert metrics["modalities"]["b"]["utilisation"] is None and metrics["modalities"]["b"]["alone_accuracy"] is None
+        assert (
+            metrics["modalities"]["b"]["utilisation"] is None
+            and metrics["modalities"]["b"]["alone_accuracy"] is None
+        )
 
     def test_weights_are_the_mean_over_samples(self):
         mask = torch.ones(400, 2, dtype=torch.bool)
@@ -85,8 +114,13 @@ class TestEvaluate:
         model = one_hot_model(["a", "b"])
         model.head.set_budgets({"a": 0.75, "b": 0.25})
         model.head.gate.prior_strength.fill_(1.0)
-        metrics, _ = evaluate(model, split_of({"a": votes(self.targets), "b": votes(self.targets)}, self.targets, mask))
-        assert metrics["weights"] == pytest.approx({"a": 0.25 * 1 + 0.75 * 0.75, "b": 0.75 * 0.25}, abs=1e-6)
+        metrics, _ = evaluate(
+            model,
+            split_of({"a": votes(self.targets), "b": votes(self.targets)}, self.targets, mask),
+        )
+        assert metrics["weights"] == pytest.approx(
+            {"a": 0.25 * 1 + 0.75 * 0.75, "b": 0.75 * 0.25}, abs=1e-6
+        )
 
     def test_a_modality_is_judged_where_it_is_present(self):
         mask = torch.ones(400, 3, dtype=torch.bool)
@@ -94,7 +128,9 @@ class TestEvaluate:
         mask[:, 2] = False
         wrong = torch.where(torch.arange(400) < 200, self.targets, (self.targets + 1) % 4)
         inputs = {"a": votes(self.targets), "b": votes(wrong), "c": torch.zeros(400, 4)}
-        metrics, reliability = evaluate(one_hot_model(list(inputs)), split_of(inputs, self.targets, mask))
+        metrics, reliability = evaluate(
+            one_hot_model(list(inputs)), split_of(inputs, self.targets, mask)
+        )
         assert metrics["modalities"]["b"]["accuracy"] == 1.0  # its wrong half is masked
         assert metrics["modalities"]["c"] is None and "c" not in reliability
         assert metrics["accuracy"] == 1.0 and metrics["shapley"]["c"] == 0.0
@@ -102,26 +138,41 @@ class TestEvaluate:
     def test_where_a_subset_leaves_nothing_the_majority_is_predicted(self):
         mask = torch.ones(400, 2, dtype=torch.bool)
         mask[:200, 1] = False
-        metrics, _ = evaluate(one_hot_model(["a", "b"]), split_of({"a": votes(self.targets), "b": votes(self.targets)}, self.targets, mask), majority=0)
+        metrics, _ = evaluate(
+            one_hot_model(["a", "b"]),
+            split_of({"a": votes(self.targets), "b": votes(self.targets)}, self.targets, mask),
+            majority=0,
+        )
         empty, only_a, only_b, both = 0.25, 1.0, (50 + 200) / 400, 1.0
         assert metrics["shapley"]["b"] == pytest.approx(((only_b - empty) + (both - only_a)) / 2)
 
     def test_more_than_six_modalities_have_no_exact_shapley(self):
         names = [f"m{index}" for index in range(7)]
-        metrics, _ = evaluate(one_hot_model(names), split_of({name: votes(self.targets) for name in names}, self.targets))
+        metrics, _ = evaluate(
+            one_hot_model(names),
+            split_of({name: votes(self.targets) for name in names}, self.targets),
+        )
         assert metrics["shapley"] is None and metrics["accuracy"] == 1.0
 
     def test_a_head_without_weights(self):
-        model = MultimodalClassifier({"a": nn.Identity(), "b": nn.Identity()}, head=ConcatHead({"a": 4, "b": 4}, 4))
+        model = MultimodalClassifier(
+            {"a": nn.Identity(), "b": nn.Identity()}, head=ConcatHead({"a": 4, "b": 4}, 4)
+        )
         nn.init.zeros_(model.head.classifier.bias)
         model.head.classifier.weight.data.copy_(torch.cat([torch.eye(4), torch.zeros(4, 4)], 1))
-        metrics, _ = evaluate(model, split_of({"a": votes(self.targets), "b": votes(self.targets)}, self.targets), majority=0)
+        metrics, _ = evaluate(
+            model,
+            split_of({"a": votes(self.targets), "b": votes(self.targets)}, self.targets),
+            majority=0,
+        )
         assert metrics["weights"] is None and metrics["accuracy"] == 1.0
         assert metrics["shapley"]["a"] > 0.7 and abs(metrics["shapley"]["b"]) < 0.1
 
     def test_in_evaluation_mode_and_back(self):
         torch.manual_seed(0)
-        model = MultimodalClassifier({"a": nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5))}, 4).train()
+        model = MultimodalClassifier(
+            {"a": nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5))}, 4
+        ).train()
         split = split_of({"a": votes(self.targets)}, self.targets)
         assert evaluate(model, split)[0] == evaluate(model, split)[0]
         assert model.training
@@ -131,7 +182,10 @@ def real(count=200, seed=0):
     generator = torch.Generator().manual_seed(seed)
     mask = torch.ones(count, 2, dtype=torch.bool)
     mask[:20, 0] = False
-    inputs = {"a": torch.randn(count, 3, generator=generator), "b": torch.randn(count, 2, 2, generator=generator)}
+    inputs = {
+        "a": torch.randn(count, 3, generator=generator),
+        "b": torch.randn(count, 2, 2, generator=generator),
+    }
     inputs["a"][:20] = 0
     return Split(inputs, torch.arange(count) % 4, mask, torch.arange(count))
 
@@ -142,28 +196,55 @@ def test_degrade_touches_its_modality_in_its_share_of_the_samples(kind, fraction
     split = real()
     before = {name: values.clone() for name, values in split.inputs.items()}
     got = degrade(split, "a", kind, fraction=fraction, seed=3)
-    again, other = degrade(split, "a", kind, fraction=fraction, seed=3), degrade(split, "a", kind, fraction=fraction, seed=4)
+    again, other = (
+        degrade(split, "a", kind, fraction=fraction, seed=3),
+        degrade(split, "a", kind, fraction=fraction, seed=4),
+    )
     changed = (got.inputs["a"] != split.inputs["a"]).any(1)
-    assert changed.sum() == round(fraction * 180) and not changed[:20].any()  # of those that have it
-    assert torch.equal(got.inputs["b"], split.inputs["b"]) and torch.equal(got.targets, split.targets) and torch.equal(got.groups, split.groups)
+    assert (
+        changed.sum() == round(fraction * 180) and not changed[:20].any()
+    )  # of those that have it
+    assert (
+        torch.equal(got.inputs["b"], split.inputs["b"])
+        and torch.equal(got.targets, split.targets)
+        and torch.equal(got.groups, split.groups)
+    )
     expected = split.mask.clone()
     if kind == "missing":
         expected[changed, 0] = False
     assert torch.equal(got.mask, expected)
     assert torch.equal(got.inputs["a"], again.inputs["a"]) and torch.equal(got.mask, again.mask)
-    assert fraction == 0 or not torch.equal(got.inputs["a"], other.inputs["a"]) or kind == "missing" and fraction == 1
-    assert all(torch.equal(split.inputs[name], values) for name, values in before.items())  # the original stays
+    assert (
+        fraction == 0
+        or not torch.equal(got.inputs["a"], other.inputs["a"])
+        or kind == "missing"
+        and fraction == 1
+    )
+    assert all(
+        torch.equal(split.inputs[name], values) for name, values in before.items()
+    )  # the original stays
 
 
 def test_degrade_means_the_same_rows_whatever_the_kind_and_noise_of_its_strength():
     split = real(5000)
-    rows = [(degrade(split, "a", kind, seed=1).inputs["a"] != split.inputs["a"]).any(1) for kind in ("noise", "missing", "shuffled")]
+    rows = [
+        (degrade(split, "a", kind, seed=1).inputs["a"] != split.inputs["a"]).any(1)
+        for kind in ("noise", "missing", "shuffled")
+    ]
     assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
-    added = (degrade(split, "a", "noise", strength=2.5, seed=1).inputs["a"] - split.inputs["a"])[rows[0]]
+    added = (degrade(split, "a", "noise", strength=2.5, seed=1).inputs["a"] - split.inputs["a"])[
+        rows[0]
+    ]
     assert added.std().item() == pytest.approx(2.5, rel=0.05) and abs(added.mean()) < 0.1
 
 
-@pytest.mark.parametrize(("modality", "kind", "message"), [("c", "noise", "no modality 'c'; there are a, b"), ("a", "blur", "'blur' is none of noise, missing")])
+@pytest.mark.parametrize(
+    ("modality", "kind", "message"),
+    [
+        ("c", "noise", "no modality 'c'; there are a, b"),
+        ("a", "blur", "'blur' is none of noise, missing"),
+    ],
+)
 def test_degrade_knows_its_words(modality, kind, message):
     with pytest.raises(InputError, match=message):
         degrade(real(), modality, kind)

@@ -1,4 +1,5 @@
 """The report page: that it shows the numbers it was given, legibly, and leaves the importing program's matplotlib alone."""
+
 import itertools
 import math
 import os
@@ -19,8 +20,14 @@ from iibalance.metrics import classification_metrics, reliability_curve
 from iibalance.training.report import INK, PALETTE, report_figure, write_report
 
 SHORT = ["audio", "visual", "text", "depth", "imu", "eeg"]
-LONG = ["skeleton_joint_positions", "inertial_wrist_accelerometer", "depth_video_frontal", "near_infrared_thermal_camera_of_the_left_hand",
-        "electroencephalogram_alpha", "magnetoencephalographicsensors"]
+LONG = [
+    "skeleton_joint_positions",
+    "inertial_wrist_accelerometer",
+    "depth_video_frontal",
+    "near_infrared_thermal_camera_of_the_left_hand",
+    "electroencephalogram_alpha",
+    "magnetoencephalographicsensors",
+]
 HEADS = {"heads": True, "budgets": True}
 CONCAT = {"heads": False, "budgets": False}
 
@@ -29,11 +36,20 @@ def page(names, *, epochs=30, heads=True, budgets=True, best=None):
     """The arguments of ``report_figure`` for a made-up run, all numbers distinct."""
     share = np.array([0.78 * 0.7**i for i in range(len(names))])
     best = best or max(1, epochs // 2)
-    history = [{"epoch": epoch, "train.loss": 8 * math.exp(-epoch / 9) + 0.3, "validation.nll": 0.4 + 2.7 * math.exp(-epoch / 6),
-                "lambda": 1.0}
-               for epoch in range(1, epochs + 1)]
+    history = [
+        {
+            "epoch": epoch,
+            "train.loss": 8 * math.exp(-epoch / 9) + 0.3,
+            "validation.nll": 0.4 + 2.7 * math.exp(-epoch / 6),
+            "lambda": 1.0,
+        }
+        for epoch in range(1, epochs + 1)
+    ]
     for row in history if heads else ():
-        row |= {f"validation.nll.{name}": 0.6 + 0.3 * i + 2 * math.exp(-row["epoch"] / (5 + i)) for i, name in enumerate(names)}
+        row |= {
+            f"validation.nll.{name}": 0.6 + 0.3 * i + 2 * math.exp(-row["epoch"] / (5 + i))
+            for i, name in enumerate(names)
+        }
     generator = torch.Generator().manual_seed(0)
     reliability, ece = {}, {}
     for name in ["fused", *(names if heads else [])]:
@@ -41,21 +57,46 @@ def page(names, *, epochs=30, heads=True, budgets=True, best=None):
         targets = torch.where(torch.rand(300, generator=generator) < 0.6, logits.argmax(1), 0)
         reliability[name] = reliability_curve(logits.log_softmax(1), targets)
         ece[name] = classification_metrics(logits.log_softmax(1), targets)["ece"]
-    modalities = {name: {"alone_accuracy": 0.85 - 0.1 * i} | ({"accuracy": 0.83 - 0.11 * i, "ece": ece[name]} if heads else {})
-                  for i, name in enumerate(names)}
-    test = {"accuracy": 0.914, "macro_f1": 0.909, "nll": 0.281, "ece": ece["fused"], "brier": 0.131, "modalities": modalities,
-            "shapley": {name: 0.4 - 0.17 * i for i, name in enumerate(names)}}
+    modalities = {
+        name: {"alone_accuracy": 0.85 - 0.1 * i}
+        | ({"accuracy": 0.83 - 0.11 * i, "ece": ece[name]} if heads else {})
+        for i, name in enumerate(names)
+    }
+    test = {
+        "accuracy": 0.914,
+        "macro_f1": 0.909,
+        "nll": 0.281,
+        "ece": ece["fused"],
+        "brier": 0.131,
+        "modalities": modalities,
+        "shapley": {name: 0.4 - 0.17 * i for i, name in enumerate(names)},
+    }
     if budgets:
         test["weights"] = dict(zip(names, (share**0.6 / (share**0.6).sum()).tolist(), strict=True))
     metrics = {"method": "some", "best_epoch": best, "test": test}
-    return {"history": history, "metrics": metrics, "reliability": reliability, "title": "A run",
-            "budgets": {"modalities": names, "values": share.tolist(), "standard_errors": [0.01 + 0.01 * i for i in range(len(names))],
-                        "prior": (share / share.sum()).tolist(), "anchor": names[0]} if budgets else None}
+    return {
+        "history": history,
+        "metrics": metrics,
+        "reliability": reliability,
+        "title": "A run",
+        "budgets": {
+            "modalities": names,
+            "values": share.tolist(),
+            "standard_errors": [0.01 + 0.01 * i for i in range(len(names))],
+            "prior": (share / share.sum()).tolist(),
+            "anchor": names[0],
+        }
+        if budgets
+        else None,
+    }
 
 
 def cells(figure):
     """The four panels: (axes, texts of the legends)."""
-    return [(cell.axes[0], [text.get_text() for legend in cell.legends for text in legend.get_texts()]) for cell in figure.subfigs]
+    return [
+        (cell.axes[0], [text.get_text() for legend in cell.legends for text in legend.get_texts()])
+        for cell in figure.subfigs
+    ]
 
 
 def bars(axes):
@@ -75,21 +116,33 @@ def test_training_panel():
     for key in ("train.loss", "validation.nll", "validation.nll.audio", "validation.nll.visual"):
         line = drawn[tuple(row[key] for row in history)]
         assert list(line.get_xdata()) == [row["epoch"] for row in history]
-    assert legend == ["training loss", "validation NLL, fused", "chosen: epoch 7", "validation NLL, each head"]
+    assert legend == [
+        "training loss",
+        "validation NLL, fused",
+        "chosen: epoch 7",
+        "validation NLL, each head",
+    ]
     assert drawn[(history[6]["validation.nll"],)].get_xdata() == [7]
     assert axes.get_yscale() == "log" and axes.get_xlim()[0] > 0
     fused = drawn[tuple(row["validation.nll"] for row in history)]
-    assert fused.get_linewidth() > drawn[tuple(row["validation.nll.audio"] for row in history)].get_linewidth()
+    assert (
+        fused.get_linewidth()
+        > drawn[tuple(row["validation.nll.audio"] for row in history)].get_linewidth()
+    )
 
 
 def test_accuracy_panel():
     axes, legend = cells(report_figure(**page(SHORT[:2])))[1]
     widths = [91.4, 85.0, 83.0, 75.0, 72.0]
-    assert [width for width, _ in bars(axes)] == pytest.approx(widths) and notes(axes) == [f"{width:.1f}" for width in widths]
+    assert [width for width, _ in bars(axes)] == pytest.approx(widths) and notes(axes) == [
+        f"{width:.1f}" for width in widths
+    ]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["fused", "audio", "visual"]
     assert legend == ["trained alone", "its head in the joint model"]
     places = [patch.get_y() + patch.get_height() / 2 for patch in axes.patches]
-    assert list(axes.get_yticks()) == pytest.approx([places[0], sum(places[1:3]) / 2, sum(places[3:]) / 2])  # a name stands at its own bars
+    assert list(axes.get_yticks()) == pytest.approx(
+        [places[0], sum(places[1:3]) / 2, sum(places[3:]) / 2]
+    )  # a name stands at its own bars
 
 
 def test_budget_panel():
@@ -97,22 +150,42 @@ def test_budget_panel():
     axes, legend = cells(report_figure(**arguments))[2]
     budgets, weights = arguments["budgets"], arguments["metrics"]["test"]["weights"]
     assert [width for width, _ in bars(axes)] == pytest.approx(budgets["values"])
-    spans = [tuple(segment[:, 0]) for collection in axes.collections for segment in collection.get_segments()]
-    assert spans == [pytest.approx((value - error, value + error))
-                     for value, error in zip(budgets["values"], budgets["standard_errors"], strict=True)]
-    points = {marker: [line.get_xdata()[0] for line in axes.lines if line.get_marker() == marker] for marker in "Do"}
+    spans = [
+        tuple(segment[:, 0])
+        for collection in axes.collections
+        for segment in collection.get_segments()
+    ]
+    assert spans == [
+        pytest.approx((value - error, value + error))
+        for value, error in zip(budgets["values"], budgets["standard_errors"], strict=True)
+    ]
+    points = {
+        marker: [line.get_xdata()[0] for line in axes.lines if line.get_marker() == marker]
+        for marker in "Do"
+    }
     assert points == {"D": budgets["prior"], "o": list(weights.values())}
     expected = []
-    for index, (name, value) in enumerate(zip(budgets["modalities"], budgets["values"], strict=True)):
-        expected.append(f"{value:.2f} ± {budgets['standard_errors'][index]:.2f}" + " ★" * (index == 0))
+    for index, (name, value) in enumerate(
+        zip(budgets["modalities"], budgets["values"], strict=True)
+    ):
+        expected.append(
+            f"{value:.2f} ± {budgets['standard_errors'][index]:.2f}" + " ★" * (index == 0)
+        )
         expected.append(f"{budgets['prior'][index]:.2f} → {weights[name]:.2f}")
-    assert notes(axes) == expected and legend == ["budget ± s.e.", "prior", "mean fusion weight", "anchor"]
+    assert notes(axes) == expected and legend == [
+        "budget ± s.e.",
+        "prior",
+        "mean fusion weight",
+        "anchor",
+    ]
 
 
 def test_shapley_panel_stands_in_for_budgets():
     figure = report_figure(**page(SHORT[:4], **CONCAT))
     axes, _ = cells(figure)[2]
-    assert [width for width, _ in bars(axes)] == pytest.approx([40, 23, 6, -11]) and notes(axes) == ["+40.0", "+23.0", "+6.0", "−11.0"]
+    assert [width for width, _ in bars(axes)] == pytest.approx([40, 23, 6, -11]) and notes(
+        axes
+    ) == ["+40.0", "+23.0", "+6.0", "−11.0"]
     assert "Shapley" in figure.subfigs[2].legends[0].get_title().get_text()
     assert axes.get_xlim()[0] <= -11 and axes.get_xlim()[1] >= 40
 
@@ -121,8 +194,13 @@ def test_reliability_panel_shows_the_ece_of_metrics():
     arguments = page(SHORT[:3])
     axes, legend = cells(report_figure(**arguments))[3]
     test = arguments["metrics"]["test"]
-    expected = {"fused": test["ece"]} | {name: test["modalities"][name]["ece"] for name in SHORT[:3]}
-    assert legend == [f"{ece:.3f} {name}" for name, ece in expected.items()] and len(set(expected.values())) == 4
+    expected = {"fused": test["ece"]} | {
+        name: test["modalities"][name]["ece"] for name in SHORT[:3]
+    }
+    assert (
+        legend == [f"{ece:.3f} {name}" for name, ece in expected.items()]
+        and len(set(expected.values())) == 4
+    )
     drawn = [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines]
     for confidence, accuracy, _ in arguments["reliability"].values():
         assert (confidence.tolist(), accuracy.tolist()) in drawn
@@ -131,20 +209,33 @@ def test_reliability_panel_shows_the_ece_of_metrics():
 
 def test_one_colour_per_modality_in_every_panel():
     names = SHORT
-    training, accuracy, budget, reliability = (axes for axes, _ in cells(report_figure(**page(names))))
+    training, accuracy, budget, reliability = (
+        axes for axes, _ in cells(report_figure(**page(names)))
+    )
     assert bars(accuracy)[0][1] == INK.upper()
-    assert [colour for _, colour in bars(accuracy)[2::2]] == [colour for _, colour in bars(budget)] == list(PALETTE)
+    assert (
+        [colour for _, colour in bars(accuracy)[2::2]]
+        == [colour for _, colour in bars(budget)]
+        == list(PALETTE)
+    )
     heads = {line.get_xydata().tobytes(): line.get_color() for line in reliability.lines}
     curves = page(names)["reliability"]
     assert [heads[np.stack(curves[name][:2], 1).tobytes()] for name in names] == list(PALETTE)
-    assert [to_hex(line.get_color()) for line in training.lines[:6]] == [colour.lower() for _, colour in bars(accuracy)[1::2]]  # the tints
-    assert len({line.get_marker() for line in reliability.lines[1:7]}) == 6  # and in black and white
+    assert [to_hex(line.get_color()) for line in training.lines[:6]] == [
+        colour.lower() for _, colour in bars(accuracy)[1::2]
+    ]  # the tints
+    assert (
+        len({line.get_marker() for line in reliability.lines[1:7]}) == 6
+    )  # and in black and white
 
 
 def test_headline_and_title():
     arguments = page(["audio"])
     arguments["metrics"]["test"] |= {"nll": math.nan, "ece": 0.0234}
-    assert report_figure(**arguments).get_suptitle() == "A run\nTest: accuracy 91.4 %, macro-F1 0.909, ECE 0.023, Brier 0.131"
+    assert (
+        report_figure(**arguments).get_suptitle()
+        == "A run\nTest: accuracy 91.4 %, macro-F1 0.909, ECE 0.023, Brier 0.131"
+    )
 
 
 # Legible.
@@ -156,24 +247,51 @@ def visible_texts(figure):
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
             for tick in itertools.chain(axis.get_major_ticks(), axis.get_minor_ticks()):
-                labels[id(tick.label1)] = axes.axison and low - 1e-9 <= tick.get_loc() <= high + 1e-9
+                labels[id(tick.label1)] = (
+                    axes.axison and low - 1e-9 <= tick.get_loc() <= high + 1e-9
+                )
                 labels[id(tick.label2)] = False
-    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip() and labels.get(id(text), True)]
-    texts = [text for text in texts if not (text.axes and not text.axes.axison and text not in text.axes.texts)]
+    texts = [
+        text
+        for text in figure.findobj(Text)
+        if text.get_visible() and text.get_text().strip() and labels.get(id(text), True)
+    ]
+    texts = [
+        text
+        for text in texts
+        if not (text.axes and not text.axes.axison and text not in text.axes.texts)
+    ]
     return [(text, text.get_window_extent()) for text in texts]
 
 
 def apart(first, second, slack=0.5):
-    return first.x1 - slack <= second.x0 or second.x1 - slack <= first.x0 or first.y1 - slack <= second.y0 or second.y1 - slack <= first.y0
+    return (
+        first.x1 - slack <= second.x0
+        or second.x1 - slack <= first.x0
+        or first.y1 - slack <= second.y0
+        or second.y1 - slack <= first.y0
+    )
 
 
-@pytest.mark.parametrize(("names", "options"), [
-    (SHORT[:1], HEADS | {"epochs": 1}), (LONG[:1], CONCAT), (SHORT[:2], HEADS | {"epochs": 200}), (LONG[:3], HEADS | {"epochs": 3}),
-    (SHORT, HEADS), (LONG, HEADS | {"epochs": 60}), (LONG, CONCAT | {"epochs": 2}), (["$x_1$", "_hidden", "x" * 60], HEADS),
-], ids=lambda value: f"{len(value)}" if isinstance(value, list) else None)
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [
+        (SHORT[:1], HEADS | {"epochs": 1}),
+        (LONG[:1], CONCAT),
+        (SHORT[:2], HEADS | {"epochs": 200}),
+        (LONG[:3], HEADS | {"epochs": 3}),
+        (SHORT, HEADS),
+        (LONG, HEADS | {"epochs": 60}),
+        (LONG, CONCAT | {"epochs": 2}),
+        (["$x_1$", "_hidden", "x" * 60], HEADS),
+    ],
+    ids=lambda value: f"{len(value)}" if isinstance(value, list) else None,
+)
 def test_no_text_overlaps_or_leaves_the_page(names, options):
     arguments = page(names, **options)
-    arguments["title"] = "iibalance on a data set with quite a long name, five seeds, encoders of width 64, budgets from unimodal trainings"
+    arguments["title"] = (
+        "iibalance on a data set with quite a long name, five seeds, encoders of width 64, budgets from unimodal trainings"
+    )
     if options["budgets"]:  # the widest labels: full budgets, all the weight on one modality
         arguments["budgets"]["values"][0] = 1.0
         arguments["metrics"]["test"]["weights"][names[-1]] = 1.0
@@ -183,7 +301,9 @@ def test_no_text_overlaps_or_leaves_the_page(names, options):
     for (first, box), (second, other) in itertools.combinations(texts, 2):
         assert apart(box, other), f"{first.get_text()!r} overlaps {second.get_text()!r}"
     for text, box in texts:
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= 1400 and box.y1 <= 1200, f"{text.get_text()!r} is cut off"
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= 1400 and box.y1 <= 1200, (
+            f"{text.get_text()!r} is cut off"
+        )
         assert text.get_fontsize() >= 7 and not ("$" in text.get_text() and text.get_parse_math())
         for patch in text.axes.patches if isinstance(text, Annotation) else ():
             assert apart(box, patch.get_window_extent()), f"{text.get_text()!r} lies on a bar"
@@ -198,7 +318,11 @@ def test_no_text_overlaps_or_leaves_the_page(names, options):
 def test_nothing_given_says_so():
     figure = report_figure(history=[], metrics={}, budgets=None, reliability={}, title="empty")
     assert [notes(axes) for axes, _ in cells(figure)] == [
-        ["no training history"], ["no test accuracy"], ["neither budgets nor Shapley values"], ["no reliability curves"]]
+        ["no training history"],
+        ["no test accuracy"],
+        ["neither budgets nor Shapley values"],
+        ["no reliability curves"],
+    ]
 
 
 def test_parts_missing_or_not_finite_are_left_out():
@@ -211,11 +335,18 @@ def test_parts_missing_or_not_finite_are_left_out():
     arguments["metrics"]["best_epoch"] = None
     arguments["budgets"] |= {"standard_errors": [0.0, 0.02], "anchor": None}
     del arguments["reliability"]["visual"]
-    (training, first), (accuracy, _), (budget, third), (_, fourth) = cells(report_figure(**arguments))
+    (training, first), (accuracy, _), (budget, third), (_, fourth) = cells(
+        report_figure(**arguments)
+    )
     fused = next(line.get_ydata() for line in training.lines if line.get_linewidth() > 1.7)
-    assert np.isnan(fused).nonzero()[0].tolist() == [3, 4] and not any("chosen" in label for label in first)
+    assert np.isnan(fused).nonzero()[0].tolist() == [3, 4] and not any(
+        "chosen" in label for label in first
+    )
     assert notes(accuracy) == ["91.4", "83.0"]
-    assert notes(budget) == ["0.78", "0.59", "0.55 ± 0.02", "0.41"] and third == ["budget ± s.e.", "prior"]
+    assert notes(budget) == ["0.78", "0.59", "0.55 ± 0.02", "0.41"] and third == [
+        "budget ± s.e.",
+        "prior",
+    ]
     assert len(fourth) == 2
     arguments["budgets"]["standard_errors"] = [0.0, 0.0]  # budgets that were given, not estimated
     (budget, third) = cells(report_figure(**arguments))[2]
@@ -245,6 +376,7 @@ def test_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     def fail(source, target):
         moved.append((os.path.dirname(source), open(source, "rb").read()[-8:-4], os.fspath(target)))
         raise OSError("disk is gone")
+
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(InputError, match="disk is gone"):
         write_report(path, **page(["audio"]))
@@ -257,15 +389,30 @@ def test_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 # The importing program.
 def test_rc_params_neither_leak_out_nor_in(tmp_path):
     write_report(tmp_path / "plain.png", **page(["audio"]))
-    style = {"font.size": 31, "figure.facecolor": "black", "savefig.facecolor": "red", "savefig.bbox": "tight", "lines.linewidth": 9,
-             "text.color": "yellow", "axes.facecolor": "black", "axes.prop_cycle": matplotlib.cycler(color=["pink"])}
+    style = {
+        "font.size": 31,
+        "figure.facecolor": "black",
+        "savefig.facecolor": "red",
+        "savefig.bbox": "tight",
+        "lines.linewidth": 9,
+        "text.color": "yellow",
+        "axes.facecolor": "black",
+        "axes.prop_cycle": matplotlib.cycler(color=["pink"]),
+    }
     with matplotlib.rc_context(style):
+
         def parameters():
-            return {key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != "backend"}  # reading that one would choose it
+            return {
+                key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != "backend"
+            }  # reading that one would choose it
+
         before = parameters()
         write_report(tmp_path / "styled.png", **page(["audio"]))
         assert parameters() == before
-        assert all(to_hex(axes.get_facecolor()) == "#ffffff" for axes, _ in cells(report_figure(**page(["audio"]))))
+        assert all(
+            to_hex(axes.get_facecolor()) == "#ffffff"
+            for axes, _ in cells(report_figure(**page(["audio"])))
+        )
     assert (tmp_path / "styled.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
 
 
@@ -278,7 +425,16 @@ def test_backend_is_not_chosen_and_no_display_needed(tmp_path):
         assert dict.__getitem__(matplotlib.rcParams, "backend") is before and not isinstance(before, str), "the backend was resolved"
         assert "matplotlib.pyplot" not in sys.modules
     """
-    environment = {key: value for key, value in os.environ.items() if key not in ("MPLBACKEND", "DISPLAY", "WAYLAND_DISPLAY")}
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "report.png")], capture_output=True, text=True, env=environment)
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("MPLBACKEND", "DISPLAY", "WAYLAND_DISPLAY")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "report.png")],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "report.png").stat().st_size > 10_000
