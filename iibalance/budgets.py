@@ -12,10 +12,9 @@ import torch
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import Tensor
 
-from iibalance.errors import InputError
+from iibalance.errors import InputError, check_names
 from iibalance.files import read_json, write_json
-from iibalance.names import check_names
-from iibalance.temperature import fit_temperature
+from iibalance.metrics import fit_temperature
 
 PRIOR_FLOOR = 1e-3
 

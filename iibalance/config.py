@@ -9,7 +9,6 @@ from typing import Literal
 
 import yaml
 
-from iibalance.data.dataset import DataConfig
 from iibalance.errors import InputError
 from iibalance.files import write_text
 
@@ -25,6 +24,53 @@ __all__ = [
     "load_config",
     "save_config",
 ]
+
+
+@dataclass
+class DataConfig:
+    """Which data to train on. ``iibalance train --data.name npz --data.path clips.npz`` fills this in.
+
+    >>> DataConfig(name="npz", path="clips.npz", modalities="audio,video").modality_list()
+    ('audio', 'video')
+    """
+
+    name: Literal["digits", "npz"] = "digits"
+    """Source: ``digits`` (three views of scikit-learn's handwritten digits, nothing to download) or ``npz`` (your own file)."""
+    path: str | None = None
+    """The npz file: arrays ``x_<modality>`` [N, ...] and ``y`` [N]; optional ``split``, ``mask_<modality>``, ``classes``, group columns."""
+    modalities: str | list[str] | None = None
+    """Modalities to use, in this order: a list, or names joined by commas. All of them by default."""
+    groups: str | None = None
+    """npz column (speaker, subject, video): splits and folds made here never share one of its values; a split column is taken as it is."""
+    split: str = "split"
+    """npz column with 0 = train, 1 = validation, 2 = test. Where the file has no ``split``, a stratified 70/10/20 split is made."""
+    layouts: dict[str, str] = field(default_factory=dict)
+    """Modality -> vector, sequence, image or video, where the shape alone does not tell (see ``infer_layout``)."""
+    train_fraction: float = 1.0
+    """Share of the training samples to keep, stratified by class: for low-data experiments."""
+    split_seed: int = 0
+    """Seed of every split made here, apart from the training seed: runs over seeds share their test samples."""
+
+    def modality_list(self) -> tuple[str, ...] | None:
+        """The chosen modalities in order, or None for all; InputError for an empty or doubled name."""
+        if self.modalities is None:
+            return None
+        names = (
+            self.modalities.split(",")
+            if isinstance(self.modalities, str)
+            else list(self.modalities)
+        )
+        names = tuple(str(name).strip() for name in names)
+        if not names or "" in names:
+            raise InputError(
+                f"data.modalities: {self.modalities!r} holds an empty name; give names joined by commas, such as audio,visual"
+            )
+        doubled = [name for name in names if names.count(name) > 1]
+        if doubled:
+            raise InputError(
+                f"data.modalities: {doubled[0]!r} is named twice; name each modality once"
+            )
+        return names
 
 
 @dataclass
@@ -143,6 +189,63 @@ class RunConfig:
     """Epochs of the joint training."""
     output: str | None = None
     """The run's folder; by default runs/<data>-<method>-seed<seed>, numbered if that is there."""
+
+
+@dataclass
+class CompareData(DataConfig):
+    """A data set of a comparison."""
+
+    epochs: int | None = None
+    """Epochs of every method on this set, instead of the comparison's."""
+    folds: int | None = None
+    """Folds of the budgets on this set, instead of ``budgets.folds``."""
+
+
+@dataclass
+class CompareConfig:
+    """One comparison."""
+
+    data: dict[str, CompareData] = field(default_factory=lambda: {"digits": CompareData()})
+    """Data sets by name: ``{avletters: {name: npz, path: avletters.npz, groups: speaker}, ...}``; the options are those of ``train --data.*``."""
+    methods: str | list[str] = "all"
+    """``all``, or a list of names (joined by commas on the command line); ``my_file.py:MyMethod`` is a name too. The encoders alone are always there."""
+    focus: str = "iibalance"
+    """The method that is compared with the best of the others (its ablations apart) by a paired bootstrap."""
+    seeds: int = 5
+    """Training seeds, from 0."""
+    trials: int = 3
+    """Settings of learning rate, weight decay and the method's own main parameter that every method tries on each data set, the defaults being the first and
+    the parameter's values coming in turn; the lowest validation NLL wins."""
+    tuning_seeds: int = 1
+    """Seeds, from 0, that every setting is tried with; their mean validation NLL counts. Where validation samples are few, one seed chooses by chance."""
+    epochs: int = 20
+    """Epochs of every training."""
+    workers: int | None = None
+    """Processes, one thread each; by default as many as there are cores."""
+    fraction: float = 0.5
+    """Share of the test samples that a condition degrades."""
+    strength: float = 3.0
+    """Noise of the noisy conditions, in standard deviations of the training inputs."""
+    low_data: float = 0.25
+    """Share of the training samples in the low-data condition, for which every method is trained once more; 0 = leave it out. They are drawn with the data's
+    ``split_seed`` and are the same for every seed and method: errors over seeds do not cover which ones they are."""
+    low_data_seeds: int | None = None
+    """Seeds of the low-data condition; all of them by default."""
+    bootstrap: int = 2000
+    """Resamples of the paired bootstrap."""
+    timing_steps: int = 30
+    """Training steps that are timed of every method, one after the other at the end, in one thread with nothing else running; 0 = none."""
+    timing_batch: int = 64
+    """Samples a timed step."""
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(width=32))
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(progress=False, alone=False)
+    )
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    budgets: BudgetConfig = field(default_factory=BudgetConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    output: str = "runs/comparison"
+    """The comparison's folder. One that is there is gone on with, if its options are the same."""
 
 
 def config_parser():

@@ -15,8 +15,9 @@ import torch
 
 from iibalance import files
 from iibalance.errors import InputError
+from iibalance.training import folder as run_folder
+from iibalance.training.folder import RunFolder
 from iibalance.files import (
-    RunFolder,
     read_json,
     read_model,
     write_bytes,
@@ -320,7 +321,7 @@ def test_older_ones_go_only_after_the_new_one_is_in_place(run, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "_write_manifest", full)
+    monkeypatch.setattr(run_folder, "_write_manifest", full)
     with pytest.raises(OSError):
         _checkpoint(run, 3)
     assert [path.name for path in run.checkpoints()] == ["epoch-1", "epoch-2"]
@@ -429,7 +430,7 @@ def test_killed_before_any_single_step(tmp_path):
             for (
                 checkpoint
             ) in folder.checkpoints():  # the older ones are whole too, not half removed
-                files._verify_manifest(checkpoint, "")
+                run_folder._verify_manifest(checkpoint, "")
             assert len(folder.checkpoints()) >= 2 and not [
                 name for name in os.listdir(path / "checkpoints") if name.startswith(".")
             ]

@@ -11,28 +11,33 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from iibalance.config import (
-    BudgetConfig,
-    CalibrationConfig,
-    ModelConfig,
-    ObjectiveConfig,
+    CompareConfig,
+    DataConfig,
     RunConfig,
     TrainingConfig,
 )
 from iibalance.data import load_data
-from iibalance.data.dataset import DataConfig, MultimodalData, Split
+from iibalance.data.dataset import MultimodalData, Split
 from iibalance.errors import InputError
-from iibalance.files import fcntl, file_digest, read_json, write_bytes, write_json
+from iibalance.files import (
+    code_digest,
+    fcntl,
+    file_digest,
+    read_json,
+    versions,
+    write_bytes,
+    write_json,
+)
 from iibalance.methods import METHODS, make_method, own_source
 from iibalance.metrics import classification_metrics
 from iibalance.nn.model import MultimodalClassifier, embed_split
-from iibalance.provenance import code_digest, versions
 from iibalance.training.evaluation import degrade
 from iibalance.training.loop import derive_seed
 from iibalance.training.stages import Run
@@ -42,73 +47,17 @@ CLEAN = "clean"
 REFERENCE = "unimodal"  # whose heads are the encoders trained alone: every comparison has it
 
 
-@dataclass
-class CompareData(DataConfig):
-    """A data set of a comparison."""
-
-    epochs: int | None = None
-    """Epochs of every method on this set, instead of the comparison's."""
-    folds: int | None = None
-    """Folds of the budgets on this set, instead of ``budgets.folds``."""
-
-
-@dataclass
-class CompareConfig:
-    """One comparison."""
-
-    data: dict[str, CompareData] = field(default_factory=lambda: {"digits": CompareData()})
-    """Data sets by name: ``{avletters: {name: npz, path: avletters.npz, groups: speaker}, ...}``; the options are those of ``train --data.*``."""
-    methods: str | list[str] = "all"
-    """``all``, or a list of names (joined by commas on the command line); ``my_file.py:MyMethod`` is a name too. The encoders alone are always there."""
-    focus: str = "iibalance"
-    """The method that is compared with the best of the others (its ablations apart) by a paired bootstrap."""
-    seeds: int = 5
-    """Training seeds, from 0."""
-    trials: int = 3
-    """Settings of learning rate, weight decay and the method's own main parameter that every method tries on each data set, the defaults being the first and
-    the parameter's values coming in turn; the lowest validation NLL wins."""
-    tuning_seeds: int = 1
-    """Seeds, from 0, that every setting is tried with; their mean validation NLL counts. Where validation samples are few, one seed chooses by chance."""
-    epochs: int = 20
-    """Epochs of every training."""
-    workers: int | None = None
-    """Processes, one thread each; by default as many as there are cores."""
-    fraction: float = 0.5
-    """Share of the test samples that a condition degrades."""
-    strength: float = 3.0
-    """Noise of the noisy conditions, in standard deviations of the training inputs."""
-    low_data: float = 0.25
-    """Share of the training samples in the low-data condition, for which every method is trained once more; 0 = leave it out. They are drawn with the data's
-    ``split_seed`` and are the same for every seed and method: errors over seeds do not cover which ones they are."""
-    low_data_seeds: int | None = None
-    """Seeds of the low-data condition; all of them by default."""
-    bootstrap: int = 2000
-    """Resamples of the paired bootstrap."""
-    timing_steps: int = 30
-    """Training steps that are timed of every method, one after the other at the end, in one thread with nothing else running; 0 = none."""
-    timing_batch: int = 64
-    """Samples a timed step."""
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(width=32))
-    training: TrainingConfig = field(
-        default_factory=lambda: TrainingConfig(progress=False, alone=False)
+def method_names(config: CompareConfig) -> list[str]:
+    """The methods in order, the encoders alone first."""
+    names = (
+        list(METHODS)
+        if config.methods == "all"
+        else config.methods.split(",")
+        if isinstance(config.methods, str)
+        else list(config.methods)
     )
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    budgets: BudgetConfig = field(default_factory=BudgetConfig)
-    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    output: str = "runs/comparison"
-    """The comparison's folder. One that is there is gone on with, if its options are the same."""
-
-    def method_names(self) -> list[str]:
-        """The methods in order, the encoders alone first."""
-        names = (
-            list(METHODS)
-            if self.methods == "all"
-            else self.methods.split(",")
-            if isinstance(self.methods, str)
-            else list(self.methods)
-        )
-        names = [name.strip() for name in names]
-        return [REFERENCE, *dict.fromkeys(name for name in names if name != REFERENCE)]
+    names = [name.strip() for name in names]
+    return [REFERENCE, *dict.fromkeys(name for name in names if name != REFERENCE)]
 
 
 @dataclass(frozen=True)

@@ -19,22 +19,21 @@ import yaml
 
 from iibalance.comparison.cells import (
     Cell,
-    CompareConfig,
-    CompareData,
     cell_files,
     data_config,
     locked,
+    method_names,
     run_config,
 )
 from iibalance.comparison.statistics import best_trial, focus_name, summarise, write_comparison
 from iibalance.comparison.timing import time_steps
 from iibalance.comparison.workers import run_cells
+from iibalance.config import CompareConfig, CompareData
 from iibalance.data import load_data
 from iibalance.data.dataset import MultimodalData
 from iibalance.errors import InputError
-from iibalance.files import fcntl, file_digest, read_json, write_json, write_text
+from iibalance.files import fcntl, file_digest, read_json, versions, write_json, write_text
 from iibalance.methods import method_class
-from iibalance.provenance import versions
 from iibalance.training.loop import derive_seed
 from iibalance.training.run import check_options
 
@@ -60,7 +59,7 @@ def compare(config: CompareConfig) -> dict:
     modalities is left out there and said so; a training that diverges fails its cell, which is reported and tried again by the next call.
     """
     _check(config)
-    methods, folder = config.method_names(), Path(config.output).expanduser()
+    methods, folder = method_names(config), Path(config.output).expanduser()
     sets = {name: load_data(data_config(config, name)) for name in config.data}
     defined = {
         name: [method for method in methods if _defined(method, data)]
@@ -225,7 +224,7 @@ def _check(config: CompareConfig) -> None:
             raise InputError(
                 f"data: {name}: epochs {data.epochs} or folds {data.folds} cannot be used; give at least 1 and 2"
             )
-    names = config.method_names()
+    names = method_names(config)
     for name in names:
         method_class(name)
     labels = [method_class(name).name for name in names]

@@ -12,7 +12,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from iibalance.comparison.cells import CLEAN, REFERENCE, Cell, CompareConfig, cell_files
+from iibalance.comparison.cells import CLEAN, REFERENCE, Cell, cell_files
+from iibalance.config import CompareConfig
 from iibalance.data.dataset import MultimodalData
 from iibalance.files import read_json, write_bytes, write_json, write_text
 from iibalance.methods import method_class

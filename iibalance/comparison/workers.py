@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from iibalance.comparison.cells import Cell, CompareConfig, run_cell, stands
+from iibalance.comparison.cells import Cell, run_cell, stands
+from iibalance.config import CompareConfig
 from iibalance.errors import InputError
 
 

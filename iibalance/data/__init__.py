@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from iibalance.config import DataConfig
 from iibalance.data.assemble import assemble
 from iibalance.data.corruption import corrupt, drop_modalities, parse_degrade, random_corruptions
 from iibalance.data.dataset import (
     Batch,
-    DataConfig,
     MultimodalData,
     Split,
     Standardizer,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from iibalance.config import DataConfig
 from iibalance.data.dataset import (
-    DataConfig,
     MultimodalData,
     Split,
     Standardizer,

@@ -6,7 +6,7 @@ Modalities keep one order everywhere: the keys of ``inputs`` and the columns of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -23,53 +23,6 @@ LAYOUT_DIMENSIONS = {
     "video": (3, 4),
 }  # None: any number, flattened
 MAX_CHANNELS = 4  # an axis of 1 to 4 may be colour channels; a longer one is not taken for them
-
-
-@dataclass
-class DataConfig:
-    """Which data to train on. ``iibalance train --data.name npz --data.path clips.npz`` fills this in.
-
-    >>> DataConfig(name="npz", path="clips.npz", modalities="audio,video").modality_list()
-    ('audio', 'video')
-    """
-
-    name: Literal["digits", "npz"] = "digits"
-    """Source: ``digits`` (three views of scikit-learn's handwritten digits, nothing to download) or ``npz`` (your own file)."""
-    path: str | None = None
-    """The npz file: arrays ``x_<modality>`` [N, ...] and ``y`` [N]; optional ``split``, ``mask_<modality>``, ``classes``, group columns."""
-    modalities: str | list[str] | None = None
-    """Modalities to use, in this order: a list, or names joined by commas. All of them by default."""
-    groups: str | None = None
-    """npz column (speaker, subject, video): splits and folds made here never share one of its values; a split column is taken as it is."""
-    split: str = "split"
-    """npz column with 0 = train, 1 = validation, 2 = test. Where the file has no ``split``, a stratified 70/10/20 split is made."""
-    layouts: dict[str, str] = field(default_factory=dict)
-    """Modality -> vector, sequence, image or video, where the shape alone does not tell (see ``infer_layout``)."""
-    train_fraction: float = 1.0
-    """Share of the training samples to keep, stratified by class: for low-data experiments."""
-    split_seed: int = 0
-    """Seed of every split made here, apart from the training seed: runs over seeds share their test samples."""
-
-    def modality_list(self) -> tuple[str, ...] | None:
-        """The chosen modalities in order, or None for all; InputError for an empty or doubled name."""
-        if self.modalities is None:
-            return None
-        names = (
-            self.modalities.split(",")
-            if isinstance(self.modalities, str)
-            else list(self.modalities)
-        )
-        names = tuple(str(name).strip() for name in names)
-        if not names or "" in names:
-            raise InputError(
-                f"data.modalities: {self.modalities!r} holds an empty name; give names joined by commas, such as audio,visual"
-            )
-        doubled = [name for name in names if names.count(name) > 1]
-        if doubled:
-            raise InputError(
-                f"data.modalities: {doubled[0]!r} is named twice; name each modality once"
-            )
-        return names
 
 
 class Batch(NamedTuple):

@@ -12,8 +12,8 @@ import numpy as np
 from scipy import ndimage
 from sklearn.datasets import load_digits
 
+from iibalance.config import DataConfig
 from iibalance.data.assemble import RawData
-from iibalance.data.dataset import DataConfig
 from iibalance.data.splits import hold_out
 from iibalance.errors import InputError
 

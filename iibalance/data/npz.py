@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from iibalance.config import DataConfig
 from iibalance.data.assemble import RawData
-from iibalance.data.dataset import DataConfig
 from iibalance.errors import InputError
 
 _UNREADABLE = (  # what numpy and zipfile raise on cut and garbled files

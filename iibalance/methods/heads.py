@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iibalance.data.dataset import Split
+from iibalance.errors import as_sequence, check_names
 from iibalance.methods.base import Method
 from iibalance.methods.concat import present_only
-from iibalance.names import as_sequence, check_names
+from iibalance.metrics import fit_temperature
 from iibalance.nn.calibration import HeldOut
 from iibalance.nn.head import HeadOutput
 from iibalance.nn.model import MultimodalClassifier, embed_split
-from iibalance.temperature import fit_temperature
 
 
 class Losses(NamedTuple):

@@ -12,11 +12,11 @@ import iib_kernels
 from iibalance.budgets import Budgets
 from iibalance.data.dataset import Split
 from iibalance.methods.base import Method
+from iibalance.metrics import fit_temperature, scaled
 from iibalance.nn.calibration import HeldOut, calibrate, collect
 from iibalance.nn.head import HeadOutput, IIBalanceHead
 from iibalance.nn.loss import IIBalanceLoss
 from iibalance.nn.model import MultimodalClassifier, embed_split
-from iibalance.temperature import fit_temperature, scaled
 
 
 class Sum(Method):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import iib_kernels
-from iibalance.names import as_sequence, check_names
-from iibalance.temperature import fit_temperature
+from iibalance.errors import as_sequence, check_names
+from iibalance.metrics import fit_temperature
 
 # Standard deviations of the MAP prior around the neutral gate.
 WIDTHS = {

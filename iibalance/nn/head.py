@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from iib_kernels import cpu
 from iibalance.budgets import Budgets
-from iibalance.names import as_sequence, check_names
+from iibalance.errors import as_sequence, check_names
 from iibalance.nn.gate import Gate
 from iibalance.nn.loss import IIBalanceLoss, LossOutput
 from iibalance.nn.prototypes import PrototypeBank

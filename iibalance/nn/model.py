@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from iibalance.data.dataset import Split
-from iibalance.errors import InputError
-from iibalance.names import as_sequence, check_names
+from iibalance.errors import InputError, as_sequence, check_names
 from iibalance.nn.head import HeadOutput, IIBalanceHead
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import iib_kernels
 from iib_kernels import cpu
-from iibalance.names import as_sequence
+from iibalance.errors import as_sequence
 
 USUAL = 2.0  # standard deviations: a new subject's clean samples lie a little farther out than those the spread was measured on, and are no surprise
 

@@ -18,8 +18,7 @@ from iibalance.budgets import (
 )
 from iibalance.config import TrainingConfig
 from iibalance.data.dataset import Split
-from iibalance.errors import InputError
-from iibalance.names import check_names
+from iibalance.errors import InputError, check_names
 from iibalance.nn.encoders import build_encoder
 from iibalance.nn.model import embed_split
 from iibalance.training.trainer import Stages, cross_fit

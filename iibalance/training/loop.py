@@ -27,11 +27,10 @@ from iibalance.averaging import WeightAverage
 from iibalance.config import TrainingConfig
 from iibalance.data.corruption import drop_modalities
 from iibalance.data.dataset import Split, identity
-from iibalance.files import RunFolder
 from iibalance.methods.base import Method, clip_gradients
-from iibalance.metrics import classification_metrics
+from iibalance.metrics import classification_metrics, scaled
 from iibalance.nn.model import evaluating
-from iibalance.temperature import scaled
+from iibalance.training.folder import RunFolder
 
 WARMUP = 0.1  # share of the steps over which the learning rate rises
 

@@ -24,10 +24,10 @@ from iibalance.config import RunConfig, save_config
 from iibalance.data import load_data
 from iibalance.data.dataset import MultimodalData, Split
 from iibalance.errors import InputError
-from iibalance.files import RunFolder, file_digest, read_json, write_json
+from iibalance.files import file_digest, read_json, versions, write_json
 from iibalance.methods import make_method
 from iibalance.nn.model import encoder_size
-from iibalance.provenance import versions
+from iibalance.training.folder import RunFolder
 from iibalance.training.stages import Run
 from iibalance.training.trainer import make_accelerator
 

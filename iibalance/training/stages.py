@@ -22,13 +22,14 @@ from iibalance.budgets import (
 )
 from iibalance.config import RunConfig
 from iibalance.data.dataset import MultimodalData, Split
-from iibalance.files import RunFolder, write_bytes, write_json
+from iibalance.files import write_bytes, write_json
 from iibalance.methods import Method
 from iibalance.nn.calibration import HeldOut, collect, merge
 from iibalance.nn.encoders import build_encoder
 from iibalance.nn.model import MultimodalClassifier, embed_split, encoder_size
 from iibalance.training.budget_stage import out_of_fold_logits
 from iibalance.training.evaluation import evaluate
+from iibalance.training.folder import RunFolder
 from iibalance.training.loop import Outputs, derive_seed
 from iibalance.training.report import write_report
 from iibalance.training.saving import save_model

@@ -14,10 +14,11 @@ from torch import nn
 
 from iibalance.config import TrainingConfig
 from iibalance.data.dataset import Split
-from iibalance.files import RunFolder, read_model, write_model
+from iibalance.files import read_model, write_model
 from iibalance.nn.head import IIBalanceHead
 from iibalance.nn.loss import IIBalanceLoss
 from iibalance.nn.model import MultimodalClassifier, encoder_size
+from iibalance.training.folder import RunFolder
 from iibalance.training.loop import derive_seed, fit
 
 Factory = Callable[[], nn.Module]

@@ -20,9 +20,9 @@ from iibalance.data.dataset import Split
 from iibalance.errors import InputError
 from iibalance.methods import METHODS, Method, make_method
 from iibalance.methods.concat import ConcatHead
+from iibalance.metrics import fit_temperature
 from iibalance.nn.calibration import collect
 from iibalance.nn.model import MultimodalClassifier
-from iibalance.temperature import fit_temperature
 
 DIMS = {"weak": 5, "strong": 5}
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from iibalance.metrics import fit_temperature
 from iibalance.nn.gate import Gate
-from iibalance.temperature import fit_temperature
 
 NAMES = ["audio", "visual"]
 LOG_PRIOR = torch.tensor([0.7, 0.3]).log()

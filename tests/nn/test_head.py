@@ -9,9 +9,8 @@ from torch import nn
 
 from iibalance.budgets import Budgets
 from iibalance.data.dataset import Split, Standardizer
-from iibalance.errors import InputError
+from iibalance.errors import InputError, as_sequence, check_names
 from iibalance.methods.concat import ConcatHead
-from iibalance.names import as_sequence, check_names
 from iibalance.nn.head import IIBalanceHead
 from iibalance.nn.loss import IIBalanceLoss
 from iibalance.nn.model import MultimodalClassifier, embed_split

@@ -373,7 +373,7 @@ def test_a_damaged_result_of_a_stage_is_refused_by_name(capsys, killed):
 
 
 def test_two_processes_do_not_train_into_one_folder(capsys, killed):
-    from iibalance.files import RunFolder
+    from iibalance.training.folder import RunFolder
 
     with RunFolder.create(killed, resume=True):
         line = refused(capsys, "train", "--resume", killed)

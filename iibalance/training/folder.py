@@ -1,0 +1,256 @@
+"""A run's folder: everything in it appears whole or not at all, whenever the process is killed.
+
+    config.yaml  ...  model.safetensors       single files, replaced atomically
+    checkpoints/<name>/                       files and manifest.json (size and sha256 of each),
+                                              renamed into place when complete
+    .lock                                     held while a process trains into the folder
+
+Names that begin with a dot are scratch: left over by a killed process, ignored by readers, removed
+by the next one to lock the folder.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from iibalance.errors import InputError
+from iibalance.files import PathLike, fcntl, file_digest, read_json, sync_folder, write_json
+
+MANIFEST = "manifest.json"
+
+
+class RunFolder:
+    """The folder of one training run. ``RunFolder(path)`` only looks; ``RunFolder.create(path)`` makes, locks and cleans it for writing.
+
+    Use a created one as a context manager, or ``close()`` it, to free the lock before the process ends.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder, RunFolder.create(f"{folder}/run") as run:
+    ...     with run.checkpoint("epoch-0001") as scratch:
+    ...         write_json(scratch / "state.json", {"epoch": 1})
+    ...     run.latest_checkpoint().name
+    'epoch-0001'
+    """
+
+    def __init__(self, path: PathLike):
+        self.path = Path(path).expanduser()
+        self._lock: int | None = None
+
+    @property
+    def config_path(self) -> Path:
+        """``config.yaml``: its presence is what makes a folder a run."""
+        return self.path / "config.yaml"
+
+    @classmethod
+    def create(cls, path: PathLike, resume: bool = False) -> RunFolder:
+        """Make ``path`` (or, with ``resume``, take the run that is there), lock it, and remove what a killed process left half done.
+
+        InputError where it is a file, cannot be written, is in use by another process, holds a run already (without ``resume``), or holds
+        none (with it).
+        """
+        folder = cls(path)
+        if resume and not folder.config_path.is_file():
+            raise InputError(
+                f"{folder.path}: holds no run to resume (no config.yaml); start it without resume"
+            )
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise InputError(
+                f"{folder.path}: is a file, or lies below one; choose another folder for the run"
+            ) from None
+        except OSError as error:
+            raise InputError(
+                f"{folder.path}: cannot be made ({error.strerror or error}); choose another folder for the run"
+            ) from None
+        folder._acquire()
+        try:
+            if not resume and (folder.config_path.exists() or folder.checkpoints()):
+                raise InputError(
+                    f"{folder.path}: holds another run; resume it, or choose another folder"
+                )
+            folder._clean()
+        except BaseException:
+            folder.close()
+            raise
+        return folder
+
+    def close(self) -> None:
+        """Free the lock. Harmless when repeated."""
+        if (
+            self._lock in _held
+        ):  # not in a forked child, where it was closed and its number may be another file's by now
+            _held.discard(self._lock)
+            os.close(self._lock)
+        self._lock = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first: by name, numbers compared as numbers."""
+        parent = self.path / "checkpoints"
+        if not parent.is_dir():
+            return []
+        return sorted(
+            (
+                entry
+                for entry in parent.iterdir()
+                if entry.is_dir() and not entry.name.startswith(".")
+            ),
+            key=_order,
+        )
+
+    @contextmanager
+    def checkpoint(self, name: str, *, keep: int = 2) -> Iterator[Path]:
+        """Give a folder to save files into; on leaving, it becomes ``checkpoints/<name>`` at once, and only the newest ``keep`` stay.
+
+        Names must grow (``epoch-0007``, ``epoch-0008``): ValueError else, and for names that are no plain file name. If the block raises,
+        nothing is kept of it.
+        """
+        if self._lock is None:
+            raise ValueError(
+                f"{self.path}: is only open for reading; RunFolder.create makes and locks a folder for writing"
+            )
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            raise ValueError(f"checkpoint name {name!r}: use letters, digits, '-', '_' and '.'")
+        if keep < 1:
+            raise ValueError(f"keep is {keep}: at least the checkpoint just written must be kept")
+        parent = self.path / "checkpoints"
+        newest = self.checkpoints()[-1:]
+        if newest and _order(newest[0]) >= _order(parent / name):
+            raise ValueError(
+                f"checkpoint name {name!r} does not come after {newest[0].name!r}: resuming would take the wrong one"
+            )
+        scratch = parent / f".writing-{name}"
+        try:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(
+                f"{scratch}: cannot be made ({error.strerror or error}); free space or choose another folder"
+            ) from error
+        try:
+            yield scratch
+            _write_manifest(scratch)
+            os.rename(scratch, parent / name)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        sync_folder(parent)
+        sync_folder(self.path)
+        for old in self.checkpoints()[:-keep]:  # only now that the new one is safe on disk
+            _discard(old)
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest checkpoint, every file checked against its manifest, or None if there is none. InputError names a damaged file."""
+        found = self.checkpoints()
+        if not found:
+            return None
+        remedy = f"delete {found[-1]} to resume from " + (
+            "the one before" if len(found) > 1 else "the start"
+        )
+        _verify_manifest(found[-1], remedy)
+        return found[-1]
+
+    def _acquire(self) -> None:
+        path = self.path / ".lock"
+        try:
+            self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot be written ({error.strerror or error}); choose another folder for the run"
+            ) from None
+        _held.add(self._lock)
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise InputError(
+                f"{self.path}: another process is training into this folder; wait for it, or choose another folder"
+            ) from None
+        except OSError:  # a file system without locks (some network mounts): go on as if alone
+            pass
+
+    def _clean(self) -> None:
+        parent = self.path / "checkpoints"
+        for entry in [
+            *self.path.glob(".*.tmp"),
+            *parent.glob(".writing-*"),
+            *parent.glob(".removing-*"),
+        ]:
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+
+
+# A lock belongs to the open file, which forked children (DataLoader workers) share: it would outlive a killed trainer as long as they do.
+_held: set[int] = set()
+
+
+def _forget_locks() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
+
+
+def _order(path: Path) -> tuple:
+    """Sort key of a checkpoint's name: epoch-9 before epoch-10."""
+    parts = re.split(r"(\d+)", path.name)
+    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in parts), path.name
+
+
+def _discard(folder: Path) -> None:
+    """Remove a checkpoint: renamed first, so that one half removed is never taken for a checkpoint."""
+    trash = folder.with_name(f".removing-{folder.name}")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.rename(folder, trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            files[path.relative_to(folder).as_posix()] = {
+                "size": path.stat().st_size,
+                "sha256": file_digest(path, sync=True),
+            }
+        elif path.is_dir():
+            sync_folder(path)
+    write_json(folder / MANIFEST, {"files": files})  # and with it the folder itself
+
+
+def _verify_manifest(folder: Path, remedy: str) -> None:
+    try:
+        manifest = read_json(folder / MANIFEST)
+        files = [
+            (name, int(entry["size"]), str(entry["sha256"]))
+            for name, entry in manifest["files"].items()
+        ]
+    except (InputError, KeyError, TypeError, AttributeError, ValueError):
+        raise InputError(f"{folder / MANIFEST}: is missing or damaged; {remedy}") from None
+    for name, size, digest in files:
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"{path}: is missing; {remedy}")
+        found = path.stat().st_size
+        if found != size:
+            word = "truncated" if found < size else "too long"
+            raise InputError(f"{path}: is {word}: {found} bytes, manifest says {size}; {remedy}")
+        if file_digest(path) != digest:
+            raise InputError(f"{path}: is damaged: its sha256 is not the manifest's; {remedy}")
