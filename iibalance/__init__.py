@@ -1,4 +1,17 @@
-"""iibalance: budget-aware multimodal training (IIBalance, arXiv 2603.17347; the equations are this project's own formulation).
+"""iibalance: budget-aware multimodal training (IIBalance, arXiv 2603.17347).
+
+The equations are this project's own formulation (iibalance/README.md). From the bottom up:
+
+    errors, config, files     what is wrong with input; every option; whole files
+    metrics, budgets          numbers about predictions; what a modality can tell
+    data                      sources, splits, standardisation, corruption
+    nn                        encoders, prototypes, loss, gate, head, classifier
+    methods                   this project's method and those it is compared with
+    training                  one run, from data to report
+    comparison                every method under one protocol
+    cli                       the command line
+
+Each may import what stands above it here, and :mod:`iib_kernels`; nothing imports the command line.
 
 Names are imported when first used, so that ``iibalance --help`` does not wait for torch.
 """
@@ -15,12 +28,11 @@ _HOMES = {
     "IIBalanceLoss": "nn.loss",  # the objective and its schedule
     "InputError": "errors",  # raised for input that cannot be used
     "LossOutput": "nn.loss",
-    "MultimodalClassifier": "nn.model",  # named encoders and a head
     "Method": "methods",  # one way to train and fuse: subclass it
+    "MultimodalClassifier": "nn.model",  # named encoders and a head
     "Prediction": "nn.model",
     "PrototypeBank": "nn.prototypes",  # EMA prototypes
     "RunConfig": "config",  # every option of a run
-    "WeightAverage": "averaging",  # moving average of weights, for a loop of your own
     "budgets_from_logits": "budgets",
     "build_encoder": "nn.encoders",  # built-in encoders by shape
     "estimate_budgets": "training.budget_stage",

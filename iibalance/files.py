@@ -1,38 +1,45 @@
-"""A run's folder: everything in it appears whole or not at all, whenever the process is killed.
+"""Files that appear whole or not at all, locks that die with their process, digests and versions.
 
-    config.yaml  ...  model.safetensors       single files, replaced atomically
-    checkpoints/<name>/                       files and manifest.json (size and sha256 of each), renamed into place when complete
-    .lock                                     held while a process trains into the folder; the system frees it when that process dies
+A reader, or a restart after a crash, finds what stood in a file before or what was written to it,
+never a part. Whatever cannot be read or written is an InputError that names the file.
 
-Names that begin with a dot are scratch: left over by a killed process, ignored by readers, removed by the next one to lock the folder.
+What may come in: errors. Importing this module imports no torch, which takes seconds.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Union
 
-import iib_kernels
-from iibalance.errors import InputError
+from filelock import FileLock, Timeout
 
-try:
+try:  # only until comparison/ takes `locked`
     import fcntl
-except ImportError:  # Windows: no lock, everything else works
+except ImportError:
     fcntl = None
+
+from iibalance.errors import InputError
 
 PathLike = Union[str, "os.PathLike[str]"]
 
 
-def write_bytes(path: PathLike, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a reader, or a restart after a crash, finds the old content or the new, never a part.
+# Whole files
 
-    InputError where the folder cannot be written (missing, read-only, disk full); the old content is then untouched.
+
+def write_bytes(path: PathLike, data: bytes) -> None:
+    """Write ``data`` to ``path``, whole or not at all.
+
+    Raises InputError where the folder cannot be written (missing, read-only, disk full); the old
+    content is then untouched.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -41,9 +48,8 @@ def write_bytes(path: PathLike, data: bytes) -> None:
     ['a']
     """
     path = Path(path)
-    scratch = path.with_name(
-        f".{path.name}.{os.getpid()}.tmp"
-    )  # same folder: a rename across file systems is a copy
+    # In the same folder, because a rename across file systems would be a copy.
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         try:
             with open(scratch, "wb") as file:
@@ -57,7 +63,8 @@ def write_bytes(path: PathLike, data: bytes) -> None:
         sync_folder(path.parent)  # the rename itself is only on disk once the folder is
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder"
+            f"{path}: cannot be written ({error.strerror or error}); "
+            "free space or choose another folder"
         ) from error
 
 
@@ -67,7 +74,10 @@ def write_text(path: PathLike, text: str) -> None:
 
 
 def write_json(path: PathLike, value: Any) -> None:
-    """:func:`write_bytes` of ``value`` as JSON, indented by 2, keys in their own order. ValueError for NaN and infinity: JSON has none."""
+    """:func:`write_bytes` of ``value`` as JSON, indented by 2, with the keys in their own order.
+
+    Raises ValueError for NaN and infinity: JSON has none.
+    """
     try:
         text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False)
     except ValueError as error:
@@ -78,10 +88,11 @@ def write_json(path: PathLike, value: Any) -> None:
 def write_model(
     path: PathLike, state_dict: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """:func:`write_bytes` of a ``state_dict`` of tensors (any device; shared storage is written for each name) as safetensors."""
-    from safetensors.torch import (
-        save,
-    )  # imports torch: seconds that the other functions here can do without
+    """:func:`write_bytes` of a ``state_dict`` of tensors, on any device, as safetensors.
+
+    Names that share storage are each written in full.
+    """
+    from safetensors.torch import save  # imports torch
 
     tensors = {
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()
@@ -90,7 +101,10 @@ def write_model(
 
 
 def read_json(path: PathLike) -> Any:
-    """The content of a JSON file; InputError where it is missing, cut short or no JSON (NaN is none)."""
+    """The content of a JSON file.
+
+    Raises InputError where it is missing, cut short or no JSON (NaN is none).
+    """
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
@@ -105,16 +119,18 @@ def read_json(path: PathLike) -> Any:
 
 
 def read_model(path: PathLike) -> tuple[dict[str, Any], dict[str, str]]:
-    """Tensors by name, on the CPU, and the metadata, of a safetensors file; InputError where it is missing, cut short or garbled.
+    """Tensors by name, on the CPU, and the metadata of a safetensors file.
+
+    Raises InputError where it is missing, cut short or garbled.
 
     >>> import tempfile, torch
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_model(f"{folder}/m.safetensors", {"weight": torch.ones(2)}, {"made_by": "iibalance"})
+    ...     write_model(f"{folder}/m.safetensors", {"weight": torch.ones(2)}, {"by": "iibalance"})
     ...     read_model(f"{folder}/m.safetensors")
-    ({'weight': tensor([1., 1.])}, {'made_by': 'iibalance'})
+    ({'weight': tensor([1., 1.])}, {'by': 'iibalance'})
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load
+    from safetensors.torch import load  # imports torch
 
     data = _read(path)
     try:
@@ -127,15 +143,15 @@ def read_model(path: PathLike) -> tuple[dict[str, Any], dict[str, str]]:
     return tensors, header.get("__metadata__") or {}
 
 
-def file_digest(path: PathLike, sync: bool = False) -> str:
-    """The sha256 of a file, in hexadecimal; with ``sync`` the file is on the disk before it is returned."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        if sync:
-            os.fsync(file.fileno())
-    return digest.hexdigest()
+def sync_folder(path: Path) -> None:
+    """Flush a folder's own entries (names, renames) to the disk."""
+    if os.name == "nt":  # Windows cannot open folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _read(path: PathLike) -> bytes:
@@ -147,24 +163,93 @@ def _read(path: PathLike) -> bytes:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def sync_folder(path: Path) -> None:
-    if os.name == "nt":  # Windows cannot open folders
-        return
-    descriptor = os.open(path, os.O_RDONLY)
+# Locks
+
+# What locking a file fails with where the file system has no locks, as on some network mounts.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def take_lock(path: PathLike, *, wait: bool = True, held: str | None = None) -> FileLock:
+    """Lock the file ``path``, made where it is not there; ``.release()`` what is returned.
+
+    The system frees the lock when the process that took it dies. A forked child (a DataLoader's
+    worker) does not hold it on: filelock closes its copy of the file. Where the file system has no
+    locks, the process goes on as if it were alone.
+
+    Without ``wait``, raises InputError where another process holds the lock, with the text ``held``
+    if it is given. Raises InputError too where the file cannot be made.
+    """
+    path = Path(path)
+    # Not per thread: whichever thread closes a run's folder frees its lock. No marker file in place
+    # of a lock that the system does not have: a killed process would leave it behind.
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
     try:
-        os.fsync(descriptor)
+        lock.acquire(blocking=wait)
+    except Timeout:
+        raise InputError(
+            held
+            or f"{path.parent}: another process is at work in this folder; "
+            "wait for it, or choose another folder"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise InputError(
+                f"{path.parent}: cannot be written ({error.strerror or error}); "
+                "choose another folder"
+            ) from None
+    return lock
+
+
+@contextmanager
+def locked(path: PathLike, *, wait: bool = True, held: str | None = None) -> Iterator[None]:
+    """:func:`take_lock` for the length of a ``with`` block.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with locked(f"{folder}/.lock"), locked(f"{folder}/.lock", wait=False, held="taken"):
+    ...         pass
+    Traceback (most recent call last):
+        ...
+    iibalance.errors.InputError: taken
+    """
+    lock = take_lock(path, wait=wait, held=held)
+    try:
+        yield
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
-PACKAGES = ("torch", "triton", "numpy", "accelerate", "torchmetrics", "scikit-learn", "iibalance")
+# Digests and versions: which data, which code, which packages made a number
+
+PACKAGES = ("torch", "triton", "numpy", "accelerate", "scikit-learn", "iibalance")
+
+
+def file_digest(path: PathLike, sync: bool = False) -> str:
+    """The sha256 of a file, in hexadecimal; with ``sync`` the file is flushed to the disk first."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        if sync:
+            os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def data_digest(path: str | None) -> str | None:
+    """The sha256 of a user's data file, or None where the data come from no file.
+
+    >>> data_digest(None) is None
+    True
+    """
+    return file_digest(Path(path).expanduser()) if path else None
 
 
 @cache
 def code_digest() -> str:
     """A digest of the two packages' source, to tell results of different versions apart."""
     digest = hashlib.sha256()
-    for package in (Path(__file__).parent, Path(iib_kernels.__file__).parent):
+    for name in ("iibalance", "iib_kernels"):
+        package = Path(find_spec(name).origin).parent  # where it is, without importing it
         for path in sorted(package.rglob("*.py")):
             digest.update(
                 str(path.relative_to(package.parent)).encode() + b"\0" + path.read_bytes()
@@ -173,11 +258,11 @@ def code_digest() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """What is installed of the packages that numbers depend on."""
-    found = {}
+    """What is installed of the packages that numbers depend on, None for one that is not."""
+    found: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             found[package] = version(package)
-        except Exception:  # not installed here: nothing to record
+        except PackageNotFoundError:
             found[package] = None
     return found

@@ -12,18 +12,17 @@ from scipy.stats import spearmanr
 from torch import nn
 from torch.nn import functional as F
 
+from iibalance.data.splits import make_folds
 from iibalance.budgets import (
     Budgets,
     budgets_from_logits,
     label_entropy,
-    make_folds,
-    probe_logits,
     smooth_budgets,
 )
 from iibalance.config import TrainingConfig
 from iibalance.errors import InputError
 from iibalance.nn.encoders import build_encoder
-from iibalance.training.budget_stage import estimate_budgets
+from iibalance.training.budget_stage import estimate_budgets, probe_logits
 
 
 def known_data(count=600, classes=4, seed=0):
@@ -451,18 +450,9 @@ def test_given_budgets_anchor_and_prior():
     assert budgets.standard_errors == (0.0,) * 4 and budgets.uninformative == ["d"]
 
 
-def test_prior_temperature():
-    soft, sharp = (
-        Budgets(("a", "b"), (0.2, 0.8), (0.0, 0.0), prior_temperature=t) for t in (2.0, 0.25)
-    )
-    assert soft.prior == pytest.approx(
-        [
-            math.sqrt(0.2) / (math.sqrt(0.2) + math.sqrt(0.8)),
-            math.sqrt(0.8) / (math.sqrt(0.2) + math.sqrt(0.8)),
-        ]
-    )
-    assert sharp.prior == pytest.approx([0.2**4 / (0.2**4 + 0.8**4), 0.8**4 / (0.2**4 + 0.8**4)])
-    extreme = Budgets(("a", "b"), (0.001, 0.9), (0.0, 0.0), prior_temperature=0.25).prior
+def test_prior_is_proportional_down_to_its_floor():
+    assert Budgets.given({"a": 0.2, "b": 0.6}).prior == pytest.approx([0.25, 0.75])
+    extreme = Budgets.given({"a": 1e-5, "b": 0.9}).prior
     assert extreme[0] == pytest.approx(1e-3, rel=0.01) and sum(extreme) == pytest.approx(1)
 
 
@@ -478,7 +468,7 @@ def test_nothing_known_is_a_uniform_prior():
 
 def test_save_and_load(tmp_path):
     budgets = Budgets(
-        ("audio", "lip video"), (0.812345678901234, 0.3), (0.01, 0.2), 1.3, "probe", 2.0
+        ("audio", "lip video"), (0.812345678901234, 0.3), (0.01, 0.2), 1.3, "probe"
     )
     budgets.save(tmp_path / "budgets.json")
     assert Budgets.load(tmp_path / "budgets.json") == budgets

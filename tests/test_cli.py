@@ -25,7 +25,8 @@ from iibalance import cli
 from iibalance.config import RunConfig, load_config
 from iibalance.data import load_data
 from iibalance.files import read_model
-from iibalance.training import loop, stages
+from iibalance.training import budget_stage, loop, stages
+from iibalance.training.run import estimate_run_budgets
 
 METHODS = ["iibalance", "concat", "sum", "unimodal", "ensemble"]
 SMALL = [
@@ -534,6 +535,41 @@ def test_budgets_alone_by_unimodal_trainings(data, tmp_path):
     )
 
 
+@pytest.mark.parametrize("source", ["unimodal", "probe"])
+def test_budgets_alone_are_those_that_train_estimates_to_the_last_digit(
+    data, train, tmp_path, source
+):
+    options = ["--budgets.source", source, "--objective.alpha", "0.5", "--seed", "3"]
+    options += ["--model.dropout", "0.4"]
+    folder = train(*options, "--training.alone", "false", "--method", "ensemble_gated")
+    trained = read(folder / "budgets.json")
+    file = ["--data.name", "npz", "--data.path", data]
+    own = [*options, "--method", "ensemble_gated", "--output", tmp_path / "b.json"]
+    run("budgets", *file, *SMALL, *own)
+    assert read(tmp_path / "b.json") == trained
+
+
+def test_estimated_from_arrays_they_are_the_same():
+    """``estimate_budgets`` on the training split of the digits, with the defaults of ``train``."""
+    config = RunConfig(epochs=2, seed=1)
+    train = load_data(config.data).train
+    by_run = estimate_run_budgets(config)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        inputs, targets = train.inputs, train.targets
+        by_arrays = iibalance.estimate_budgets(inputs, targets, epochs=1, seed=1)
+    finally:
+        torch.set_num_threads(threads)
+    assert by_arrays == by_run
+
+
+def test_budgets_that_stand_in_a_file_are_not_estimated(data, capsys):
+    file = ["--data.name", "npz", "--data.path", str(data)]
+    assert cli.run(["budgets", *file, "--budgets.path", "given.json"]) == 2
+    assert "budgets.path: given.json holds budgets already" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("source", ["probe", "online"])
 def test_other_sources_of_budgets(source, train):
     folder = train("--budgets.source", source, "--training.alone", "false")
@@ -638,14 +674,14 @@ def test_modality_dropout_hides_modalities_in_training_alone(data, tmp_path, mon
 
 def test_groups_keep_speakers_apart_in_splits_and_folds(tmp_path, monkeypatch):
     path, folds = synthetic.write(tmp_path / "clips.npz"), []
-    make = stages.make_folds
-    monkeypatch.setattr(
-        stages,
-        "make_folds",
-        lambda *more, **options: (
-            folds.append((options["groups"], make(*more, **options))) or folds[-1][1]
-        ),
-    )
+    make = budget_stage.make_folds
+
+    def recorded(targets, count, *, groups, seed):
+        found = make(targets, count, groups=groups, seed=seed)
+        folds.append((groups, found))
+        return found
+
+    monkeypatch.setattr(budget_stage, "make_folds", recorded)
     run(
         "train",
         "--data.name",

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
-from iibalance import files
 from iibalance.errors import InputError
-from iibalance.training import folder as run_folder
-from iibalance.training.folder import RunFolder
 from iibalance.files import (
+    code_digest,
+    data_digest,
+    file_digest,
+    locked,
     read_json,
     read_model,
     write_bytes,
@@ -25,6 +30,8 @@ from iibalance.files import (
     write_model,
     write_text,
 )
+from iibalance.training import folder as run_folder
+from iibalance.training.folder import RunFolder
 
 fork = multiprocessing.get_context("fork")  # the children only write files
 DISK_STEPS = [
@@ -168,6 +175,79 @@ def test_a_file_and_its_folder_are_flushed_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *a: (steps.append("replace"), replace(*a)))
     write_text(tmp_path / "a", "x")
     assert steps == ["file", "replace", "folder"]
+
+
+def test_digests(tmp_path, monkeypatch):
+    (tmp_path / "d.npz").write_bytes(b"data" * 1_000_000)
+    expected = hashlib.sha256(b"data" * 1_000_000).hexdigest()
+    assert file_digest(tmp_path / "d.npz") == data_digest(str(tmp_path / "d.npz")) == expected
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert data_digest("~/d.npz") == expected and data_digest(None) is None
+    assert len(code_digest()) == 12
+
+
+def test_importing_and_digesting_imports_no_torch():
+    code = "import sys; from iibalance.files import code_digest; print(code_digest(), *sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    digest, *modules = found.stdout.split()
+    assert digest == code_digest() and "torch" not in modules and "iib_kernels" not in modules
+
+
+# Locks
+
+
+def test_a_lock_is_held_for_the_block_alone(tmp_path):
+    path = tmp_path / ".lock"
+    with locked(path):
+        with pytest.raises(InputError, match=f"^{tmp_path}: another process is at work in this"):
+            with locked(path, wait=False):
+                pytest.fail("two hold one lock")
+        with pytest.raises(InputError, match="^taken$"), locked(path, wait=False, held="taken"):
+            pytest.fail("two hold one lock")
+    with pytest.raises(KeyError), locked(path, wait=False):
+        raise KeyError
+    with locked(path, wait=False):
+        assert path.exists()
+
+
+def _add_lines(path, name: str) -> None:
+    for _ in range(20):
+        with locked(path.with_suffix(".lock")):
+            lines = path.read_text() if path.exists() else ""
+            time.sleep(0.001)
+            path.write_text(f"{lines}{name}\n")
+
+
+def test_waiting_processes_take_turns(tmp_path):
+    children = [fork.Process(target=_add_lines, args=(tmp_path / "log", name)) for name in "abc"]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert sorted((tmp_path / "log").read_text().split()) == sorted("abc" * 20)
+
+
+def _fail_to_lock(monkeypatch, number: int) -> None:
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", refuse)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_goes_on(tmp_path, monkeypatch, number):
+    _fail_to_lock(monkeypatch, number)
+    with locked(tmp_path / "a.lock", wait=False), locked(tmp_path / "a.lock"):
+        pass
+    RunFolder.create(tmp_path / "run").close()
+    assert os.listdir(tmp_path / "run") == [".lock"]
+
+
+def test_a_broken_file_system_is_named(tmp_path, monkeypatch):
+    _fail_to_lock(monkeypatch, errno.EIO)
+    with pytest.raises(InputError, match=f"^{tmp_path}: cannot be written .Input/output error"):
+        with locked(tmp_path / "a.lock"):
+            pass
 
 
 # The folder
@@ -340,7 +420,8 @@ def test_names_must_be_plain_and_grow(run, name):
     [
         (
             lambda path: (path / "weights.bin").write_bytes(b"x" * 123),
-            "epoch-2/weights.bin: is truncated: 123 bytes, manifest says 20000; delete .*epoch-2 to resume from the one before",
+            "epoch-2/weights.bin: is truncated: 123 bytes, manifest says 20000; "
+            "delete .*epoch-2 to resume from the one before",
         ),
         (
             lambda path: (path / "weights.bin").write_bytes(b"x" * 20_001),

@@ -39,9 +39,9 @@ from iibalance.methods import METHODS, make_method, own_source
 from iibalance.metrics import classification_metrics
 from iibalance.nn.model import MultimodalClassifier, embed_split
 from iibalance.training.evaluation import degrade
-from iibalance.training.loop import derive_seed
+from iibalance.training.sampling import derive_seed
 from iibalance.training.stages import Run
-from iibalance.training.trainer import Stages, make_accelerator
+from iibalance.training.trainer import Trainer, make_accelerator
 
 CLEAN = "clean"
 REFERENCE = "unimodal"  # whose heads are the encoders trained alone: every comparison has it
@@ -238,7 +238,7 @@ def stands(folder: Path, cell: Cell, setting: dict) -> bool:
     return found["setting"] == setting and found.get("source") == own_source(cell.method)
 
 
-class SharedStages(Stages):
+class SharedStages(Trainer):
     """Trainings kept by what determines them, for all the cells that need one; two processes never make the same one."""
 
     def __init__(
@@ -280,7 +280,7 @@ class SharedStages(Stages):
         key: dict | None = None,
         **options,
     ):
-        """As :meth:`Stages.fit`; waits where another process is making the same one."""
+        """As :meth:`Trainer.fit`; waits where another process is making the same one."""
         path = self.path(name, key or {}, epochs)
         path.parent.mkdir(exist_ok=True)
         with locked(path.with_suffix(".lock")):

@@ -33,9 +33,8 @@ from iibalance.data import load_data
 from iibalance.data.dataset import MultimodalData
 from iibalance.errors import InputError
 from iibalance.files import fcntl, file_digest, read_json, versions, write_json, write_text
-from iibalance.methods import method_class
-from iibalance.training.loop import derive_seed
-from iibalance.training.run import check_options
+from iibalance.methods import ablation_of, method_class, search_of
+from iibalance.training.sampling import derive_seed
 
 __all__ = ["CompareConfig", "CompareData", "compare"]
 
@@ -66,7 +65,7 @@ def compare(config: CompareConfig) -> dict:
         for name, data in sets.items()
     }
     for name in sets:
-        check_options(run_config(config, Cell(name, "iibalance", 0, 0, "test"), {}))
+        run_config(config, Cell(name, "iibalance", 0, 0, "test"), {})
         if config.low_data:
             load_data(run_config(config, Cell(name, "iibalance", 0, 0, "low"), {}).data)
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +130,7 @@ def compare(config: CompareConfig) -> dict:
 
 def settings_of(config: CompareConfig, method: str) -> list[dict]:
     """The ``trials`` settings that a method tries: the defaults, then draws. Learning rates and weight decays are the same for every method."""
-    parameter, values = next(iter(method_class(method).search.items()), (None, ()))
+    parameter, values = next(iter(search_of(method_class(method)).items()), (None, ()))
     settings = []
     for trial in range(config.trials):
         generator = torch.Generator().manual_seed(derive_seed("settings", trial))
@@ -151,7 +150,7 @@ def settings_of(config: CompareConfig, method: str) -> list[dict]:
 
 def _tuned_as(name: str) -> str:
     """The method whose settings this one takes: an ablation those of what it is an ablation of."""
-    return method_class(name).tuned_as or method_class(name).ablation_of or name
+    return ablation_of(method_class(name)) or name
 
 
 def _defined(name: str, data: MultimodalData) -> bool:

@@ -16,7 +16,7 @@ from iibalance.comparison.cells import CLEAN, REFERENCE, Cell, cell_files
 from iibalance.config import CompareConfig
 from iibalance.data.dataset import MultimodalData
 from iibalance.files import read_json, write_bytes, write_json, write_text
-from iibalance.methods import method_class
+from iibalance.methods import ablation_of, method_class
 from iibalance.metrics import mean_and_stderr
 from iibalance.training.report import DPI, GREY, INK, MARKERS, PALETTE, STYLE
 
@@ -354,7 +354,7 @@ def ablation_names(methods: Iterable[str]) -> dict[str, str]:
     """
     kinds = list(map(method_class, methods))
     names = {kind.name for kind in kinds}
-    return {kind.name: kind.ablation_of for kind in kinds if kind.ablation_of in names}
+    return {kind.name: ablation_of(kind) for kind in kinds if ablation_of(kind) in names}
 
 
 def _samples(

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from iibalance.averaging import WeightAverage
 from iibalance.config import RunConfig
 from iibalance.data.dataset import MultimodalData
 from iibalance.files import read_json, write_json
@@ -95,23 +94,19 @@ def _stepper(config: RunConfig, data: MultimodalData, batch_size: int) -> Callab
                 progress=0.9,
             )
         batch = split.__getitems__(rows % len(split))
-        average = WeightAverage(model, 100.0) if hooks.averaging else None
         work.append(
             (
                 model,
                 hooks,
                 optimizer,
-                average,
                 batch._replace(mask=None) if bool(batch.mask.all()) else batch,
             )
         )
 
     def step() -> float:
         started = time.perf_counter()
-        for model, hooks, optimizer, average, batch in work:
+        for model, hooks, optimizer, batch in work:
             hooks.step(model, optimizer, batch, progress=0.9, max_gradient_norm=1.0)
-            if average is not None:
-                average.update()
         return time.perf_counter() - started
 
     return step

@@ -1,43 +1,34 @@
-"""Data: one source a file, all giving :class:`MultimodalData`. ``load_data(DataConfig())`` is the way in."""
+"""Data: every source gives the same :class:`~iibalance.data.dataset.MultimodalData`.
+
+``load_data(DataConfig())`` is the way in. A source reads (``digits``, ``npz``), ``assemble``
+checks, splits and standardises what it read, and ``dataset`` holds the result; ``corruption``
+degrades batches of it. A new source is a file here with a function ``(DataConfig) -> RawData``, and
+its line in ``_SOURCES``.
+
+What may come in: config, errors and files. Nothing of nn, methods or training.
+"""
 
 from __future__ import annotations
 
 from iibalance.config import DataConfig
 from iibalance.data.assemble import assemble
-from iibalance.data.corruption import corrupt, drop_modalities, parse_degrade, random_corruptions
-from iibalance.data.dataset import (
-    Batch,
-    MultimodalData,
-    Split,
-    Standardizer,
-    identity,
-    infer_layout,
-)
+from iibalance.data.dataset import MultimodalData
 from iibalance.data.digits import read_digits
-from iibalance.data.npz import read_inputs, read_npz
+from iibalance.data.npz import read_npz
+from iibalance.data.standardize import Standardizer
 from iibalance.errors import InputError
-
-__all__ = [
-    "Batch",
-    "DataConfig",
-    "MultimodalData",
-    "Split",
-    "Standardizer",
-    "corrupt",
-    "drop_modalities",
-    "identity",
-    "infer_layout",
-    "load_data",
-    "parse_degrade",
-    "random_corruptions",
-    "read_inputs",
-]
 
 _SOURCES = {"digits": read_digits, "npz": read_npz}
 
 
-def load_data(config: DataConfig) -> MultimodalData:
-    """Read, check, split and standardise the data that ``config`` names. InputError, in one line, for what cannot be used.
+def load_data(config: DataConfig, *, standardizer: Standardizer | None = None) -> MultimodalData:
+    """Read, check, split and standardise the data that ``config`` names.
+
+    The standardisation is fitted on the training split. A model that is trained already has its
+    own: give its ``standardizer``, and the splits are standardised by that one instead.
+
+    Raises InputError, in one line, for what cannot be used; with a ``standardizer``, also where the
+    modalities or their shapes are not those it was fitted on.
 
     >>> data = load_data(DataConfig(name="digits"))
     >>> data.modalities, data.num_classes, data.shapes["shape"], data.layouts["shape"]
@@ -47,12 +38,4 @@ def load_data(config: DataConfig) -> MultimodalData:
     """
     if config.name not in _SOURCES:
         raise InputError(f"data.name: {config.name!r} is none of {', '.join(_SOURCES)}")
-    if not 0 < config.train_fraction <= 1:
-        raise InputError(
-            f"data.train_fraction: {config.train_fraction} is no share of the training samples; give more than 0, at most 1"
-        )
-    if not 0 <= config.split_seed < 2**32:
-        raise InputError(
-            f"data.split_seed: {config.split_seed} is no seed; give an integer from 0 to 2**32 - 1"
-        )
-    return assemble(_SOURCES[config.name](config), config)
+    return assemble(_SOURCES[config.name](config), config, standardizer)

@@ -1,4 +1,4 @@
-"""From a source's raw arrays to :class:`MultimodalData`: the checks, splits and standardisation that all sources share."""
+"""From a source's raw arrays to a data set: the checks, splits and standardisation they share."""
 
 from __future__ import annotations
 
@@ -6,27 +6,24 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from iibalance.config import DataConfig
-from iibalance.data.dataset import (
-    MultimodalData,
-    Split,
-    Standardizer,
-    check_layout,
-    infer_layout,
-)
+from iibalance.data.dataset import MultimodalData, Split
+from iibalance.data.layouts import choose_layouts
 from iibalance.data.splits import hold_out
+from iibalance.data.standardize import Standardizer
 from iibalance.errors import InputError
-
-SPLIT_NAMES = ("train", "validation", "test")
 
 
 @dataclass
 class RawData:
     """What a source reads.
 
-    ``arrays[m]`` [N, ...] real, ``targets`` [N] int64 in 0..K-1, ``mask`` [N, M] bool, ``groups`` [N] int64 or None, ``split`` [N] of
-    0, 1, 2 or None (then a 70/10/20 split is made), K ``class_names``, and ``origin``, with which error messages begin.
+    ``arrays[m]`` [N, ...] are real numbers, ``targets`` [N] int64 in 0..K-1 and ``mask`` [N, M]
+    bool. ``groups`` [N] int64 may be None. ``split`` [N] holds 0 (train), 1 (validation) or 2
+    (test); where it is None, a 70/10/20 split is made. There are K ``class_names``, and error
+    messages begin with ``origin``.
     """
 
     origin: str
@@ -38,72 +35,72 @@ class RawData:
     class_names: list[str]
 
 
-def assemble(raw: RawData, config: DataConfig) -> MultimodalData:
-    """Split, cut the training split to ``config.train_fraction``, standardise. InputError for data that cannot be trained on."""
-    shapes = {name: array.shape[1:] for name, array in raw.arrays.items()}
-    layouts = choose_layouts(raw.arrays, config.layouts, raw.origin)
+def assemble(
+    raw: RawData, config: DataConfig, standardizer: Standardizer | None = None
+) -> MultimodalData:
+    """Split, cut the training split to ``config.train_fraction``, standardise.
+
+    Without a ``standardizer``, one is fitted on the training split. Raises InputError for data that
+    cannot be trained on, or that are not of the modalities and shapes of the ``standardizer``.
+    """
+    shapes = {name: tuple(array.shape[1:]) for name, array in raw.arrays.items()}
+    if standardizer is None:
+        layouts = choose_layouts(raw.arrays, config.layouts, raw.origin)
+    else:
+        origin = f"data.path: {config.path}" if config.path else raw.origin
+        check_as_trained(shapes, standardizer, origin)
+        layouts = dict(standardizer.layouts)
     try:
         rows = split_rows(raw, config)
     except InputError as error:
         raise InputError(f"{raw.origin}: {error}") from None
     check_training_split(raw, rows["train"])
-
-    splits = {}
-    standardizer = Standardizer(shapes, layouts)
-    for part in SPLIT_NAMES:  # training first: the others take its statistics
-        chosen = rows[part]
-        mask = torch.from_numpy(raw.mask[chosen])
-        with np.errstate(over="ignore", invalid="ignore"):  # missing rows may hold anything
-            inputs = {
-                name: torch.from_numpy(array[chosen].astype(np.float32, copy=False))
-                for name, array in raw.arrays.items()
-            }
-        if part == "train":
-            standardizer.fit(inputs, mask)
-        inputs = standardizer.transform(inputs, mask)
-        for name, values in inputs.items():
-            bad = ~values.flatten(1).isfinite().all(1)
-            if bad.any():
-                row = chosen[int(bad.nonzero()[0])]
-                raise InputError(
-                    f"{raw.origin}: x_{name}: row {row} is too large to standardise in float32; rescale this feature"
-                )
-        groups = None if raw.groups is None else torch.from_numpy(raw.groups[chosen])
-        splits[part] = Split(inputs, torch.from_numpy(raw.targets[chosen]), mask, groups)
+    if standardizer is None:
+        standardizer = Standardizer(shapes, layouts).fit(*raw_inputs(raw, rows["train"]))
     return MultimodalData(
         name=config.name,
         modalities=tuple(raw.arrays),
         num_classes=len(raw.class_names),
         class_names=list(raw.class_names),
-        **splits,
+        **{part: make_split(raw, chosen, standardizer) for part, chosen in rows.items()},
         standardizer=standardizer,
-        shapes={name: tuple(shape) for name, shape in shapes.items()},
+        shapes=shapes,
         layouts=layouts,
     )
 
 
-def choose_layouts(
-    arrays: dict[str, np.ndarray], given: dict[str, str], origin: str
-) -> dict[str, str]:
-    """The user's layout of each modality, or the inferred one; InputError names the modality."""
-    given = dict(given or {})
-    unknown = sorted(set(given) - set(arrays))
-    if unknown:
-        raise InputError(
-            f"data.layouts: {unknown[0]!r} is no modality in use; there are {', '.join(arrays)}"
-        )
-    layouts = {}
-    for name, array in arrays.items():
-        try:
-            layouts[name] = given.get(name) or infer_layout(array.shape[1:], array.dtype)
-            check_layout(array.shape[1:], layouts[name])
-        except InputError as error:
-            raise InputError(f"{origin}: x_{name}: {error}") from None
-    return layouts
+def raw_inputs(raw: RawData, rows: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
+    """``inputs[m]`` [n, ...], float32 but not standardised, and ``mask`` [n, M] of ``rows`` [n]."""
+    with np.errstate(over="ignore", invalid="ignore"):  # missing rows may hold anything
+        inputs = {
+            name: torch.from_numpy(array[rows].astype(np.float32, copy=False))
+            for name, array in raw.arrays.items()
+        }
+    return inputs, torch.from_numpy(raw.mask[rows])
+
+
+def make_split(raw: RawData, rows: np.ndarray, standardizer: Standardizer) -> Split:
+    """The standardised samples of ``rows`` [n]."""
+    inputs, mask = raw_inputs(raw, rows)
+    inputs = standardizer.transform(inputs, mask)
+    for name, values in inputs.items():
+        bad = ~values.flatten(1).isfinite().all(1)
+        if bad.any():
+            row = rows[int(bad.nonzero()[0])]
+            raise InputError(
+                f"{raw.origin}: x_{name}: row {row} is too large to standardise in float32; "
+                "rescale this feature"
+            )
+    groups = None if raw.groups is None else torch.from_numpy(raw.groups[rows])
+    return Split(inputs, torch.from_numpy(raw.targets[rows]), mask, groups)
 
 
 def split_rows(raw: RawData, config: DataConfig) -> dict[str, np.ndarray]:
-    """Row numbers of each split, ascending. Without a split column 70/10/20; without validation rows 20 % of the training rows."""
+    """Row numbers of the train, validation and test split, ascending.
+
+    Without a split column the shares are 70/10/20; where that has no validation rows, they are 20 %
+    of the training rows.
+    """
     seed, targets, groups = config.split_seed, raw.targets, raw.groups
 
     def divide(rows: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -141,11 +138,29 @@ def check_training_split(raw: RawData, train: np.ndarray) -> None:
     for label in np.flatnonzero(present == 0):
         elsewhere = int((raw.targets == label).sum())
         raise InputError(
-            f"{raw.origin}: class {label} ({raw.class_names[label]}) has no training sample ({elsewhere} in all); "
-            "move some to the training split or remove the class"
+            f"{raw.origin}: class {label} ({raw.class_names[label]}) has no training sample "
+            f"({elsewhere} in all); move some to the training split or remove the class"
         )
     for column, name in enumerate(raw.arrays):
         if not raw.mask[train, column].any():
             raise InputError(
-                f"{raw.origin}: mask_{name}: missing in every training sample; leave {name} out with data.modalities"
+                f"{raw.origin}: mask_{name}: missing in every training sample; "
+                f"leave {name} out with data.modalities"
+            )
+
+
+def check_as_trained(
+    shapes: dict[str, tuple[int, ...]], standardizer: Standardizer, origin: str
+) -> None:
+    """InputError unless modalities and shapes are those that ``standardizer`` was fitted on."""
+    if tuple(shapes) != tuple(standardizer.shapes):
+        raise InputError(
+            f"{origin} has the modalities {', '.join(shapes)}, "
+            f"the run {', '.join(standardizer.shapes)}"
+        )
+    for name, shape in shapes.items():
+        if shape != standardizer.shapes[name]:
+            raise InputError(
+                f"{origin}: x_{name}: samples have shape {shape}, "
+                f"but the model was trained on {standardizer.shapes[name]}"
             )

@@ -1,7 +1,9 @@
-"""Degraded inputs: for the gate's calibration (method.md 5), for modality dropout, and for evaluation under a named degradation.
+"""Degraded inputs: to calibrate the gate, for modality dropout, and to evaluate what degrades.
 
-Everything works on standardised batches, draws from the ``torch.Generator`` it is given (on that generator's device), and leaves its
-input as it is.
+The stages that use them are in the method page, section 5.
+
+Everything here works on standardised batches, draws from the ``torch.Generator`` it is given (on
+that generator's device), and leaves its input as it is.
 """
 
 from __future__ import annotations
@@ -26,14 +28,20 @@ def corrupt(
     strength: float = 3.0,
     generator: torch.Generator,
 ) -> Batch:
-    """Corrupt one modality of a random ``fraction`` of the samples that have it (rounded; the same samples whatever the kind).
+    """Corrupt one modality of a random ``fraction`` of the samples that have it.
 
-    ``noise`` adds ``strength`` standard deviations of Gaussian noise; ``missing`` clears the mask and the values, except where this is the
-    sample's only modality; ``shuffled`` gives each chosen sample this modality of another chosen one (never its own).
-    InputError for an unknown modality or kind, a fraction outside 0..1 or a negative strength.
+    Their number is rounded, and they are the same samples whatever the kind:
 
-    >>> batch = Batch({"a": torch.zeros(4, 2), "b": torch.ones(4, 3)}, torch.arange(4), torch.ones(4, 2, dtype=torch.bool))
-    >>> corrupt(batch, "a", "missing", generator=torch.Generator().manual_seed(0)).mask.sum(0)
+    - ``noise`` adds ``strength`` standard deviations of Gaussian noise;
+    - ``missing`` clears the mask and the values, except where this is the sample's only modality;
+    - ``shuffled`` gives each chosen sample this modality of another chosen one, never its own.
+
+    Raises InputError for an unknown modality or kind, a fraction outside 0..1 or a negative
+    strength.
+
+    >>> inputs, mask = {"a": torch.zeros(4, 2), "b": torch.ones(4, 3)}, torch.ones(4, 2) > 0
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> corrupt(Batch(inputs, torch.arange(4), mask), "a", "missing", generator=generator).mask.sum(0)
     tensor([2, 4])
     """
     modality, kind = _check(modality, kind, tuple(batch.inputs))
@@ -47,9 +55,8 @@ def corrupt(
         )
     column = tuple(batch.inputs).index(modality)
     present = batch.mask[:, column].nonzero().squeeze(1)
-    order = torch.randperm(len(present), generator=generator, device=generator.device).to(
-        present.device
-    )
+    order = torch.randperm(len(present), generator=generator, device=generator.device)
+    order = order.to(present.device)
     count = int(fraction * len(present) + 0.5)
     rows, spare = present[order[:count]], present[order[count:]]
     values, mask = batch.inputs[modality].clone(), batch.mask.clone()
@@ -60,9 +67,8 @@ def corrupt(
         values[rows] = 0.0
         mask[rows, column] = False
     elif count > 1:
-        values[rows] = batch.inputs[modality][
-            rows.roll(1)
-        ]  # one cycle through rows in random order: nobody keeps its own
+        # One cycle through the rows, which are in random order: nobody keeps its own.
+        values[rows] = batch.inputs[modality][rows.roll(1)]
     elif count == 1 and len(spare):
         values[rows] = batch.inputs[modality][spare[:1]]
     return Batch({**batch.inputs, modality: values}, batch.targets, mask)
@@ -75,14 +81,22 @@ def random_corruptions(
     max_strength: float = 4.0,
     kinds: Sequence[str] = KINDS,
 ) -> Batch:
-    """Each sample with one of its modalities, chosen at random, corrupted in a random way: the calibration set's second half (method.md 5).
+    """Each sample with one of its modalities, chosen at random, corrupted in a random way.
 
-    ``noise`` has a strength uniform in 0..``max_strength`` for each sample; ``shuffled`` takes the modality of another sample of the batch.
-    A sample with a single modality can only get noise: without its one input nothing could be learnt from it (left clean if ``noise`` is
-    not among ``kinds``). InputError for an unknown kind, none at all, or a negative strength.
+    This is the second half of the set that the gate is calibrated on (method page, section 5).
 
-    >>> batch = Batch({"a": torch.zeros(4, 2), "b": torch.ones(4, 3)}, torch.arange(4), torch.ones(4, 2, dtype=torch.bool))
-    >>> random_corruptions(batch, kinds=["missing"], generator=torch.Generator().manual_seed(0)).mask.sum(1)
+    - ``noise`` has a strength uniform in 0..``max_strength``, drawn for each sample;
+    - ``missing`` clears the mask and the values;
+    - ``shuffled`` takes the modality of another sample of the batch.
+
+    A sample with a single modality can only get noise, because without its one input nothing could
+    be learnt from it. It stays clean if ``noise`` is not among the ``kinds``.
+
+    Raises InputError for an unknown kind, none at all, or a negative strength.
+
+    >>> inputs, mask = {"a": torch.zeros(4, 2), "b": torch.ones(4, 3)}, torch.ones(4, 2) > 0
+    >>> generator, batch = torch.Generator().manual_seed(0), Batch(inputs, torch.arange(4), mask)
+    >>> random_corruptions(batch, kinds=["missing"], generator=generator).mask.sum(1)
     tensor([1, 1, 1, 1])
     """
     kinds = tuple(kinds)
@@ -98,9 +112,8 @@ def random_corruptions(
     def uniform(*size: int) -> Tensor:
         return torch.rand(*size, generator=generator, device=generator.device).to(device)
 
-    chosen = (uniform(*batch.mask.shape) + batch.mask).argmax(
-        1
-    )  # a present modality of each sample, all equally likely  [B]
+    # A present modality of each sample, all equally likely.
+    chosen = (uniform(*batch.mask.shape) + batch.mask).argmax(1)  # [B]
     drawn = (uniform(count) * len(kinds)).long().clamp_max(len(kinds) - 1)
     strength = max_strength * uniform(count)
     alone = batch.mask.sum(1) < 2
@@ -120,11 +133,11 @@ def random_corruptions(
         if "shuffled" in rows:
             present = batch.mask[:, column].nonzero().squeeze(1)
             if len(present) > 1:
+                others = len(present) - 1
                 place = torch.searchsorted(present, rows["shuffled"])
-                step = 1 + (uniform(len(place)) * (len(present) - 1)).long().clamp_max(
-                    len(present) - 2
-                )  # 1 .. n - 1: never itself
-                values[rows["shuffled"]] = original[present[(place + step) % len(present)]]
+                step = (uniform(len(place)) * others).long().clamp_max(others - 1)
+                taken = (place + 1 + step) % len(present)  # 1 to n - 1 places on: never itself
+                values[rows["shuffled"]] = original[present[taken]]
         if "missing" in rows:
             values[rows["missing"]] = 0.0
             mask[rows["missing"], column] = False
@@ -132,7 +145,9 @@ def random_corruptions(
 
 
 def drop_modalities(mask: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """``mask`` [B, M] bool with each True dropped with ``probability``; a row that would lose everything keeps one at random.
+    """``mask`` [B, M] bool with each True dropped with ``probability``.
+
+    A row that would lose everything keeps one at random.
 
     >>> mask = torch.ones(1000, 3, dtype=torch.bool)
     >>> drop_modalities(mask, 1.0, torch.Generator().manual_seed(0)).sum(1).unique()
@@ -144,9 +159,8 @@ def drop_modalities(mask: Tensor, probability: float, generator: torch.Generator
         )
     draw = torch.rand(mask.shape, generator=generator, device=generator.device).to(mask.device)
     kept = mask & (draw >= probability)
-    last = draw.masked_fill(~mask, -1.0).argmax(
-        1, keepdim=True
-    )  # given that all were dropped, the largest draw is any of them alike
+    # Given that all were dropped, the largest draw is any of them with the same probability.
+    last = draw.masked_fill(~mask, -1.0).argmax(1, keepdim=True)
     rescue = torch.zeros_like(mask).scatter_(1, last, True) & mask
     return torch.where(kept.any(1, keepdim=True), kept, rescue)
 

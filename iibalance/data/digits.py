@@ -1,9 +1,12 @@
-"""Three views of scikit-learn's handwritten digits: real data that needs no download, for first steps, tests and the README.
+"""Three views of scikit-learn's handwritten digits: real data that needs no download.
 
-All views are computed from the same 8 x 8 image, and none is made worse on purpose. Logistic regression on each alone, trained on the
-training split and scored on the test split, gives 96.7 % for `pixels`, 83.5 % for `fourier` and 77.4 % for `shape` (mean over split seeds
-0 to 7, standard deviation 1 to 2 points; 97.5, 83.0 and 73.8 on the default split). Strong and weak, and overlapping: the method's case in
-miniature.
+They serve first steps, tests and the README. All views are computed from the same 8 x 8 image, and
+none is made worse on purpose. One is strong, the others are weaker, and what they tell overlaps:
+the method's case in miniature.
+
+Logistic regression on each alone, trained on the training split and scored on the test split, gives
+96.7 % for `pixels`, 83.5 % for `fourier` and 77.4 % for `shape` (mean over split seeds 0 to 7,
+standard deviation 1 to 2 points). On the default split it is 97.5, 83.0 and 73.8.
 """
 
 from __future__ import annotations
@@ -19,9 +22,12 @@ from iibalance.errors import InputError
 
 
 def read_digits(config: DataConfig) -> RawData:
-    """The 1,797 digits (E. Alpaydin, C. Kaynak, UCI 1998) as ``pixels`` [64], ``fourier`` [34] and ``shape`` [7], split 60/20/20 by class.
+    """The 1,797 digits (E. Alpaydin, C. Kaynak, UCI 1998), split 60/20/20 by class.
 
-    InputError for options that only mean something for a file, and for a modality that is none of the three.
+    The modalities are ``pixels`` [64], ``fourier`` [34] and ``shape`` [7].
+
+    Raises InputError for options that only mean something for a file, and for a modality that is
+    none of the three.
 
     >>> raw = read_digits(DataConfig(modalities="shape,pixels"))
     >>> {name: array.shape for name, array in raw.arrays.items()}
@@ -31,7 +37,8 @@ def read_digits(config: DataConfig) -> RawData:
         value = getattr(config, option)
         if value != default:
             raise InputError(
-                f"data.{option}: {value!r} is given, but the digits have no such thing; for your own file add data.name npz"
+                f"data.{option}: {value!r} is given, but the digits have no such thing; "
+                "for your own file add data.name npz"
             )
     bunch = load_digits()
     images, targets = bunch.images, bunch.target.astype(np.int64)
@@ -62,9 +69,10 @@ def read_digits(config: DataConfig) -> RawData:
 
 
 def fourier_view(images: np.ndarray) -> np.ndarray:
-    """log(1 + |F|) of the 2-D Fourier transform F of [N, 8, 8] images: [N, 34], for a real image has (u, v) and (-u, -v) alike.
+    """[N, 34]: log(1 + |F|) of the 2-D Fourier transform F of [N, 8, 8] images.
 
-    Magnitudes forget where things are, which is what makes this view weaker than the pixels.
+    Of the 64 magnitudes only 34 differ, because those of a real image are the same at (u, v) and
+    (-u, -v). Magnitudes forget where things are, which makes this view weaker than the pixels.
     """
     u, v = np.mgrid[0:8, 0:8]
     own, mirrored = 8 * u + v, 8 * (-u % 8) + (-v % 8)
@@ -72,7 +80,11 @@ def fourier_view(images: np.ndarray) -> np.ndarray:
 
 
 def shape_view(images: np.ndarray) -> np.ndarray:
-    """[N, 7]: amount of ink, the three central second moments, mean number of strokes met along a row and a column, number of holes."""
+    """[N, 7]: what can be told of the shape in [N, 8, 8] images.
+
+    The amount of ink, the three central second moments, the mean number of strokes met along a row
+    and along a column, and the number of holes.
+    """
     ink = images.sum((1, 2))
     weight = images / ink[:, None, None]
     row, column = np.mgrid[0:8, 0:8] / 7.0
@@ -86,7 +98,5 @@ def shape_view(images: np.ndarray) -> np.ndarray:
     strokes = [
         (np.diff(dark.astype(int), axis=axis) > 0).sum(axis)[:, 1:-1].mean(1) for axis in (2, 1)
     ]
-    holes = [
-        ndimage.label(~image)[1] - 1 for image in dark
-    ]  # light regions other than the background
+    holes = [ndimage.label(~image)[1] - 1 for image in dark]  # light regions but the background
     return np.stack([ink, *moments, *strokes, holes], 1)

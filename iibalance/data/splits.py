@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
-from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from torch import Tensor
 
 from iibalance.errors import InputError
 
@@ -13,9 +14,12 @@ from iibalance.errors import InputError
 def hold_out(
     targets: np.ndarray, fraction: float, *, seed: int = 0, groups: np.ndarray | None = None
 ) -> np.ndarray:
-    """Bool [N], True for about ``fraction`` of the samples, alike in every class; at least one sample of each class stays False.
+    """Which samples to hold out: bool [N], True for about ``fraction`` of each class.
 
-    With ``groups`` [N], no group is on both sides, so the share can only be near ``fraction``. InputError where groups do not allow it.
+    At least one sample of each class stays False.
+
+    With ``groups`` [N], no group is on both sides, so the share can only be near ``fraction``.
+    Raises InputError where groups do not allow it.
 
     >>> targets = np.repeat([0, 1, 2], [50, 30, 1])
     >>> np.bincount(targets[hold_out(targets, 0.2)], minlength=3).tolist()
@@ -25,12 +29,11 @@ def hold_out(
         return _hold_out_groups(targets, fraction, seed, groups)
     order = np.random.default_rng(seed).permutation(len(targets))
     order = order[np.argsort(targets[order], kind="stable")]  # by class, shuffled within
-    # Systematic sampling along that order: the overall share and each class's share are within one sample of exact, however small a class.
-    place = np.arange(len(targets))
+    # Systematic sampling along that order: the overall share and that of each class are within one
+    # sample of exact, however small a class.
+    due = np.floor(np.arange(len(targets) + 1) * fraction + 0.5 + 1e-9)
     held = np.zeros(len(targets), dtype=bool)
-    held[order] = np.floor((place + 1) * fraction + 0.5 + 1e-9) > np.floor(
-        place * fraction + 0.5 + 1e-9
-    )
+    held[order] = due[1:] > due[:-1]
     for label in np.setdiff1d(np.unique(targets), targets[~held]):
         held[np.flatnonzero(targets == label)[0]] = False
     return held
@@ -42,14 +45,14 @@ def _hold_out_groups(
     count = len(np.unique(groups))
     if count < 2:
         raise InputError(
-            f"groups: {count} group cannot be divided between training and held out; give a split column, or no groups"
+            f"groups: {count} group cannot be divided between training and held out; "
+            "give a split column, or no groups"
         )
     folds = max(2, min(round(1 / fraction), count, int(np.bincount(targets).max())))
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # "the least populated class has only n members": checked below, by what matters
+        # "The least populated class has only n members": checked below, by what matters.
+        warnings.simplefilter("ignore", UserWarning)
         candidates = [held for _, held in splitter.split(targets, targets, groups)]
     labels = np.unique(targets)
     best = None
@@ -61,6 +64,36 @@ def _hold_out_groups(
                 best = held
     if best is None:
         raise InputError(
-            "groups: held-out groups would take every sample of some class with them; give a split column, or no groups"
+            "groups: held-out groups would take every sample of some class with them; "
+            "give a split column, or no groups"
         )
     return best
+
+
+def make_folds(
+    targets: Tensor, folds: int, *, groups: Tensor | None = None, seed: int = 0
+) -> list[np.ndarray]:
+    """Row numbers of each held-out fold; every row is in exactly one fold.
+
+    Folds are stratified by class, and disjoint by ``groups`` [N] where they are given.
+
+    >>> import torch
+    >>> [len(fold) for fold in make_folds(torch.arange(12) % 2, 3)]
+    [4, 4, 4]
+    """
+    if folds < 2:
+        raise InputError(f"budgets.folds: {folds}; at least 2 are needed to hold samples out")
+    if groups is None:
+        what = "samples of the rarest class"
+        there = int(np.unique(targets.numpy(), return_counts=True)[1].min())
+    else:
+        what, there = "groups", len(np.unique(groups))
+    if there < folds:
+        raise InputError(
+            f"budgets.folds: {folds} folds need as many {what}, there are {there}; "
+            "lower budgets.folds"
+        )
+    kind = StratifiedKFold if groups is None else StratifiedGroupKFold
+    splitter = kind(folds, shuffle=True, random_state=seed % 2**32)
+    groups = None if groups is None else groups.numpy()
+    return [held for _, held in splitter.split(targets.numpy(), targets.numpy(), groups)]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iibalance.data.dataset import Batch
-from iibalance.methods.base import mean_over_processes, unwrap
 from iibalance.methods.concat import Concat
+from iibalance.methods.gradients import mean_over_processes, unwrap
 
 
 class AGM(Concat):
@@ -33,7 +33,6 @@ class AGM(Concat):
 
     name = "agm"
     defaults = {"alpha": 1.0}
-    search = {"alpha": (1.0, 0.3, 2.0)}
 
     @staticmethod
     def coefficients(scores: Tensor, running: Tensor, alpha: float) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from iibalance.data.dataset import Batch, Split
 from iibalance.data.splits import hold_out
-from iibalance.methods.heads import Losses, Multitask
+from iibalance.methods.heads import Losses
+from iibalance.methods.multitask import Multitask
 from iibalance.nn.model import MultimodalClassifier, embed_split
 
 
@@ -35,7 +36,6 @@ class GBlend(Multitask):
 
     name = "g_blend"
     defaults = {"share": 0.5}
-    search = {"share": (0.5, 0.25, 1.0)}
 
     @staticmethod
     def weights(

@@ -1,4 +1,4 @@
-"""The method this project is for (method page, all of it)."""
+"""The method this project is for (method page, all of it), and its ablations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from iibalance.budgets import Budgets
 from iibalance.config import RunConfig
 from iibalance.data.dataset import Split
 from iibalance.errors import InputError
-from iibalance.methods.base import Method, groups_by_modality
+from iibalance.methods.base import Method
+from iibalance.methods.gradients import groups_by_modality
 from iibalance.nn.calibration import HeldOut, calibrate, collect
 from iibalance.nn.head import IIBalanceHead
 from iibalance.nn.loss import IIBalanceLoss
@@ -19,17 +20,21 @@ from iibalance.nn.model import MultimodalClassifier
 
 
 class IIBalance(Method):
-    """Unimodal heads, EMA prototypes, budget-conditioned alignment, and a gate calibrated on held-out and corrupted samples.
+    """Unimodal heads, EMA prototypes, budget-conditioned alignment, and a calibrated gate.
 
-    The joint training starts between new weights and those that the budget stage trained for the first fold, each modality alone: every weight matrix is
-    ``warm_start`` times the trained one plus the rest of a new one (biases, norms, frozen weights, buffers and prototypes are the trained ones). The blend is that of Ash and Adams, "On
-    Warm-Starting Neural Network Training", NeurIPS 2020, who find that starting from trained weights alone generalises worse; README has our own figures.
-    Budgets that come from no training (given ones, ``probe``, ``online``) leave nothing to start from, and all weights are new.
+    The gate is fitted on held-out samples and corrupted copies of them. Each modality keeps its own
+    best epoch: encoders share no weights, and what the fused loss ties together the calibration
+    sets right again.
 
-    With ``averaging`` what is judged after each epoch and kept is a moving average of the weights (:class:`~iibalance.averaging.WeightAverage`) over that share of the
-    training, and ``rate`` multiplies ``training.learning_rate``, in the budget stage too. Both are off: 0.1 and 3 were better on resampled splits and not on the test (README).
+    The joint training starts between new weights and those that the budget stage trained for the
+    first fold, each modality alone: every weight matrix is ``warm_start`` times the trained one
+    plus the rest of a new one (biases, norms, frozen weights, buffers and prototypes are the
+    trained ones). The blend is that of Ash and Adams, "On Warm-Starting Neural Network Training",
+    NeurIPS 2020, who find that starting from trained weights alone generalises worse. Budgets that
+    come from no training (given ones, ``probe``, ``online``) leave nothing to start from, and all
+    weights are new.
 
-    Parameters: ``warm_start`` (0.5), in [0, 1]; 0 = new weights. ``averaging`` (0), in [0, 1]. ``rate`` (1), above 0.
+    Parameters: ``warm_start`` (0.5), in [0, 1]; 0 = new weights.
 
     >>> IIBalance(warm_start=1.5)
     Traceback (most recent call last):
@@ -38,8 +43,8 @@ class IIBalance(Method):
 
     name = "iibalance"
     needs_budgets = True
-    defaults = {"warm_start": 0.5, "averaging": 0.0, "rate": 1.0}
-    search = {"objective.alpha": (1.0, 0.5, 2.0)}
+    one_epoch = False
+    defaults = {"warm_start": 0.5}
 
     def __init__(self, config: RunConfig | None = None, **options: float):
         super().__init__(config, **options)
@@ -47,37 +52,20 @@ class IIBalance(Method):
             raise InputError(
                 f"method_options: warm_start is {self.options.warm_start}; give a share in [0, 1]"
             )
-        if self.options.averaging > 1:
-            raise InputError(
-                f"method_options: averaging is {self.options.averaging}; give a share of the training in [0, 1]"
-            )
-        if not self.options.rate:
-            raise InputError(
-                "method_options: rate is 0, with which nothing is learnt; give a factor above 0"
-            )
-        self.averaging, self.rate = self.options.averaging, self.options.rate
 
     def objective(self) -> dict[str, float]:
         """The weights of the objective, by name."""
-        o = self.config.objective
-        return dict(
-            fused_weight=o.fused_weight,
-            alpha=o.alpha,
-            beta=o.beta,
-            temperature=o.temperature,
-            warmup=o.warmup,
-            ramp=o.ramp,
-        )
+        names = ("fused_weight", "alpha", "beta", "temperature", "warmup", "ramp")
+        return {name: getattr(self.config.objective, name) for name in names}
 
     def head(self, embedding_dims: Mapping[str, int], num_classes: int) -> nn.Module:
-        objective = IIBalanceLoss(**self.objective(), impl=self.config.kernels)
+        impl = self.config.kernels
         return IIBalanceHead(
             embedding_dims,
             num_classes,
-            objective=objective,
-            gate_hidden=self.config.calibration.hidden,
+            objective=IIBalanceLoss(**self.objective(), impl=impl),
             momentum=self.config.objective.momentum,
-            impl=self.config.kernels,
+            impl=impl,
         )
 
     def clip_groups(self, model: nn.Module) -> list[list[Tensor]]:
@@ -95,31 +83,14 @@ class IIBalance(Method):
         if not share:
             return
         trained = folds[0].state_dict()
-        for key, value in (
-            *model.named_parameters(),
-            *model.named_buffers(),
-        ):  # tied weights come once
-            ours = key.startswith(
-                (
-                    "encoders.",
-                    "head.classifiers.",
-                    "head.prototypes.prototypes_",
-                    "head.prototypes.counts_",
-                )
-            )
-            if (
-                not ours or key not in trained or trained[key].shape != value.shape
-            ):  # a head of another kind keeps its new weights
-                continue
+        ours = set().union(*(model.keys_of(index) for index in range(len(model.modalities))))
+        for key, value in (*model.named_parameters(), *model.named_buffers()):
+            if key not in ours or key not in trained or trained[key].shape != value.shape:
+                continue  # a head of another kind keeps its new weights
             if value.requires_grad and value.dim() > 1:
                 value.mul_(1 - share).add_(trained[key], alpha=share)
             else:
                 value.copy_(trained[key])
-
-    @property
-    def one_epoch(self) -> bool:
-        """Each modality keeps its own best epoch: encoders share no weights, and what the fused loss ties together the calibration sets right again."""
-        return False
 
     def calibrate(
         self,
@@ -129,9 +100,8 @@ class IIBalance(Method):
         out_of_fold: HeldOut | None,
         seed: int,
     ) -> None:
-        self.fit_gate(
-            model.head, out_of_fold, collect(model, validation, self.config.calibration, seed=seed)
-        )
+        held_out = collect(model, validation, self.config.calibration, seed=seed)
+        self.fit_gate(model.head, out_of_fold, held_out)
 
     def fit_gate(
         self, head: IIBalanceHead, out_of_fold: HeldOut | None, validation: HeldOut
@@ -140,11 +110,10 @@ class IIBalance(Method):
         calibrate(head, out_of_fold, validation, self.config.calibration)
 
     def training_key(self) -> dict:
-        name = (
-            "iibalance" if type(self) in (IIBalance, *ABLATIONS) else self.name
-        )  # ablations that differ in the gate alone share a training; a user's class does not
+        # Ablations that differ in the gate alone share a training; a user's class does not.
+        shared = type(self) in (IIBalance, *ABLATIONS)
         return {
-            "method": name,
+            "method": "iibalance" if shared else self.name,
             "objective": self.objective(),
             "momentum": self.config.objective.momentum,
             **vars(self.options),
@@ -155,7 +124,6 @@ class NoPrior(IIBalance):
     """Ablation: the budgets do not enter the fusion (they still condition the alignment)."""
 
     name = "iibalance_no_prior"
-    ablation_of = "iibalance"
 
     def fit_gate(
         self, head: IIBalanceHead, out_of_fold: HeldOut | None, validation: HeldOut
@@ -167,7 +135,6 @@ class NoAlignment(IIBalance):
     """Ablation: beta = 0, the prototype contrastive loss alone."""
 
     name = "iibalance_no_alignment"
-    ablation_of = "iibalance"
 
     def objective(self) -> dict[str, float]:
         return super().objective() | {"beta": 0.0}
@@ -177,7 +144,6 @@ class NoPrototypes(IIBalance):
     """Ablation: neither prototype term in training, and no surprise in the gate."""
 
     name = "iibalance_no_prototypes"
-    ablation_of = "iibalance"
     budget_alpha = 0.0
 
     def objective(self) -> dict[str, float]:
@@ -187,17 +153,12 @@ class NoPrototypes(IIBalance):
         self, head: IIBalanceHead, out_of_fold: HeldOut | None, validation: HeldOut
     ) -> None:
         calibrate(head, out_of_fold, validation, self.config.calibration, surprise_scale=0.0)
-        if head.gate.network is not None:  # these inputs were 0 while it was fitted
-            count = len(head.modalities)
-            with torch.no_grad():
-                head.gate.network[0].weight[:, count : 2 * count] = 0.0
 
 
 class NoWarmStart(IIBalance):
     """Ablation: the joint training starts from new weights."""
 
     name = "iibalance_no_warm_start"
-    ablation_of = "iibalance"
     defaults = {**IIBalance.defaults, "warm_start": 0.0}
 
 
@@ -205,7 +166,6 @@ class NoGate(IIBalance):
     """Ablation: temperatures alone are fitted; every modality present has the same weight."""
 
     name = "iibalance_no_gate"
-    ablation_of = "iibalance"
 
     def fit_gate(
         self, head: IIBalanceHead, out_of_fold: HeldOut | None, validation: HeldOut
@@ -214,22 +174,15 @@ class NoGate(IIBalance):
 
 
 class FixedGate(IIBalance):
-    """Ablation: the weights are the budgets' prior, the same for every sample; temperatures are fitted."""
+    """Ablation: the weights are the budgets' prior, the same for every sample."""
 
     name = "iibalance_fixed_gate"
-    ablation_of = "iibalance"
 
     def fit_gate(
         self, head: IIBalanceHead, out_of_fold: HeldOut | None, validation: HeldOut
     ) -> None:
-        calibrate(
-            head,
-            out_of_fold,
-            validation,
-            self.config.calibration,
-            fit_gating=False,
-            prior_strength=1.0,
-        )
+        options = {"fit_gating": False, "prior_strength": 1.0}
+        calibrate(head, out_of_fold, validation, self.config.calibration, **options)
 
 
 ABLATIONS = (NoPrior, NoAlignment, NoPrototypes, NoWarmStart, NoGate, FixedGate)

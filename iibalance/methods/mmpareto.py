@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from iibalance.data.dataset import Batch
-from iibalance.methods.base import unwrap
-from iibalance.methods.heads import Multitask
+from iibalance.methods.gradients import unwrap
+from iibalance.methods.multitask import Multitask
 
 
 class MMPareto(Multitask):

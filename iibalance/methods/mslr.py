@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from iibalance.methods.base import groups_by_modality
-from iibalance.methods.late import Sum
+from iibalance.methods.gradients import groups_by_modality
+from iibalance.methods.sum import Sum
 
 
 class MSLR(Sum):
@@ -31,7 +31,6 @@ class MSLR(Sum):
 
     name = "mslr"
     defaults = {"window": 5.0}
-    search = {"window": (5.0, 3.0, 2.0)}
 
     @staticmethod
     def factor(accuracies) -> float:

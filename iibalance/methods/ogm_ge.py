@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from iibalance.data.dataset import Batch
-from iibalance.methods.base import mean_over_processes, same_on_processes, unwrap
 from iibalance.methods.concat import Concat
+from iibalance.methods.gradients import mean_over_processes, same_on_processes, unwrap
 
 
 class OGMGE(Concat):
@@ -32,7 +32,6 @@ class OGMGE(Concat):
     name = "ogm_ge"
     modalities = 2
     defaults = {"alpha": 0.3, "noise": 1.0}
-    search = {"alpha": (0.3, 0.1, 0.8)}
 
     @staticmethod
     def coefficients(scores: Tensor, alpha: float) -> Tensor:

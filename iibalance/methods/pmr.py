@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 import iib_kernels
 from iibalance.data.dataset import Batch, Split
-from iibalance.methods.base import mean_over_processes, unwrap
 from iibalance.methods.concat import Concat
+from iibalance.methods.gradients import mean_over_processes, unwrap
 from iibalance.nn.model import embed_split
 
 
@@ -35,7 +35,6 @@ class PMR(Concat):
     modalities = 2
     processes = False  # prototypes of the whole training split on each process would be right, its shares would not
     defaults = {"alpha": 1.0, "mu": 0.1, "epsilon": 0.5, "regularise": 0.2}
-    search = {"alpha": (1.0, 0.3, 3.0)}
 
     @staticmethod
     def coefficients(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,18 +9,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iibalance.data.dataset import Batch, Split
-from iibalance.errors import as_sequence, check_names
 from iibalance.methods.base import Method
-from iibalance.methods.concat import present_only
-from iibalance.methods.heads import Losses, own_cross_entropies
-from iibalance.metrics import fit_temperature
+from iibalance.methods.heads import (
+    Losses,
+    TemperedHead,
+    classify,
+    fit_temperatures,
+    linear_classifiers,
+    own_cross_entropies,
+    tempered,
+)
 from iibalance.nn.calibration import HeldOut
-from iibalance.nn.head import HeadOutput
-from iibalance.nn.model import MultimodalClassifier, embed_split
+from iibalance.nn.head import Embeddings, HeadOutput
+from iibalance.nn.model import MultimodalClassifier
 
 
-class EnergyHead(nn.Module):
-    """One classifier an embedding; the prediction is sum_m c_m l_m with the confidence c_m = logsumexp(l_m) / 10, not differentiated through.
+class EnergyHead(TemperedHead):
+    """One classifier an embedding, fused by energy.
+
+    The prediction is sum_m c_m l_m with the confidence c_m = logsumexp(l_m) / 10, not
+    differentiated through.
 
     >>> head = EnergyHead({"audio": 4, "visual": 2}, num_classes=3)
     >>> head([torch.zeros(2, 4), torch.zeros(2, 2)], torch.tensor([1, 0])).weights.shape
@@ -28,26 +36,13 @@ class EnergyHead(nn.Module):
     """
 
     def __init__(self, embedding_dims: Mapping[str, int], num_classes: int):
-        super().__init__()
-        self.modalities, self.embedding_dims, self.num_classes = (
-            check_names(embedding_dims),
-            dict(embedding_dims),
-            num_classes,
-        )
-        self.classifiers = nn.ModuleList(
-            nn.Linear(size, num_classes) for size in embedding_dims.values()
-        )
-        self.register_buffer("log_temperature", torch.zeros(()))
+        super().__init__(embedding_dims, num_classes)
+        self.classifiers = linear_classifiers(embedding_dims, num_classes)
         self.register_buffer("own_temperature", torch.ones(len(embedding_dims)))
 
-    def heads(
-        self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None = None
-    ) -> list[Tensor]:
-        """Each modality's own logits before any temperature, M of [B, K]; rows of a missing modality are 0."""
-        embeddings = present_only(as_sequence(embeddings, self.modalities, "embeddings"), mask)
-        return present_only(
-            [classifier(values) for classifier, values in zip(self.classifiers, embeddings)], mask
-        )
+    def heads(self, embeddings: Embeddings, mask: Tensor | None = None) -> list[Tensor]:
+        """Each modality's own logits before any temperature, M of [B, K]; missing rows are 0."""
+        return classify(self.classifiers, self.present(embeddings, mask), mask)
 
     @staticmethod
     def confidence(logits: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
@@ -55,44 +50,35 @@ class EnergyHead(nn.Module):
         values = torch.stack([part.float().logsumexp(-1) for part in logits], 1) / 10
         return values if mask is None else values.masked_fill(~mask, 0.0)
 
-    def fuse(
-        self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None = None
-    ) -> HeadOutput:
-        """Predict from embeddings (M of [B, D_m], mask [B, M] bool); ``weights`` are the confidences over their sum."""
-        logits = self.heads(embeddings, mask)
-        confidence = self.confidence(logits, mask)
-        fused = (
-            sum(confidence[:, index, None] * values for index, values in enumerate(logits))
-            / self.log_temperature.exp()
-        )
-        weights = confidence.clamp_min(0) + (1e-12 if mask is None else 1e-12 * mask)
-        own = tuple(
-            values / temperature for values, temperature in zip(logits, self.own_temperature)
-        )
-        return HeadOutput(fused, weights / weights.sum(1, keepdim=True), None, own)
+    def fuse(self, embeddings: Embeddings, mask: Tensor | None = None) -> HeadOutput:
+        """Predict from embeddings (M of [B, D_m], mask [B, M] bool).
 
-    def forward(
-        self,
-        embeddings: Mapping[str, Tensor] | Sequence[Tensor],
-        targets: Tensor | None = None,
-        *,
-        mask: Tensor | None = None,
-        progress: float = 1.0,
-    ) -> HeadOutput:
-        """As :class:`~iibalance.nn.head.IIBalanceHead`; the loss is the fused and the own cross-entropies' sum, ``weights`` are the confidences with their graph."""
-        if targets is None:
-            return self.fuse(embeddings, mask)
+        ``weights`` are the confidences over their sum.
+        """
         logits = self.heads(embeddings, mask)
         confidence = self.confidence(logits, mask)
-        fused = sum(
-            confidence[:, index, None].detach() * values for index, values in enumerate(logits)
-        )
-        losses = Losses(
-            F.cross_entropy(fused.float(), targets), own_cross_entropies(logits, targets, mask)
-        )
+        fused = sum(confidence[:, index, None] * values for index, values in enumerate(logits))
+        weights = confidence.clamp_min(0) + (1e-12 if mask is None else 1e-12 * mask)
         return HeadOutput(
-            fused, confidence, None, tuple(logits), losses.fused + losses.unimodal.sum(), losses
+            fused / self.log_temperature.exp(),
+            weights / weights.sum(1, keepdim=True),
+            None,
+            tempered(logits, self.own_temperature),
         )
+
+    def losses(self, embeddings: list[Tensor], targets: Tensor, mask: Tensor | None) -> HeadOutput:
+        """The sum of fused and own cross-entropies.
+
+        ``weights`` are the confidences, with their graph.
+        """
+        logits = self.heads(embeddings, mask)
+        confidence = self.confidence(logits, mask)
+        fixed = confidence.detach()
+        fused = sum(fixed[:, index, None] * values for index, values in enumerate(logits))
+        loss = F.cross_entropy(fused.float(), targets)
+        parts = Losses(loss, own_cross_entropies(logits, targets, mask))
+        total = parts.fused + parts.unimodal.sum()
+        return HeadOutput(fused, confidence, None, tuple(logits), total, parts)
 
 
 class QMF(Method):
@@ -114,7 +100,6 @@ class QMF(Method):
     name = "qmf"
     processes = False  # a sample's history would be spread over the processes
     defaults = {"weight": 0.1}
-    search = {"weight": (0.1, 0.03, 0.5)}
 
     def head(self, embedding_dims: Mapping[str, int], num_classes: int) -> nn.Module:
         return EnergyHead(embedding_dims, num_classes)
@@ -165,7 +150,6 @@ class QMF(Method):
                 count[index[rows], m] += 1
         return loss
 
-    @torch.no_grad()
     def calibrate(
         self,
         model: MultimodalClassifier,
@@ -174,19 +158,4 @@ class QMF(Method):
         out_of_fold: HeldOut | None,
         seed: int,
     ) -> None:
-        head = model.head
-        embeddings, mask = (
-            embed_split(model, validation),
-            validation.mask.to(head.log_temperature.device),
-        )
-        head.log_temperature.add_(
-            torch.tensor(
-                fit_temperature(head.fuse(embeddings, mask).logits.cpu(), validation.targets)
-            ).log()
-        )
-        for index, values in enumerate(head.heads(embeddings)):
-            rows = validation.mask[:, index]
-            if rows.any():
-                head.own_temperature[index] = fit_temperature(
-                    values.cpu()[rows], validation.targets[rows]
-                )
+        fit_temperatures(model, validation)

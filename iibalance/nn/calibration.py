@@ -1,4 +1,7 @@
-"""Gate calibration (method page, section 5, stage 3): held-out samples and corrupted copies of them, and the MAP fit on both."""
+"""Gate calibration (method page, section 5, stage 3).
+
+Held-out samples and corrupted copies of them, and the MAP fit on both.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ from torch import Tensor
 from iibalance.config import CalibrationConfig
 from iibalance.data.corruption import random_corruptions
 from iibalance.data.dataset import Split
-from iibalance.nn.gate import own_temperatures
+from iibalance.metrics import own_temperatures
 from iibalance.nn.head import IIBalanceHead
-from iibalance.nn.model import evaluating
+from iibalance.nn.model import BATCH_SIZE, MultimodalClassifier, in_batches
 from iibalance.nn.prototypes import surprise, usual_novelty
 
 
 class HeldOut(NamedTuple):
-    """What the gate is fitted on: predictions of models for N samples that they were not trained on."""
+    """What the gate is fitted on: predictions for N samples that training has not seen."""
 
     logits: list[Tensor]  #: M of [N, K], before any temperature
     novelty: Tensor  #: [N, M, 2] distance to the nearest prototype and log length of the embedding
@@ -27,44 +30,50 @@ class HeldOut(NamedTuple):
     weight: Tensor  #: [N] how much a row counts
     clean: Tensor  #: [N] bool, not a corrupted copy
 
+    def temperatures(self) -> Tensor:
+        """[M]: what calibrates each modality's own prediction on the clean samples."""
+        return own_temperatures(self.logits, self.targets, self.mask, self.clean)
+
+    def select(self, rows: Tensor) -> HeldOut:
+        """The rows [N] bool alone."""
+        logits, *columns = self
+        return HeldOut([values[rows] for values in logits], *(column[rows] for column in columns))
+
 
 @torch.no_grad()
 def collect(
-    model, split: Split, config: CalibrationConfig, *, seed: int, batch_size: int = 256
+    model: MultimodalClassifier,
+    split: Split,
+    config: CalibrationConfig,
+    *,
+    seed: int,
+    batch_size: int = BATCH_SIZE,
 ) -> HeldOut:
-    """Predictions of ``model`` (with an IIBalanceHead) for ``split`` as it is and for ``config.copies`` randomly corrupted copies of it."""
+    """Predictions of ``model`` for ``split`` and for ``config.copies`` corrupted copies of it.
+
+    The model has an IIBalanceHead; ``seed`` chooses the corruptions.
+    """
     generator = torch.Generator().manual_seed(seed)
-    device, clean, rows = next(model.parameters()).device, split.batch(), []
+    clean, parts = split.batch(), []
     for copy in range(config.copies + 1):
-        batch = (
-            clean
-            if copy == 0
-            else random_corruptions(clean, generator=generator, max_strength=config.max_strength)
-        )
-        weight = 1.0 if copy == 0 else config.corrupted_weight / config.copies
-        with evaluating(model):
-            for start in range(0, len(split), batch_size):
-                part = slice(start, start + batch_size)
-                mask = batch.mask[part].to(device)
-                embeddings = model.embed(
-                    {name: values[part].to(device) for name, values in batch.inputs.items()}
+        batch, weight = clean, 1.0
+        if copy:
+            batch = random_corruptions(clean, generator=generator, max_strength=config.max_strength)
+            weight = config.corrupted_weight / config.copies
+        for rows, embeddings, mask in in_batches(
+            model, batch.inputs, batch.mask, batch_size=batch_size
+        ):
+            parts.append(
+                HeldOut(
+                    [values.float().cpu() for values in model.head.heads(embeddings, mask)],
+                    model.head.prototypes.novelty(embeddings).cpu(),
+                    batch.targets[rows],
+                    mask.cpu(),
+                    torch.full((len(mask),), weight),
+                    torch.full((len(mask),), copy == 0),
                 )
-                logits = [values.float().cpu() for values in model.head.heads(embeddings, mask)]
-                novelty = model.head.prototypes.novelty(embeddings).cpu()
-                rows.append(
-                    (
-                        logits,
-                        novelty,
-                        batch.targets[part],
-                        mask.cpu(),
-                        torch.full((len(mask),), weight),
-                        torch.full((len(mask),), copy == 0),
-                    )
-                )
-    logits, *columns = zip(*rows)
-    return HeldOut(
-        [torch.cat(values) for values in zip(*logits)], *(torch.cat(column) for column in columns)
-    )
+            )
+    return merge(parts)
 
 
 def merge(parts: Iterable[HeldOut]) -> HeldOut:
@@ -84,37 +93,37 @@ def calibrate(
     surprise_scale: float = 1.0,
     **options,
 ) -> None:
-    """Fit ``head.gate`` on the held-out samples that ``config.source`` names (the validation samples where there are no out-of-fold ones).
+    """Fit ``head.gate`` on the held-out samples that ``config.source`` names.
 
-    ``surprise_scale`` 0 fits a gate that is told of no surprise; ``options`` go to :meth:`~iibalance.nn.gate.Gate.fit`.
+    Where there are no out-of-fold samples, on the validation samples. ``surprise_scale`` 0 fits a
+    gate that is told of no surprise; ``options`` go to :meth:`~iibalance.nn.gate.Gate.fit`.
     """
     source = "validation" if out_of_fold is None else config.source
-    gate, temperature = head.gate, temperatures(validation)
-    head.prototypes.set_usual(
-        validation.novelty[validation.clean], validation.mask[validation.clean]
-    )
-    parts = []
-    for held_out in {
+    sources = {
         "out_of_fold": [out_of_fold],
         "validation": [validation],
         "both": [out_of_fold, validation],
-    }[source]:
-        # Each set by its own temperatures and its own idea of what is usual: models of different folds are less sure and lie elsewhere than the joint one
-        logits = [
-            values * (own / its)
-            for values, own, its in zip(held_out.logits, temperature, temperatures(held_out))
-        ]
-        usual = usual_novelty(held_out.novelty[held_out.clean], held_out.mask[held_out.clean])
-        parts.append((held_out._replace(logits=logits), surprise(held_out.novelty, *usual)))
-    whole, surprises = (
-        merge([part for part, _ in parts]),
-        torch.cat([values for _, values in parts]),
+    }
+    gate, temperature = head.gate, validation.temperatures()
+    head.prototypes.set_usual(
+        validation.novelty[validation.clean], validation.mask[validation.clean]
     )
+    parts, surprises = [], []
+    for held_out in sources[source]:
+        # Each set by its own temperatures and its own idea of what is usual: models of different
+        # folds are less sure than the joint one, and their embeddings lie elsewhere.
+        ratio = temperature / held_out.temperatures()
+        logits = [values * its for values, its in zip(held_out.logits, ratio)]
+        clean = held_out.clean
+        usual = usual_novelty(held_out.novelty[clean], held_out.mask[clean])
+        parts.append(held_out._replace(logits=logits))
+        surprises.append(surprise(held_out.novelty, *usual))
+    whole = merge(parts)
     gate.fit(
         whole.logits,
         whole.targets,
         log_prior=head.log_prior,
-        surprise=surprises * surprise_scale,
+        surprise=torch.cat(surprises) * surprise_scale,
         mask=whole.mask,
         sample_weight=whole.weight,
         clean=whole.clean,
@@ -122,21 +131,14 @@ def calibrate(
         prior_scale=config.prior_scale,
         **options,
     )
-    rows = validation.clean
     if len(head.modalities) > 1:  # the joint model's own predictions decide the scale
+        own = validation.select(validation.clean)
+        usual = head.prototypes.usual.cpu(), head.prototypes.spread.cpu()
         gate.fit_scale(
-            [values[rows] for values in validation.logits],
-            validation.targets[rows],
+            own.logits,
+            own.targets,
             log_prior=head.log_prior,
-            surprise=surprise_scale
-            * surprise(
-                validation.novelty[rows], head.prototypes.usual.cpu(), head.prototypes.spread.cpu()
-            ),
-            mask=validation.mask[rows],
+            surprise=surprise_scale * surprise(own.novelty, *usual),
+            mask=own.mask,
         )
     gate.own_temperature.copy_(temperature)
-
-
-def temperatures(held_out: HeldOut) -> Tensor:
-    """[M]: what calibrates each modality's own prediction on the clean samples."""
-    return own_temperatures(held_out.logits, held_out.targets, held_out.clean, held_out.mask)

@@ -11,16 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from iibalance.data.dataset import infer_layout
+from iibalance.config import ModelConfig
+from iibalance.data.layouts import infer_layout
 from iibalance.errors import InputError
 
 
 def build_encoder(
     shape: Sequence[int],
     *,
-    embedding_dim: int = 128,
-    width: int = 64,
-    dropout: float = 0.3,
+    embedding_dim: int = ModelConfig.embedding_dim,
+    width: int = ModelConfig.width,
+    dropout: float = ModelConfig.dropout,
     layout: str | None = None,
 ) -> nn.Module:
     """The built-in encoder for samples of ``shape`` (without the batch dimension): [B, *shape] float -> [B, embedding_dim].

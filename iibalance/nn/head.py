@@ -1,7 +1,8 @@
-"""IIBalanceHead: any encoders' embeddings in; fused logits, weights, uncertainty and loss out."""
+"""IIBalanceHead: embeddings in; fused logits, weights, uncertainty and loss out."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,54 +12,56 @@ from torch import Tensor, nn
 
 from iib_kernels import cpu
 from iibalance.budgets import Budgets
+from iibalance.config import ObjectiveConfig
 from iibalance.errors import as_sequence, check_names
 from iibalance.nn.gate import Gate
 from iibalance.nn.loss import IIBalanceLoss, LossOutput
+from iibalance.nn.missing import fill_missing
 from iibalance.nn.prototypes import PrototypeBank
 
+Embeddings = Mapping[str, Tensor] | Sequence[Tensor]
 _DISTRIBUTED = dist.is_available()
 
 
 class HeadOutput(NamedTuple):
-    """What a head returns. Rows are samples; columns of [B, M] follow the order of the modalities."""
+    """What a head returns. Rows are samples; columns of [B, M] follow the modalities' order."""
 
     logits: Tensor  #: [B, K] fused, calibrated logits
     weights: Tensor | None  #: [B, M] fusion weights, sum to 1
-    uncertainty: (
-        Tensor | None
-    )  #: [B, M] normalised entropy of each modality's own prediction, in [0, 1]
-    modality_logits: tuple[
-        Tensor, ...
-    ]  #: M of [B, K], each modality's own prediction, at its own temperature
+    uncertainty: Tensor | None  #: [B, M] normalised entropy of each own prediction, in [0, 1]
+    modality_logits: tuple[Tensor, ...]  #: M of [B, K], each own prediction at its temperature
     loss: Tensor | None = None  #: [] with targets
     parts: LossOutput | None = None  #: the loss's parts, with targets
-    embeddings: tuple[
-        Tensor, ...
-    ] = ()  #: M of [B, D_m], missing rows 0: for the methods that need them, in training
+    embeddings: tuple[Tensor, ...] = ()  #: M of [B, D_m], missing rows 0: for methods, in training
 
 
 class IIBalanceHead(nn.Module):
-    """Turns embeddings of any encoders into an IIBalance model: heads, prototypes, budgets, gate and objective in one module.
+    """Turns embeddings of any encoders into an IIBalance model.
+
+    Heads, prototypes, budgets, gate and objective in one module. Call it with embeddings (dict or
+    list), and with ``targets`` for the loss; in training mode with targets the prototypes move as
+    well. A missing modality is told by ``mask`` [B, M] bool (False = missing, its embedding may
+    hold anything).
 
     Args:
-        embedding_dims: modality name -> D_m (or a list of D_m: modalities are then named "0", "1", ...).
+        embedding_dims: modality name -> D_m (or a list of D_m: modalities are then named "0", "1",
+            ...).
         num_classes: K.
         objective: the loss, ``IIBalanceLoss()`` by default.
-        budgets: budgets in [0, 1], by name or in order, or a :class:`~iibalance.budgets.Budgets`; equal by default.
-        gate_hidden: units of the optional gate network (0 = none).
+        budgets: budgets in [0, 1], by name or in order, or a
+            :class:`~iibalance.budgets.Budgets`; equal by default.
         momentum: of the prototypes' moving average.
-        metric, impl: of ``iib_kernels``.
+        metric: of the prototypes and the loss; the objective's own where one is given.
+        impl: ``iib_kernels`` implementation.
 
-    Call it with embeddings (dict or list), and with ``targets`` for the loss; in training mode with targets the prototypes move as well. A missing
-    modality is told by ``mask`` [B, M] bool (False = missing, its embedding may hold anything).
+    Raises ValueError naming the argument for embeddings of the wrong number, size or names, for a
+    sample with no modality present, and for an objective of another metric than ``metric``.
 
-    Raises ValueError naming the argument for embeddings of the wrong number, size or names and for a sample with no modality present.
-
-    >>> head = IIBalanceHead({"audio": 8, "visual": 16}, num_classes=3, budgets={"audio": 0.8, "visual": 0.3})
-    >>> out = head({"audio": torch.randn(4, 8), "visual": torch.randn(4, 16)}, torch.tensor([0, 1, 2, 0]))
-    >>> out.loss.backward()
-    >>> weights = head.eval()({"audio": torch.randn(2, 8), "visual": torch.randn(2, 16)}).weights
-    >>> torch.allclose(weights.sum(1), torch.ones(2))
+    >>> head = IIBalanceHead({"audio": 8, "visual": 16}, 3, budgets={"audio": 0.8, "visual": 0.3})
+    >>> batch = {"audio": torch.randn(4, 8), "visual": torch.randn(4, 16)}
+    >>> head(batch, torch.tensor([0, 1, 2, 0])).loss.backward()
+    >>> weights = head.eval()(batch).weights
+    >>> torch.allclose(weights.sum(1), torch.ones(4))
     True
     """
 
@@ -69,14 +72,21 @@ class IIBalanceHead(nn.Module):
         *,
         objective: IIBalanceLoss | None = None,
         budgets: Budgets | Mapping[str, float] | Sequence[float] | None = None,
-        gate_hidden: int = 0,
-        momentum: float = 0.9,
-        metric: str = "cosine",
+        momentum: float = ObjectiveConfig.momentum,
+        metric: str | None = None,
         impl: str = "auto",
     ):
         super().__init__()
         if not isinstance(embedding_dims, Mapping):
             embedding_dims = {str(index): size for index, size in enumerate(embedding_dims)}
+        if objective is None:
+            objective = IIBalanceLoss(metric=metric or "cosine", impl=impl)
+        its = getattr(objective, "metric", None)  # a user's own loss may have none
+        if metric is not None and its is not None and metric != its:
+            raise ValueError(
+                f"metric: {metric!r} is not the objective's {its!r}; "
+                "leave it out, or give an objective of this metric"
+            )
         self.modalities = check_names(embedding_dims)
         self.embedding_dims = {name: int(size) for name, size in embedding_dims.items()}
         self.num_classes = num_classes
@@ -84,66 +94,73 @@ class IIBalanceHead(nn.Module):
             nn.Linear(size, num_classes) for size in self.embedding_dims.values()
         )
         self.prototypes = PrototypeBank(
-            self.embedding_dims, num_classes, momentum=momentum, metric=metric, impl=impl
+            self.embedding_dims,
+            num_classes,
+            momentum=momentum,
+            metric=its or metric or "cosine",
+            impl=impl,
         )
-        self.gate = Gate(self.modalities, hidden=gate_hidden, impl=impl)
-        self.objective = IIBalanceLoss(metric=metric, impl=impl) if objective is None else objective
-        self.register_buffer("budgets", torch.ones(len(self.modalities)))
-        self.register_buffer(
-            "log_prior", torch.full((len(self.modalities),), 1 / len(self.modalities)).log()
-        )
+        self.gate = Gate(self.modalities, impl=impl)
+        self.objective = objective
+        count = len(self.modalities)
+        self.register_buffer("budgets", torch.ones(count))
+        self.register_buffer("log_prior", torch.full((count,), 1 / count).log())
         if budgets is not None:
             self.set_budgets(budgets)
 
     @torch.no_grad()
     def set_budgets(self, budgets: Budgets | Mapping[str, float] | Sequence[float]) -> None:
-        """Use these budgets from now on: they set the anchor and relative budgets of the alignment and the gate's prior."""
-        if not isinstance(budgets, Budgets):
-            budgets = Budgets.given(
-                dict(zip(self.modalities, as_sequence(budgets, self.modalities, "budgets")))
-            )
-        self.budgets.copy_(
-            torch.tensor(
-                as_sequence(
-                    dict(zip(budgets.modalities, budgets.values)), self.modalities, "budgets"
-                )
-            )
-        )
-        self.log_prior.copy_(
-            torch.tensor(
-                as_sequence(
-                    dict(zip(budgets.modalities, budgets.prior)), self.modalities, "budgets"
-                )
-            ).log()
-        )
+        """Use these budgets from now on.
 
-    def heads(
-        self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None = None
-    ) -> list[Tensor]:
-        """Each modality's own logits l_m before any temperature, M of [B, K]; rows of a missing modality are 0."""
+        They set the anchor and the relative budgets of the alignment, and the gate's prior.
+        """
+        if not isinstance(budgets, Budgets):
+            given = as_sequence(budgets, self.modalities, "budgets")
+            budgets = Budgets.given(dict(zip(self.modalities, given)))
+        for buffer, values in ((self.budgets, budgets.values), (self.log_prior, budgets.prior)):
+            by_name = dict(zip(budgets.modalities, values))
+            buffer.copy_(torch.tensor(as_sequence(by_name, self.modalities, "budgets")))
+        self.log_prior.log_()
+
+    def heads(self, embeddings: Embeddings, mask: Tensor | None = None) -> list[Tensor]:
+        """Each modality's own logits l_m before any temperature, M of [B, K].
+
+        Rows of a missing modality are 0.
+        """
         return self._heads(self._present(embeddings, mask), mask)
 
-    def _heads(self, embeddings: list[Tensor], mask: Tensor | None) -> list[Tensor]:
-        logits = [
-            classifier(embedding) for classifier, embedding in zip(self.classifiers, embeddings)
+    def keys_of(self, index: int) -> list[str]:
+        """Names, in the state dict, of what belongs to modality ``index`` alone."""
+        classifier = [
+            f"classifiers.{index}.{name}" for name in self.classifiers[index].state_dict()
         ]
-        return logits if mask is None else _fill_missing(logits, mask)
+        return [*classifier, f"prototypes.prototypes_{index}", f"prototypes.counts_{index}"]
 
-    def _present(
-        self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None
-    ) -> list[Tensor]:
-        """The embeddings in order, checked; a missing modality's rows, which may hold anything, are 0: NaN would pass through a gradient of 0."""
+    @property
+    def own_temperature(self) -> Tensor:
+        """[M]: what calibrates each modality's own prediction."""
+        return self.gate.own_temperature
+
+    def cool(self, temperature: float) -> None:
+        """Divide the fused logits by ``temperature`` from now on, beside what scales them now."""
+        self.gate.log_scale.sub_(math.log(temperature))
+
+    def _heads(self, embeddings: list[Tensor], mask: Tensor | None) -> list[Tensor]:
+        logits = [classifier(rows) for classifier, rows in zip(self.classifiers, embeddings)]
+        return fill_missing(logits, mask)
+
+    def _present(self, embeddings: Embeddings, mask: Tensor | None) -> list[Tensor]:
+        """The embeddings in order, checked; missing rows are 0."""
         embeddings = as_sequence(embeddings, self.modalities, "embeddings")
-        for name, size, embedding in zip(self.modalities, self.embedding_dims.values(), embeddings):
+        for (name, size), embedding in zip(self.embedding_dims.items(), embeddings):
             if embedding.dim() != 2 or embedding.shape[1] != size:
                 raise ValueError(
-                    f"embeddings: {name} has shape {tuple(embedding.shape)}, expected [B, {size}]; the encoder must return one vector a sample"
+                    f"embeddings: {name} has shape {tuple(embedding.shape)}, expected [B, {size}]; "
+                    "the encoder must return one vector a sample"
                 )
-        return embeddings if mask is None else _fill_missing(embeddings, mask)
+        return fill_missing(embeddings, mask)
 
-    def fuse(
-        self, embeddings: Mapping[str, Tensor] | Sequence[Tensor], mask: Tensor | None = None
-    ) -> HeadOutput:
+    def fuse(self, embeddings: Embeddings, mask: Tensor | None = None) -> HeadOutput:
         """Predict from embeddings with the calibrated gate (no loss)."""
         embeddings = self._present(embeddings, mask)
         return self._fuse(self._heads(embeddings, mask), embeddings, mask)
@@ -157,17 +174,24 @@ class IIBalanceHead(nn.Module):
 
     def forward(
         self,
-        embeddings: Mapping[str, Tensor] | Sequence[Tensor],
+        embeddings: Embeddings,
         targets: Tensor | None = None,
         *,
         mask: Tensor | None = None,
         progress: float = 1.0,
     ) -> HeadOutput:
-        """Predict, and with ``targets`` compute the loss, which always takes the neutral gate: calibration comes after training, and weights that no
-        gradient passes cannot starve a modality. In training mode with targets ``logits`` is the neutral sum too, ``weights`` and ``uncertainty`` are None.
+        """Predict, and with ``targets`` compute the loss.
 
-        Args: embeddings M of [B, D_m]; targets [B] int64 (None = no loss; -100 = ignored rows); mask [B, M] bool; ``progress`` in [0, 1], the share
-        of the training that is done, drives the schedule of the prototype terms.
+        The loss always takes the neutral gate: calibration comes after training, and weights that
+        no gradient passes cannot starve a modality. In training mode with targets ``logits`` is the
+        neutral sum too, and ``weights`` and ``uncertainty`` are None.
+
+        Args:
+            embeddings: M of [B, D_m].
+            targets: [B] int64; None = no loss, -100 = ignored rows.
+            mask: [B, M] bool, True = present.
+            progress: in [0, 1], the share of the training that is done; drives the schedule of the
+                prototype terms.
         """
         embeddings = self._present(embeddings, mask)
         if self.training and targets is not None and mask is None:
@@ -177,6 +201,7 @@ class IIBalanceHead(nn.Module):
         logits = self._heads(embeddings, mask)
         if targets is None:
             return self._fuse(logits, embeddings, mask)
+        all_seen = not torch.compiler.is_compiling() and self.prototypes.complete
         parts = self.objective(
             logits,
             targets,
@@ -185,54 +210,41 @@ class IIBalanceHead(nn.Module):
             budgets=self.budgets,
             mask=mask,
             progress=progress,
-            seen=None
-            if not torch.compiler.is_compiling() and self.prototypes.complete
-            else list(self.prototypes.seen),
+            seen=None if all_seen else list(self.prototypes.seen),
         )
         if self.training:
             self.prototypes.update(embeddings, targets, mask)
             return HeadOutput(sum(logits), None, None, tuple(logits), parts.total, parts)
         with torch.no_grad():
-            return self._fuse(logits, embeddings, mask)._replace(loss=parts.total, parts=parts)
+            fused = self._fuse(logits, embeddings, mask)
+        return fused._replace(loss=parts.total, parts=parts)
 
     def _plain(
         self, embeddings: list[Tensor], targets: Tensor
     ) -> tuple[list[Tensor], list[Tensor]] | None:
-        """The classifiers' weights and biases if nothing stands in the way of the CPU's fast path: one process, classes all seen, the objective as it is."""
+        """The classifiers' weights and biases, if the CPU's fast step may be taken.
+
+        It may where nothing stands in its way: one process, classes all seen, and the objective,
+        the classifiers and :meth:`_heads` as they are here, without hooks.
+        """
         if torch.compiler.is_compiling():
             return None
         objective, prototypes, linear = self.objective, self.prototypes, list(self.classifiers)
-        if (
-            _DISTRIBUTED
-            and dist.is_initialized()
-            or type(objective) is not IIBalanceLoss
-            or type(self)._heads is not IIBalanceHead._heads
-        ):
+        if _DISTRIBUTED and dist.is_initialized():
             return None
-        if (
-            objective.metric != "cosine"
-            or prototypes.metric != "cosine"
-            or prototypes.impl != "auto"
-            or not prototypes.complete
-        ):
+        if type(objective) is not IIBalanceLoss or type(self)._heads is not IIBalanceHead._heads:
             return None
-        for part in (objective, *linear):
-            if (
-                part._forward_hooks
-                or part._forward_pre_hooks
-                or part._backward_hooks
-                or part._backward_pre_hooks
-            ):
-                return None
+        if objective.metric != "cosine" or prototypes.impl != "auto" or not prototypes.complete:
+            return None
+        if any(map(_hooked, (objective, *linear))):
+            return None
         if any(type(classifier) is not nn.Linear for classifier in linear):
             return None
-        weights, biases = (
-            [classifier.weight for classifier in linear],
-            [classifier.bias for classifier in linear],
-        )
-        if any(bias is None for bias in biases) or not cpu.takes(
-            objective.impl, targets, self.num_classes, embeddings, weights
-        ):
+        weights = [classifier.weight for classifier in linear]
+        biases = [classifier.bias for classifier in linear]
+        if any(bias is None for bias in biases):
+            return None
+        if not cpu.takes(objective.impl, targets, self.num_classes, embeddings, weights):
             return None
         return weights, biases
 
@@ -245,6 +257,12 @@ class IIBalanceHead(nn.Module):
         biases: list[Tensor],
     ) -> HeadOutput:
         objective, strength = self.objective, self.objective.strength(progress)
+        terms = cpu.Weights(
+            objective.fused_weight,
+            objective.unimodal_weight,
+            strength * objective.alpha,
+            strength * objective.beta,
+        )
         out = cpu.step(
             embeddings,
             weights,
@@ -253,18 +271,17 @@ class IIBalanceHead(nn.Module):
             self.prototypes.prototypes,
             self.budgets,
             objective.temperature,
-            cpu.Weights(
-                objective.fused_weight,
-                objective.unimodal_weight,
-                strength * objective.alpha,
-                strength * objective.beta,
-            ),
+            terms,
         )
         self.prototypes.update_rows(out.rows, targets)
-        return HeadOutput(
-            out.summed, None, None, out.logits.unbind(), out.total, LossOutput(*out[:5])
-        )
+        parts = LossOutput(*out[:5])
+        return HeadOutput(out.summed, None, None, out.logits.unbind(), out.total, parts)
 
 
-def _fill_missing(values: Sequence[Tensor], mask: Tensor) -> list[Tensor]:
-    return [rows.masked_fill(~mask[:, index, None], 0.0) for index, rows in enumerate(values)]
+def _hooked(part: nn.Module) -> bool:
+    return bool(
+        part._forward_hooks
+        or part._forward_pre_hooks
+        or part._backward_hooks
+        or part._backward_pre_hooks
+    )

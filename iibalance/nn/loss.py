@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import iib_kernels
+from iibalance.config import ObjectiveConfig
+from iibalance.nn.missing import fill_missing
 
 
 class LossOutput(NamedTuple):
@@ -25,16 +27,21 @@ class IIBalanceLoss(nn.Module):
     """L = phi CE(f, y) + sum_m CE(l_m, y) + lambda(t) sum_m [alpha C_m + beta A_m].
 
     Args:
-        fused_weight: phi; 1 in the method page.
+        fused_weight: phi, weight of the cross-entropy of the fused logits.
         unimodal_weight: weight of the heads' own cross-entropies.
         alpha: weight of the prototype contrastive loss.
-        beta: weight of the relative alignment, which acts only where a modality falls below its budgeted share of the anchor's evidence.
+        beta: weight of the relative alignment, which acts only where a modality falls below its
+            budgeted share of the anchor's evidence.
         temperature: tau of the prototype softmax.
-        warmup, ramp: lambda is 0 for the first ``warmup`` of the training, then rises linearly to 1 over the next ``ramp`` (fractions of it).
+        warmup, ramp: lambda is 0 for the first ``warmup`` of the training, then rises linearly to 1
+            over the next ``ramp`` (both are shares of the training).
         metric: ``"cosine"`` or ``"sqeuclidean"``.
         impl: ``iib_kernels`` implementation.
 
-    Source: arXiv 2603.17347 (prototype contrastive loss, budget-controlled relative alignment, linear schedule); this project's own formulation.
+    The defaults are those of :class:`~iibalance.config.ObjectiveConfig`.
+
+    Source: arXiv 2603.17347 (prototype contrastive loss, budget-controlled relative alignment,
+    linear schedule); the equations are this project's own formulation.
 
     >>> criterion = IIBalanceLoss(warmup=0.25, ramp=0.5)
     >>> [criterion.strength(progress) for progress in (0.0, 0.25, 0.5, 0.75, 1.0)]
@@ -48,40 +55,23 @@ class IIBalanceLoss(nn.Module):
     def __init__(
         self,
         *,
-        fused_weight: float = 1.0,
+        fused_weight: float = ObjectiveConfig.fused_weight,
         unimodal_weight: float = 1.0,
-        alpha: float = 1.0,
-        beta: float = 1.0,
-        temperature: float = 0.2,
-        warmup: float = 0.02,
-        ramp: float = 0.1,
+        alpha: float = ObjectiveConfig.alpha,
+        beta: float = ObjectiveConfig.beta,
+        temperature: float = ObjectiveConfig.temperature,
+        warmup: float = ObjectiveConfig.warmup,
+        ramp: float = ObjectiveConfig.ramp,
         metric: str = "cosine",
         impl: str = "auto",
     ):
         super().__init__()
-        for name, value in dict(
-            fused_weight=fused_weight,
-            unimodal_weight=unimodal_weight,
-            alpha=alpha,
-            beta=beta,
-            warmup=warmup,
-            ramp=ramp,
-        ).items():
-            if not value >= 0:
-                raise ValueError(f"{name}: expected a number >= 0, got {value}")
-        self.fused_weight, self.unimodal_weight, self.alpha, self.beta = (
-            fused_weight,
-            unimodal_weight,
-            alpha,
-            beta,
-        )
-        self.temperature, self.warmup, self.ramp, self.metric, self.impl = (
-            temperature,
-            warmup,
-            ramp,
-            metric,
-            impl,
-        )
+        self.fused_weight, self.unimodal_weight = fused_weight, unimodal_weight
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+        self.warmup, self.ramp, self.metric, self.impl = warmup, ramp, metric, impl
+        for name in ("fused_weight", "unimodal_weight", "alpha", "beta", "warmup", "ramp"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
 
     def strength(self, progress: float) -> float:
         """lambda at ``progress``, the share of the training that is done, in [0, 1]."""
@@ -102,36 +92,41 @@ class IIBalanceLoss(nn.Module):
         mask: Tensor | None = None,
         progress: float = 1.0,
     ) -> LossOutput:
-        """Args: logits M of [B, K]; targets [B] int64 (-100 = ignored); embeddings M of [B, D_m] with prototypes M of [K, D_m], ``seen`` M of [K] bool
-        and budgets [M] for the prototype terms (left out without them); gate_logits [B, M], detached log weights of the fusion (uniform by default);
-        mask [B, M] bool, True = present; progress in [0, 1] drives the schedule.
+        """The objective of a batch.
+
+        Args:
+            logits: M of [B, K].
+            targets: [B] int64; -100 = ignored.
+            embeddings, prototypes: M of [B, D_m] and M of [K, D_m], for the prototype terms, which
+                are left out without them.
+            seen: M of [K] bool, the classes that have a prototype; all by default.
+            budgets: [M]; all 1 by default.
+            gate_logits: [B, M], log weights of the fusion, never differentiated; uniform by
+                default.
+            mask: [B, M] bool, True = present.
+            progress: in [0, 1], drives the schedule of the prototype terms.
         """
-        count = len(logits)
         entropies = iib_kernels.fusion_cross_entropy(
             logits,
             targets,
             gate_logits=None if gate_logits is None else gate_logits.detach(),
             uncertainty_weight=0.0,
-            scale=float(count),
+            scale=float(len(logits)),
             mask=mask,
             impl=self.impl,
         )
         fused = entropies.fused
-        if (
-            mask is not None and gate_logits is None
-        ):  # the neutral gate sums the logits that are there, however many
-            there = sum(
-                values.masked_fill(~mask[:, index, None], 0.0)
-                for index, values in enumerate(logits)
-            )
+        if mask is not None and gate_logits is None:
+            # The neutral gate sums the logits that are there, however many.
+            there = sum(fill_missing(logits, mask))
             rows = (targets != -100).sum().clamp_min(1)
             fused = nn.functional.cross_entropy(there.float(), targets, reduction="sum") / rows
-        zeros = torch.zeros_like(entropies.unimodal)
-        contrastive = alignment = zeros
+        contrastive = alignment = torch.zeros_like(entropies.unimodal)
         total = self.fused_weight * fused + self.unimodal_weight * entropies.unimodal.sum()
         strength = self.strength(progress)
         if embeddings is not None and strength > 0 and (self.alpha or self.beta):
-            budgets = torch.ones(count, device=targets.device) if budgets is None else budgets
+            if budgets is None:
+                budgets = torch.ones(len(logits), device=targets.device)
             contrastive, alignment, _ = iib_kernels.alignment_loss(
                 embeddings,
                 [iib_kernels.snapshot(values) for values in prototypes],

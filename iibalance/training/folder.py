@@ -18,16 +18,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock
+
 from iibalance.errors import InputError
-from iibalance.files import PathLike, fcntl, file_digest, read_json, sync_folder, write_json
+from iibalance.files import PathLike, file_digest, read_json, sync_folder, take_lock, write_json
 
 MANIFEST = "manifest.json"
 
+# A lock that nothing refers to any more is freed. A run's lock is not: only `close` or the end of
+# the process frees it, even where a caller forgot its RunFolder.
+_held: set[FileLock] = set()
+
 
 class RunFolder:
-    """The folder of one training run. ``RunFolder(path)`` only looks; ``RunFolder.create(path)`` makes, locks and cleans it for writing.
+    """The folder of one training run.
 
-    Use a created one as a context manager, or ``close()`` it, to free the lock before the process ends.
+    ``RunFolder(path)`` only looks; ``RunFolder.create(path)`` makes, locks and cleans the folder
+    for writing. Use a created one as a context manager, or ``close()`` it, to free the lock before
+    the process ends.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder, RunFolder.create(f"{folder}/run") as run:
@@ -39,7 +47,7 @@ class RunFolder:
 
     def __init__(self, path: PathLike):
         self.path = Path(path).expanduser()
-        self._lock: int | None = None
+        self._lock: FileLock | None = None
 
     @property
     def config_path(self) -> Path:
@@ -48,10 +56,12 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: PathLike, resume: bool = False) -> RunFolder:
-        """Make ``path`` (or, with ``resume``, take the run that is there), lock it, and remove what a killed process left half done.
+        """Make ``path``, or with ``resume`` take the run that is there, and lock it.
 
-        InputError where it is a file, cannot be written, is in use by another process, holds a run already (without ``resume``), or holds
-        none (with it).
+        What a killed process left half done in it is removed.
+
+        Raises InputError where ``path`` is a file, cannot be written, is in use by another process,
+        holds a run already (without ``resume``), or holds none (with it).
         """
         folder = cls(path)
         if resume and not folder.config_path.is_file():
@@ -66,9 +76,16 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise InputError(
-                f"{folder.path}: cannot be made ({error.strerror or error}); choose another folder for the run"
+                f"{folder.path}: cannot be made ({error.strerror or error}); "
+                "choose another folder for the run"
             ) from None
-        folder._acquire()
+        folder._lock = take_lock(
+            folder.path / ".lock",
+            wait=False,
+            held=f"{folder.path}: another process is training into this folder; "
+            "wait for it, or choose another folder",
+        )
+        _held.add(folder._lock)
         try:
             if not resume and (folder.config_path.exists() or folder.checkpoints()):
                 raise InputError(
@@ -82,11 +99,9 @@ class RunFolder:
 
     def close(self) -> None:
         """Free the lock. Harmless when repeated."""
-        if (
-            self._lock in _held
-        ):  # not in a forked child, where it was closed and its number may be another file's by now
+        if self._lock is not None:
             _held.discard(self._lock)
-            os.close(self._lock)
+            self._lock.release()
         self._lock = None
 
     def __enter__(self) -> RunFolder:
@@ -111,14 +126,18 @@ class RunFolder:
 
     @contextmanager
     def checkpoint(self, name: str, *, keep: int = 2) -> Iterator[Path]:
-        """Give a folder to save files into; on leaving, it becomes ``checkpoints/<name>`` at once, and only the newest ``keep`` stay.
+        """Give a folder to save files into; when the block ends, it is ``checkpoints/<name>``.
 
-        Names must grow (``epoch-0007``, ``epoch-0008``): ValueError else, and for names that are no plain file name. If the block raises,
-        nothing is kept of it.
+        It appears there complete, and only then are all but the newest ``keep`` removed. If the
+        block raises, nothing is kept of it.
+
+        Raises ValueError where ``name`` is no plain file name, or does not come after the newest
+        checkpoint's: names must grow, as ``epoch-0007`` and ``epoch-0008`` do.
         """
         if self._lock is None:
             raise ValueError(
-                f"{self.path}: is only open for reading; RunFolder.create makes and locks a folder for writing"
+                f"{self.path}: is only open for reading; "
+                "RunFolder.create makes and locks a folder for writing"
             )
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise ValueError(f"checkpoint name {name!r}: use letters, digits, '-', '_' and '.'")
@@ -128,7 +147,8 @@ class RunFolder:
         newest = self.checkpoints()[-1:]
         if newest and _order(newest[0]) >= _order(parent / name):
             raise ValueError(
-                f"checkpoint name {name!r} does not come after {newest[0].name!r}: resuming would take the wrong one"
+                f"checkpoint name {name!r} does not come after {newest[0].name!r}: "
+                "resuming would take the wrong one"
             )
         scratch = parent / f".writing-{name}"
         try:
@@ -136,7 +156,8 @@ class RunFolder:
             scratch.mkdir(parents=True)
         except OSError as error:
             raise InputError(
-                f"{scratch}: cannot be made ({error.strerror or error}); free space or choose another folder"
+                f"{scratch}: cannot be made ({error.strerror or error}); "
+                "free space or choose another folder"
             ) from error
         try:
             yield scratch
@@ -151,7 +172,10 @@ class RunFolder:
             _discard(old)
 
     def latest_checkpoint(self) -> Path | None:
-        """The newest checkpoint, every file checked against its manifest, or None if there is none. InputError names a damaged file."""
+        """The newest checkpoint, or None if there is none.
+
+        Every file in it is checked against its manifest; an InputError names a damaged one.
+        """
         found = self.checkpoints()
         if not found:
             return None
@@ -160,27 +184,6 @@ class RunFolder:
         )
         _verify_manifest(found[-1], remedy)
         return found[-1]
-
-    def _acquire(self) -> None:
-        path = self.path / ".lock"
-        try:
-            self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise InputError(
-                f"{self.path}: cannot be written ({error.strerror or error}); choose another folder for the run"
-            ) from None
-        _held.add(self._lock)
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise InputError(
-                f"{self.path}: another process is training into this folder; wait for it, or choose another folder"
-            ) from None
-        except OSError:  # a file system without locks (some network mounts): go on as if alone
-            pass
 
     def _clean(self) -> None:
         parent = self.path / "checkpoints"
@@ -195,19 +198,6 @@ class RunFolder:
                 entry.unlink(missing_ok=True)
 
 
-# A lock belongs to the open file, which forked children (DataLoader workers) share: it would outlive a killed trainer as long as they do.
-_held: set[int] = set()
-
-
-def _forget_locks() -> None:
-    while _held:
-        os.close(_held.pop())
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_locks)
-
-
 def _order(path: Path) -> tuple:
     """Sort key of a checkpoint's name: epoch-9 before epoch-10."""
     parts = re.split(r"(\d+)", path.name)
@@ -215,7 +205,7 @@ def _order(path: Path) -> tuple:
 
 
 def _discard(folder: Path) -> None:
-    """Remove a checkpoint: renamed first, so that one half removed is never taken for a checkpoint."""
+    """Remove a checkpoint: renamed first, so that half of one is never taken for a whole."""
     trash = folder.with_name(f".removing-{folder.name}")
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(folder, trash)

@@ -1,43 +1,49 @@
-"""The stages of one run, from data to report: budgets, encoders alone, joint training, calibration, one look at the test split."""
+"""The stages of one run, in order.
+
+Budgets, encoders alone, joint training, calibration, one look at the test split, report.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
-from iibalance.budgets import (
-    Budgets,
-    budgets_from_logits,
-    label_entropy,
-    make_folds,
-    probe_logits,
-    smooth_budgets,
-)
+from iibalance.budgets import Budgets, budgets_from_logits, label_entropy, smooth_budgets
 from iibalance.config import RunConfig
 from iibalance.data.dataset import MultimodalData, Split
 from iibalance.files import write_bytes, write_json
 from iibalance.methods import Method
 from iibalance.nn.calibration import HeldOut, collect, merge
 from iibalance.nn.encoders import build_encoder
-from iibalance.nn.model import MultimodalClassifier, embed_split, encoder_size
-from iibalance.training.budget_stage import out_of_fold_logits
-from iibalance.training.evaluation import evaluate
+from iibalance.nn.model import MultimodalClassifier, encoder_size
+from iibalance.training.budget_stage import budget_stage, folds_of
+from iibalance.training.evaluation import Outputs, evaluate
 from iibalance.training.folder import RunFolder
-from iibalance.training.loop import Outputs, derive_seed
 from iibalance.training.report import write_report
+from iibalance.training.sampling import derive_seed
 from iibalance.training.saving import save_model
-from iibalance.training.trainer import Factory, Stages, cross_fit, fit_alone, only
+from iibalance.training.trainer import Factory, Trainer, fit_alone, only
 
 
 class Run:
-    """The stages of one run, in order."""
+    """The stages of one run.
+
+    Args:
+        config, data, method: of the run.
+        folder: where results go; None = nowhere.
+        accelerator: the run's device and processes.
+        encoders: modality name -> function that makes the user's own encoder.
+        given: budgets that are not to be estimated.
+        folds: of the budget stage, by :meth:`folds_of`.
+        trainer: makes the trainings; one of the run's own by default.
+    """
 
     def __init__(
         self,
@@ -46,70 +52,56 @@ class Run:
         method: Method,
         folder: RunFolder | None,
         accelerator: Accelerator,
-        encoders,
-        given,
-        folds,
-        stages: Stages | None = None,
+        encoders: Mapping[str, Factory] | None = None,
+        given: Budgets | None = None,
+        folds: list[np.ndarray] | None = None,
+        trainer: Trainer | None = None,
     ):
-        self.config, self.data, self.method, self.folder, self.accelerator = (
-            config,
-            data,
-            method,
-            folder,
-            accelerator,
-        )
+        self.config, self.data, self.method = config, data, method
+        self.folder, self.accelerator = folder, accelerator
         self.given, self.folds = given, folds
-        self.fold_models: list[
-            MultimodalClassifier
-        ] = []  # what the budget stage trained, for the joint training to start from
-        self.stages = stages or Stages(
+        #: What the budget stage trained, for the joint training to start from.
+        self.fold_models: list[MultimodalClassifier] = []
+        self.trainer = trainer or Trainer(
             config.training, seed=config.seed, accelerator=accelerator, folder=folder
         )
-        m = config.model
-        builtin = lambda name: (
-            lambda: build_encoder(
-                data.shapes[name],
-                embedding_dim=m.embedding_dim,
-                width=m.width,
-                dropout=m.dropout,
-                layout=data.layouts[name],
-            )
-        )
-        self.encoders: dict[str, Factory] = {
-            name: (encoders or {}).get(name) or builtin(name) for name in data.modalities
-        }
         self.custom = encoders is not None
+        self.encoders: dict[str, Factory] = {
+            name: (encoders or {}).get(name) or self._builtin(name) for name in data.modalities
+        }
 
     @staticmethod
     def folds_of(method: Method, config: RunConfig, train: Split) -> list[np.ndarray] | None:
         """The held-out folds of the budget stage, where the method has one."""
         if not method.needs_budgets or config.budgets.source == "online":
             return None
-        return make_folds(
-            train.targets,
-            config.budgets.folds,
-            groups=train.groups,
-            seed=derive_seed(config.seed, "folds"),
-        )
+        return folds_of(train, config.budgets.folds, config.seed)
 
     def run(self) -> dict:
-        """All stages and the report: what ``metrics.json`` holds, {} on processes other than the main one."""
+        """All stages and the report: what ``metrics.json`` holds.
+
+        An empty dict on processes other than the main one.
+        """
         model, history, budgets, alone = self.fit()
-        if not self.accelerator.is_main_process:
-            self.accelerator.wait_for_everyone()
-            return {}
-        metrics = self.report(model, history, budgets, alone)
+        metrics = {}
+        if self.accelerator.is_main_process:
+            metrics = self.report(model, history, budgets, alone)
         self.accelerator.wait_for_everyone()
         return metrics
 
     def fit(
         self,
     ) -> tuple[MultimodalClassifier, list[dict], Budgets | None, dict[str, MultimodalClassifier]]:
-        """The stages up to the calibrated model; nothing here sees the test split."""
-        budgets, out_of_fold = self.estimate() if self.method.needs_budgets else (None, None)
-        alone, alone_history = (
-            self.train_alone() if self.config.training.alone or not self.method.joint else ({}, [])
-        )
+        """The stages up to the calibrated model; nothing here sees the test split.
+
+        Returns the model, its history, the budgets, and the models of encoders trained alone.
+        """
+        budgets, out_of_fold = None, None
+        if self.method.needs_budgets:
+            budgets, out_of_fold = self.estimate()
+        alone, alone_history = {}, []
+        if self.config.training.alone or not self.method.joint:
+            alone, alone_history = self.train_alone()
         if self.method.joint:
             model, history, budgets = self.train_joint(budgets)
         else:
@@ -127,11 +119,10 @@ class Run:
         return model, history, budgets, alone
 
     def build(self) -> MultimodalClassifier:
-        parts = {name: encoder() for name, encoder in self.encoders.items()}
-        sizes = {
-            name: encoder_size(encoder, self.data.train.inputs[name][:2])
-            for name, encoder in parts.items()
-        }
+        """A new model of the run's encoders and the method's head."""
+        parts = {name: make() for name, make in self.encoders.items()}
+        inputs = self.data.train.inputs
+        sizes = {name: encoder_size(part, inputs[name][:2]) for name, part in parts.items()}
         model = MultimodalClassifier(
             parts,
             head=self.method.head(sizes, self.data.num_classes),
@@ -140,44 +131,42 @@ class Run:
         )
         return model.to(self.accelerator.device)
 
+    def budgets(self) -> Budgets:
+        """Stage 1 alone: budgets that are not given and not online."""
+        budgets, self.fold_models = budget_stage(
+            self.trainer,
+            self.encoders,
+            self.data.train,
+            self.folds,
+            source=self.config.budgets.source,
+            num_classes=self.data.num_classes,
+            epochs=self.config.budgets.epochs_of(self.config.epochs),
+            alpha=self.method.budget_alpha,
+            impl=self.config.kernels,
+        )
+        return budgets
+
     def estimate(self) -> tuple[Budgets | None, HeldOut | None]:
-        """Stage 1: budgets, and the held-out predictions that calibration can use."""
-        config, train = self.config, self.data.train
-        entropy, source, out_of_fold = label_entropy(train.targets), config.budgets.source, None
-        budgets = self.given
-        if budgets is None and source == "online":
+        """Stage 1: budgets, and the held-out predictions that calibration can use.
+
+        Online budgets are None here: the joint training estimates them.
+        """
+        budgets, out_of_fold = self.given, None
+        if budgets is None and self.config.budgets.source == "online":
             return None, None
         if budgets is None:
-            folds = self.folds
-            if source == "probe":
-                logits = probe_logits(train.inputs, train.targets, folds, train.mask)
-            else:
-                models = self.fold_models = cross_fit(
-                    self.stages,
-                    self.encoders,
-                    train,
-                    folds,
-                    num_classes=self.data.num_classes,
-                    epochs=config.budgets.epochs or max(1, config.epochs // 2),
-                    alpha=self.method.budget_alpha,
-                    rate=self.method.rate,
-                    impl=config.kernels,
-                )
-                logits = out_of_fold_logits(models, train, folds)
+            budgets, train = self.budgets(), self.data.train
+            if self.fold_models:
                 out_of_fold = merge(
                     collect(
                         model,
                         train.subset(torch.from_numpy(held)),
-                        config.calibration,
-                        seed=derive_seed(config.seed, "copies", index),
+                        self.config.calibration,
+                        seed=derive_seed(self.config.seed, "copies", index),
                     )
-                    for index, (model, held) in enumerate(zip(models, folds))
+                    for index, (model, held) in enumerate(zip(self.fold_models, self.folds))
                 )
-            budgets = budgets_from_logits(
-                logits, train.targets, mask=train.mask, entropy=entropy, source=source
-            )
-        if self.accelerator.is_main_process and self.folder is not None:
-            budgets.save(self.folder.path / "budgets.json")
+        self._save(budgets)
         return budgets, out_of_fold
 
     def train_alone(self) -> tuple[dict[str, MultimodalClassifier], list[dict]]:
@@ -185,7 +174,7 @@ class Run:
         models, histories = {}, {}
         for name, encoder in self.encoders.items():
             models[name], histories[name] = fit_alone(
-                self.stages,
+                self.trainer,
                 name,
                 encoder,
                 self.data.train,
@@ -198,12 +187,9 @@ class Run:
         for epoch in range(max(map(len, histories.values()))):
             row = {"epoch": epoch + 1}
             for name, history in histories.items():
-                if epoch < len(history):
-                    row |= {
-                        f"{key}.{name}": value
-                        for key, value in history[epoch].items()
-                        if key.endswith((".nll", ".accuracy", ".loss"))
-                    }
+                for key, value in (history[epoch] if epoch < len(history) else {}).items():
+                    if key.endswith((".nll", ".accuracy", ".loss")):
+                        row[f"{key}.{name}"] = value
             rows.append(row)
         return models, rows
 
@@ -226,23 +212,14 @@ class Run:
             row: dict, model: MultimodalClassifier, outputs: Outputs, before: list[dict]
         ) -> dict:
             if self.accelerator.is_main_process:
-                self.accelerator.log(
-                    {key: value for key, value in row.items() if key != "epoch"}, step=row["epoch"]
-                )
-            if not online:
-                return {}
-            fresh = self._online(outputs)
-            mixed = smooth_budgets(_from_row(before[-1], fresh) if before else None, fresh)
-            self.method.set_budgets(model, mixed)
-            return {
-                f"budget.{name}": value for name, value in zip(mixed.modalities, mixed.values)
-            } | {
-                f"budget_error.{name}": value
-                for name, value in zip(mixed.modalities, mixed.standard_errors)
-            }
+                logged = {key: value for key, value in row.items() if key != "epoch"}
+                self.accelerator.log(logged, step=row["epoch"])
+            return self._online(model, outputs, before) if online else {}
 
-        self.method.prepare(self.measure, self.data.train, derive_seed(self.config.seed, "prepare"))
-        model, history = self.stages.fit(
+        seed = derive_seed(self.config.seed, "prepare")
+        self.method.prepare(self.measure, self.data.train, seed)
+        values = None if budgets is None else list(budgets.values)
+        model, history = self.trainer.fit(
             "joint",
             build,
             self.data.train,
@@ -251,33 +228,21 @@ class Run:
             method=self.method,
             on_epoch=on_epoch,
             keep_last=True,
-            groups=self.method.groups,
-            rate=self.method.rate,
-            key={
-                **self.method.training_key(),
-                "budgets": None if budgets is None else list(budgets.values),
-            },
+            key={**self.method.training_key(), "budgets": values},
         )
         if online:
             best = min(history, key=lambda row: row["validation.nll"])
-            budgets = _from_row(
-                best,
-                Budgets(
-                    self.data.modalities,
-                    (0.0,) * len(self.data.modalities),
-                    (0.0,) * len(self.data.modalities),
-                    label_entropy(self.data.train.targets),
-                    "online",
-                ),
-            )
-            if self.accelerator.is_main_process and self.folder is not None:
-                budgets.save(self.folder.path / "budgets.json")
+            budgets = self._from_row(best)
+            self._save(budgets)
         return model, history, budgets
 
     def measure(
         self, name: str, loss: Callable, split: Split, measure: Callable, share: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Train a new model by ``loss`` of its output for ``share`` of the epochs; ``measure(model)`` before and after (see ``Method.prepare``)."""
+        """``measure(model)`` before and after a training (see ``Method.prepare``).
+
+        A new model is trained by ``loss`` of its output, for ``share`` of the epochs.
+        """
         found = {}
 
         def build() -> MultimodalClassifier:
@@ -288,106 +253,124 @@ class Run:
         method = Method(replace(self.config, method_options={}))
         method.loss = lambda output, model, batch, progress: loss(output)
         epochs = max(1, round(share * self.config.epochs))
-        model, _ = self.stages.fit(
-            name, build, split, None, epochs=epochs, method=method, key=self.method.training_key()
-        )
+        key = self.method.training_key()
+        model, _ = self.trainer.fit(name, build, split, None, epochs=epochs, method=method, key=key)
         return found["before"], measure(model)
-
-    def _chosen(self, history: list[dict]) -> dict:
-        """``best_epoch`` where all weights are of one epoch, ``best_epochs`` by modality where each modality kept its own."""
-        argmin = lambda column: (
-            1 + min(range(len(history)), key=lambda epoch: history[epoch].get(column, float("inf")))
-        )
-        if self.method.joint and self.method.one_epoch:
-            return {"best_epoch": argmin("validation.nll"), "best_epochs": None}
-        return {
-            "best_epoch": None,
-            "best_epochs": {
-                name: argmin(f"validation.nll.{name}") for name in self.data.modalities
-            },
-        }
-
-    def _online(self, outputs: Outputs) -> Budgets:
-        logits = {
-            name: outputs.modality_logits[:, index]
-            for index, name in enumerate(self.data.modalities)
-        }
-        return budgets_from_logits(
-            logits,
-            outputs.targets,
-            mask=self.data.validation.mask,
-            entropy=label_entropy(self.data.train.targets),
-            source="online",
-        )
 
     def report(
         self,
         model: MultimodalClassifier,
         history: list[dict],
         budgets: Budgets | None,
-        alone: dict[str, MultimodalClassifier],
+        alone: Mapping[str, MultimodalClassifier],
     ) -> dict:
-        """The one look at the test split, and everything that a run's folder holds at the end. ``metrics.json`` is written last."""
+        """The one look at the test split, and everything that a run's folder holds at the end.
+
+        ``metrics.json`` is written last.
+        """
         config, data, path = self.config, self.data, self.folder.path
         majority = int(torch.bincount(data.train.targets).argmax())
-        accuracy = (
-            {name: _alone_accuracy(part, data, name) for name, part in alone.items()}
-            if config.training.alone
-            else {}
-        )
-        test, reliability = evaluate(model, data.test, alone=accuracy, majority=majority)
-        validation, _ = evaluate(model, data.validation, majority=majority)
+        test = evaluate(model, data.test, alone=self._alone_accuracy(alone), majority=majority)
         metrics = {
-            "method": config.method,
+            "method": self.method.name,
             "seed": config.seed,
             "data": data.name,
             "classes": data.num_classes,
-            "samples": {
-                "train": len(data.train),
-                "validation": len(data.validation),
-                "test": len(data.test),
-            },
+            "samples": {name: len(getattr(data, name)) for name in ("train", "validation", "test")},
             "epochs": len(history),
             **self._chosen(history),
             "parameters": sum(value.numel() for value in model.parameters()),
             "budgets": None if budgets is None else dict(zip(budgets.modalities, budgets.values)),
-            "validation": validation,
-            "test": test,
+            "validation": evaluate(model, data.validation, majority=majority).metrics,
+            "test": test.metrics,
         }
-        columns = list(dict.fromkeys(key for row in history for key in row))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
-        write_bytes(path / "history.csv", text.getvalue().encode())
-        save_model(path / "model.safetensors", model, config, data, custom=self.custom)
+        write_bytes(path / "history.csv", _as_csv(history).encode())
+        save_model(path / "model.safetensors", model, data, custom=self.custom)
         write_report(
             path / "report.png",
             history=history,
             metrics=metrics,
             budgets=None if budgets is None else budgets.to_dict(),
-            reliability=reliability,
-            title=f"{config.method} on {data.name}",
+            reliability=test.reliability,
+            title=f"{self.method.name} on {data.name}",
         )
         write_json(path / "metrics.json", metrics)
         shutil.rmtree(path / "stages", ignore_errors=True)
         return metrics
 
+    def _builtin(self, name: str) -> Factory:
+        model, shape, layout = self.config.model, self.data.shapes[name], self.data.layouts[name]
+        return lambda: build_encoder(
+            shape,
+            embedding_dim=model.embedding_dim,
+            width=model.width,
+            dropout=model.dropout,
+            layout=layout,
+        )
 
-def _alone_accuracy(model: MultimodalClassifier, data: MultimodalData, name: str) -> float | None:
-    split = only(data.test, name)
-    if not len(split):
-        return None
-    logits = model.head.heads(embed_split(model, split))[0].cpu()
-    return float((logits.argmax(-1) == split.targets).double().mean())
+    def _save(self, budgets: Budgets) -> None:
+        if self.accelerator.is_main_process and self.folder is not None:
+            budgets.save(self.folder.path / "budgets.json")
+
+    def _online(
+        self, model: MultimodalClassifier, outputs: Outputs, before: list[dict]
+    ) -> dict[str, float]:
+        """Move the online budgets by an epoch's validation outputs; their columns of its row."""
+        names = self.data.modalities
+        fresh = budgets_from_logits(
+            {name: outputs.modality_logits[:, index] for index, name in enumerate(names)},
+            outputs.targets,
+            mask=self.data.validation.mask,
+            entropy=label_entropy(self.data.train.targets),
+            source="online",
+        )
+        mixed = smooth_budgets(self._from_row(before[-1]) if before else None, fresh)
+        self.method.set_budgets(model, mixed)
+        columns = {f"budget.{name}": value for name, value in zip(names, mixed.values)}
+        errors = zip(names, mixed.standard_errors)
+        return columns | {f"budget_error.{name}": value for name, value in errors}
+
+    def _from_row(self, row: Mapping[str, float]) -> Budgets:
+        """The online budgets that a row of the history holds."""
+        names = self.data.modalities
+        return Budgets(
+            names,
+            tuple(row[f"budget.{name}"] for name in names),
+            tuple(row[f"budget_error.{name}"] for name in names),
+            label_entropy(self.data.train.targets),
+            "online",
+        )
+
+    def _chosen(self, history: list[dict]) -> dict:
+        """``best_epoch`` of all weights, or ``best_epochs`` by modality where each kept its own."""
+
+        def lowest(column: str) -> int:
+            values = [row.get(column, float("inf")) for row in history]
+            return 1 + values.index(min(values))
+
+        if self.method.joint and self.method.one_epoch:
+            return {"best_epoch": lowest("validation.nll"), "best_epochs": None}
+        epochs = {name: lowest(f"validation.nll.{name}") for name in self.data.modalities}
+        return {"best_epoch": None, "best_epochs": epochs}
+
+    def _alone_accuracy(self, alone: Mapping[str, MultimodalClassifier]) -> dict[str, float | None]:
+        """Test accuracy of the encoders trained alone, where that was asked for."""
+        if not self.config.training.alone:
+            return {}
+        found = {}
+        for name, model in alone.items():
+            split = only(self.data.test, name)
+            found[name] = None
+            if len(split):
+                own = evaluate(model, split, shapley=False).metrics["modalities"][name]
+                found[name] = own["accuracy"]
+        return found
 
 
-def _from_row(row: dict, like: Budgets) -> Budgets:
-    values = tuple(row[f"budget.{name}"] for name in like.modalities)
-    return Budgets(
-        like.modalities,
-        values,
-        tuple(row[f"budget_error.{name}"] for name in like.modalities),
-        like.label_entropy,
-        like.source,
-    )
+def _as_csv(history: list[dict]) -> str:
+    text = io.StringIO()
+    columns = list(dict.fromkeys(key for row in history for key in row))
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    return text.getvalue()

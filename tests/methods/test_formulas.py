@@ -27,6 +27,9 @@ def ready(name, count=2, seed=0, **options):
         m: nn.Sequential(nn.Linear(INPUTS[m], 8), nn.Tanh(), nn.Linear(8, SIZES[m]))
         for m in list(INPUTS)[:count]
     }
+    # The draws below are such that modalities conflict, or not, by the right margins: weights of
+    # other sizes come first.
+    nn.ModuleList(nn.Linear(SIZES[m], CLASSES) for m in encoders)
     model = method.build(encoders, CLASSES)
     for key, value in model.named_parameters():
         if key.endswith("bias"):

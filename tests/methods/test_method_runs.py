@@ -79,7 +79,7 @@ def test_trained_loaded_and_asked(npz, tmp_path, name):
 @pytest.mark.parametrize("name", STATEFUL)
 def test_stopped_in_the_middle_it_ends_with_the_same_numbers(npz, tmp_path, name, monkeypatch):
     whole = train(config(npz, tmp_path / "whole", name))
-    original, calls = loop._train_epoch, []
+    original, calls = loop._Loop.epoch, []
 
     def stopping(*arguments):
         calls.append(1)
@@ -87,10 +87,10 @@ def test_stopped_in_the_middle_it_ends_with_the_same_numbers(npz, tmp_path, name
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(loop, "_train_epoch", stopping)
+    monkeypatch.setattr(loop._Loop, "epoch", stopping)
     with pytest.raises(KeyboardInterrupt):
         train(config(npz, tmp_path / "stopped", name))
-    monkeypatch.setattr(loop, "_train_epoch", original)
+    monkeypatch.setattr(loop._Loop, "epoch", original)
     assert train(config(npz, tmp_path / "stopped", name), resume=True) == whole
 
 
@@ -259,3 +259,19 @@ def test_own_loop_with_hooks_called_one_by_one_equals_step():
                 method.step(model, optimizer, batch, progress=0.5)
         results.append(torch.cat([value.detach().flatten() for value in model.parameters()]))
     assert torch.equal(*results)
+
+
+def test_a_run_of_a_users_own_method_loads_from_any_directory(npz, tmp_path, monkeypatch):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "mine.py").write_text(
+        "from iibalance.methods.sum import Sum\n\nclass Mine(Sum):\n    name = 'mine'\n"
+    )
+    monkeypatch.chdir(own)
+    metrics = train(config(npz, tmp_path / "run", "mine.py:Mine"))
+    assert metrics["method"] == "mine"
+    here = iibalance.load(tmp_path / "run").state_dict()
+    monkeypatch.chdir(tmp_path)
+    there = iibalance.load("run").state_dict()
+    assert there.keys() == here.keys()
+    assert all(torch.equal(value, here[key]) for key, value in there.items())

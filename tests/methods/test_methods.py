@@ -19,10 +19,11 @@ from iibalance.data.corruption import corrupt
 from iibalance.data.dataset import Split
 from iibalance.errors import InputError
 from iibalance.methods import METHODS, Method, make_method
-from iibalance.methods.concat import ConcatHead
+from iibalance.methods.heads import ConcatHead
 from iibalance.metrics import fit_temperature
 from iibalance.nn.calibration import collect
 from iibalance.nn.model import MultimodalClassifier
+from iibalance.training.loop import _kept_by
 
 DIMS = {"weak": 5, "strong": 5}
 
@@ -319,18 +320,9 @@ def test_concat_calibrates_one_temperature_and_fits_its_probes():
 
 def test_iibalance_takes_its_options_from_the_configuration():
     config = RunConfig()
-    (
-        config.objective.alpha,
-        config.objective.beta,
-        config.objective.momentum,
-        config.objective.temperature,
-    ) = 0.3, 0.7, 0.5, 0.4
-    (
-        config.objective.fused_weight,
-        config.objective.warmup,
-        config.objective.ramp,
-        config.calibration.hidden,
-    ) = 0.25, 0.2, 0.1, 3
+    o = config.objective
+    o.alpha, o.beta, o.momentum, o.temperature = 0.3, 0.7, 0.5, 0.4
+    o.fused_weight, o.warmup, o.ramp = 0.25, 0.2, 0.1
     head = make_method("iibalance", config).head(DIMS, 4)
     o = head.objective
     assert (o.alpha, o.beta, o.temperature, o.fused_weight, o.warmup, o.ramp) == (
@@ -341,7 +333,7 @@ def test_iibalance_takes_its_options_from_the_configuration():
         0.2,
         0.1,
     )
-    assert head.prototypes.momentum == 0.5 and head.gate.hidden == 3
+    assert head.prototypes.momentum == 0.5
 
 
 def test_iibalance_passes_budgets_on():
@@ -510,15 +502,15 @@ def test_each_modality_keeps_its_own_epoch():
     model = MultimodalClassifier(
         {name: nn.Linear(2, 3) for name in names}, head=method.head(dict.fromkeys(names, 3), 2)
     )
-    groups = method.groups(model)
+    kept = _kept_by(model, method)
     for key in model.state_dict():
-        owners = [column for pattern, column in groups.items() if re.match(pattern, key)]
+        owners = [column for column, keys in kept.items() if key in keys]
         index = re.search(r"encoders\.(\d+)\.|classifiers\.(\d+)\.|prototypes\.\w+_(\d+)$", key)
         expected = (
             [] if index is None else [f"validation.nll.m{next(filter(None, index.groups()))}"]
         )
         assert owners == expected, key
-    assert list(make_method("qmf", RunConfig()).groups(model).values()) == ["validation.nll"]
+    assert _kept_by(model, make_method("qmf", RunConfig())) == {"validation.nll": set()}
 
 
 # -- the ablations
@@ -733,7 +725,7 @@ def test_what_the_gate_is_calibrated_on():
 
 
 def test_gradients_are_clipped_group_by_group():
-    from iibalance.methods.base import clip_gradients
+    from iibalance.methods.gradients import clip_gradients
 
     def parameters():
         generator = torch.Generator().manual_seed(0)

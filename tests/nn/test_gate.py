@@ -52,14 +52,13 @@ def all_values(gate):
     return torch.cat([value.flatten() for value in gate.state_dict().values()])
 
 
-@pytest.mark.parametrize("hidden", [0, 16])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_neutral_is_the_sum_of_the_available_logits(hidden, count):
+def test_neutral_is_the_sum_of_the_available_logits(count):
     generator = torch.Generator().manual_seed(0)
     logits = [3 * torch.randn(20, 5, generator=generator) for _ in range(count)]
     mask = torch.rand(20, count, generator=generator) < 0.6
     mask[~mask.any(1), 0] = True
-    gate = Gate([f"m{index}" for index in range(count)], hidden=hidden)
+    gate = Gate([f"m{index}" for index in range(count)])
     surprise, log_prior = (
         torch.rand(20, count, generator=generator),
         torch.rand(count, generator=generator).log(),
@@ -71,10 +70,9 @@ def test_neutral_is_the_sum_of_the_available_logits(hidden, count):
         torch.testing.assert_close(out.weights, there / there.sum(1, keepdim=True))
 
 
-@pytest.mark.parametrize("hidden", [0, 16])
-def test_a_masked_modality_has_no_say(hidden):
+def test_a_masked_modality_has_no_say():
     targets, logits, surprise, _ = corrupted(300)
-    gate = Gate(NAMES, hidden=hidden)
+    gate = Gate(NAMES)
     gate.fit(logits, targets, surprise=surprise, log_prior=LOG_PRIOR)
     mask = torch.ones(300, 2, dtype=torch.bool)
     mask[:100, 0], mask[100:200, 1] = False, False
@@ -153,10 +151,9 @@ def test_fit_recovers_the_temperatures_of_scaled_logits(scales):
         assert nll(Gate(NAMES), test, held) > oracle + 0.03
 
 
-@pytest.mark.parametrize("hidden", [0, 16])
-def test_fit_lowers_the_nll_of_new_samples_and_says_which_it_reached(hidden):
+def test_fit_lowers_the_nll_of_new_samples_and_says_which_it_reached():
     targets, logits, surprise, _ = corrupted()
-    gate = Gate(NAMES, hidden=hidden)
+    gate = Gate(NAMES)
     before = nll(gate, targets, logits, LOG_PRIOR, surprise)
     final = gate.fit(logits, targets, log_prior=LOG_PRIOR, surprise=surprise)
     assert (
@@ -169,7 +166,7 @@ def test_fit_lowers_the_nll_of_new_samples_and_says_which_it_reached(hidden):
 
 def test_a_corrupted_modality_loses_its_weight_to_surprise():
     targets, logits, surprise, kind = corrupted()
-    gate, blind = Gate(NAMES, hidden=0), Gate(NAMES, hidden=0)
+    gate, blind = Gate(NAMES), Gate(NAMES)
     gate.fit(logits, targets, surprise=surprise)
     blind.fit(logits, targets)  # uncertainty alone cannot tell
     test, held, far, kind = corrupted(seed=5)
@@ -183,16 +180,14 @@ def test_a_corrupted_modality_loses_its_weight_to_surprise():
     assert right(gate(held, None, far)) > max(right(Gate(NAMES)(held)), right(blind(held))) + 0.05
 
 
-@pytest.mark.parametrize("hidden", [0, 16])
-def test_fit_is_deterministic_and_starts_over(hidden):
+def test_fit_is_deterministic_and_starts_over():
     targets, logits, surprise, _ = corrupted(300)
     torch.manual_seed(0)
-    one = Gate(NAMES, hidden=hidden)
-    two = Gate(NAMES, hidden=hidden)
+    one = Gate(NAMES)
+    two = Gate(NAMES)
     two.load_state_dict(one.state_dict())
     one.fit(logits, targets, surprise=surprise)
-    if not hidden:
-        two.fit([values.flip(0) for values in logits], targets)  # whatever an earlier fit left
+    two.fit([values.flip(0) for values in logits], targets)  # whatever an earlier fit left
     two.fit(logits, targets, surprise=surprise)
     assert torch.equal(all_values(one), all_values(two)) and all_values(one).isfinite().all()
 
@@ -205,7 +200,7 @@ def test_five_samples_leave_the_gate_close_to_neutral():
     for seed in range(10):
         targets, logits, surprise, _ = corrupted(5, seed=seed)
         for prior_scale, values in excess.items():
-            gate = Gate(NAMES, hidden=0)
+            gate = Gate(NAMES)
             try:
                 gate.fit(
                     logits, targets, log_prior=LOG_PRIOR, surprise=surprise, prior_scale=prior_scale
@@ -277,7 +272,7 @@ def test_a_kept_prior_strength_is_kept():
 
 def test_a_weight_counts_like_copies():
     targets, logits, surprise, _ = corrupted(200)
-    weighted, copied = Gate(NAMES, hidden=0), Gate(NAMES, hidden=0)
+    weighted, copied = Gate(NAMES), Gate(NAMES)
     weight = torch.where(torch.arange(200) < 50, 3.0, 1.0)
     rows = torch.arange(200).repeat_interleave(weight.long())
     ones = torch.ones(2)
@@ -289,7 +284,7 @@ def test_a_weight_counts_like_copies():
         temperature=ones,
     )
     torch.testing.assert_close(all_values(weighted), all_values(copied), atol=2e-3, rtol=1e-2)
-    plain = Gate(NAMES, hidden=0)
+    plain = Gate(NAMES)
     plain.fit(logits, targets, surprise=surprise, temperature=ones)
     assert (all_values(plain) - all_values(weighted)).abs().max() > 0.01
 
@@ -319,17 +314,16 @@ def test_a_fit_that_fails_changes_nothing():
 
 def test_half_precision_logits_are_fitted_in_float64():
     targets, logits = bayes(500, scales=(3.0, 0.5))
-    whole, half = Gate(NAMES, hidden=0), Gate(NAMES, hidden=0)
+    whole, half = Gate(NAMES), Gate(NAMES)
     rounded = [values.half() for values in logits]
     whole.fit([values.float() for values in rounded], targets)
     half.fit(rounded, targets)
     assert torch.equal(all_values(whole), all_values(half))
 
 
-@pytest.mark.parametrize("hidden", [0, 16])
-def test_saved_and_loaded(hidden):
+def test_saved_and_loaded():
     targets, logits, surprise, _ = corrupted(300)
-    gate, other = Gate(NAMES, hidden=hidden), Gate(NAMES, hidden=hidden)
+    gate, other = Gate(NAMES), Gate(NAMES)
     gate.fit(logits, targets, surprise=surprise, log_prior=LOG_PRIOR)
     other.load_state_dict(gate.state_dict())
     expected, got = gate(logits, LOG_PRIOR, surprise), other(logits, LOG_PRIOR, surprise)
@@ -339,11 +333,11 @@ def test_saved_and_loaded(hidden):
 
 def test_reset_is_neutral_again():
     targets, logits, surprise, _ = corrupted(300)
-    gate = Gate(NAMES, hidden=4)
+    gate = Gate(NAMES)
     gate.fit(logits, targets, surprise=surprise, log_prior=LOG_PRIOR)
     gate.reset()
     torch.testing.assert_close(gate(logits, LOG_PRIOR, surprise).logits, logits[0] + logits[1])
 
 
 def test_nothing_in_the_gate_is_trained_by_an_optimiser():
-    assert not any(p.requires_grad for p in Gate(NAMES, hidden=4).parameters())
+    assert not any(p.requires_grad for p in Gate(NAMES).parameters())

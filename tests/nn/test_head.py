@@ -10,7 +10,7 @@ from torch import nn
 from iibalance.budgets import Budgets
 from iibalance.data.dataset import Split, Standardizer
 from iibalance.errors import InputError, as_sequence, check_names
-from iibalance.methods.concat import ConcatHead
+from iibalance.methods.heads import ConcatHead
 from iibalance.nn.head import IIBalanceHead
 from iibalance.nn.loss import IIBalanceLoss
 from iibalance.nn.model import MultimodalClassifier, embed_split
@@ -215,8 +215,8 @@ def test_the_first_batch_has_no_prototypes_and_a_finite_loss():
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e20])
 @pytest.mark.parametrize(
     "make",
-    [trained_head, lambda: trained_head(gate_hidden=4), lambda: ConcatHead(DIMS, 3)],
-    ids=["iibalance", "network", "concat"],
+    [trained_head, lambda: ConcatHead(DIMS, 3)],
+    ids=["iibalance", "concat"],
 )
 def test_what_stands_in_a_masked_row_changes_nothing(make, garbage):
     mask = torch.tensor([[True, True], [True, False], [False, True], [True, True]] * 2)
@@ -669,3 +669,25 @@ def test_compiled(toy, trained):
     torch.testing.assert_close(
         compiled(inputs).logits, trained(inputs).logits, atol=1e-5, rtol=1e-5
     )
+
+
+def test_a_head_and_its_loss_have_one_metric():
+    euclidean = IIBalanceLoss(metric="sqeuclidean")
+    head = IIBalanceHead(DIMS, 3, objective=euclidean)
+    assert head.prototypes.metric == "sqeuclidean"
+    with pytest.raises(ValueError, match="metric: 'cosine' is not the objective's 'sqeuclidean'"):
+        IIBalanceHead(DIMS, 3, objective=euclidean, metric="cosine")
+    assert IIBalanceHead(DIMS, 3, metric="sqeuclidean").objective.metric == "sqeuclidean"
+
+
+@pytest.mark.parametrize("make", [trained_head, lambda: ConcatHead(DIMS, 3)])
+def test_what_belongs_to_a_modality_is_told_by_the_head(make):
+    """By its own parts: modality 1 is not modality 11, and nothing belongs to two."""
+    head = make()
+    encoders = {name: nn.Linear(3, size) for name, size in DIMS.items()}
+    model = MultimodalClassifier(encoders, head=head)
+    keys = [model.keys_of(index) for index in range(len(DIMS))]
+    assert not keys[0] & keys[1] and set.union(*keys) <= set(model.state_dict())
+    assert {"encoders.1.weight", "encoders.1.bias"} <= keys[1]
+    if isinstance(head, IIBalanceHead):
+        assert "head.classifiers.1.weight" in keys[1] and "head.prototypes.counts_1" in keys[1]

@@ -42,7 +42,7 @@ class TestEvaluate:
     def test_a_useless_modality_has_no_shapley_value_and_a_good_one_has_it_all(self):
         split = split_of({"good": votes(self.targets), "mute": torch.zeros(400, 4)}, self.targets)
         # "mute" votes for nothing; by itself argmax of zeros is class 0, as is the prediction for the empty set
-        metrics, _ = evaluate(one_hot_model(["good", "mute"]), split, majority=0)
+        metrics, *_ = evaluate(one_hot_model(["good", "mute"]), split, majority=0)
         assert metrics["accuracy"] == 1.0
         assert metrics["shapley"] == pytest.approx({"good": 0.75, "mute": 0.0}, abs=1e-12)
 
@@ -50,7 +50,7 @@ class TestEvaluate:
         noise = torch.randint(4, (400,), generator=torch.Generator().manual_seed(0))
         model = one_hot_model(["good", "noise"])
         model.head.classifiers[1].weight.data.mul_(0.1)  # a whisper: it never outvotes the other
-        metrics, _ = evaluate(
+        metrics, *_ = evaluate(
             model,
             split_of({"good": votes(self.targets), "noise": votes(noise)}, self.targets),
             majority=0,
@@ -66,14 +66,14 @@ class TestEvaluate:
         )  # right in 200
         model = one_hot_model(["a", "b"])
         model.head.classifiers[1].weight.data.mul_(1.5)  # b wins where they differ
-        metrics, _ = evaluate(
+        metrics, *_ = evaluate(
             model, split_of({"a": votes(a), "b": votes(b)}, self.targets), majority=1
         )
         empty, only_a, only_b, both = 0.25, 0.6, 0.5, 0.5
         assert metrics["accuracy"] == both
         assert metrics["shapley"]["a"] == pytest.approx(((only_a - empty) + (both - only_b)) / 2)
         assert metrics["shapley"]["b"] == pytest.approx(((only_b - empty) + (both - only_a)) / 2)
-        without, _ = evaluate(model, split_of({"a": votes(a), "b": votes(b)}, self.targets))
+        without, *_ = evaluate(model, split_of({"a": votes(a), "b": votes(b)}, self.targets))
         assert sum(without["shapley"].values()) == pytest.approx(
             both
         )  # nothing known, nothing right
@@ -87,7 +87,7 @@ class TestEvaluate:
         model = one_hot_model(["a", "b"], sharpness=1.0)
         model.head.gate.log_temperature.copy_(torch.tensor([0.2, -0.3]))
         model.head.gate.own_temperature.copy_(torch.tensor([1.5, 0.5]))
-        metrics, reliability = evaluate(model, split_of(inputs, self.targets), alone={"a": 0.9})
+        metrics, reliability, _ = evaluate(model, split_of(inputs, self.targets), alone={"a": 0.9})
         fused = inputs["a"] / math.exp(0.2) + inputs["b"] / math.exp(-0.3)
         expected = classification_metrics(fused.double().log_softmax(-1), self.targets)
         assert {key: metrics[key] for key in expected} == pytest.approx(expected, abs=1e-6)
@@ -114,7 +114,7 @@ class TestEvaluate:
         model = one_hot_model(["a", "b"])
         model.head.set_budgets({"a": 0.75, "b": 0.25})
         model.head.gate.prior_strength.fill_(1.0)
-        metrics, _ = evaluate(
+        metrics, *_ = evaluate(
             model,
             split_of({"a": votes(self.targets), "b": votes(self.targets)}, self.targets, mask),
         )
@@ -128,7 +128,7 @@ class TestEvaluate:
         mask[:, 2] = False
         wrong = torch.where(torch.arange(400) < 200, self.targets, (self.targets + 1) % 4)
         inputs = {"a": votes(self.targets), "b": votes(wrong), "c": torch.zeros(400, 4)}
-        metrics, reliability = evaluate(
+        metrics, reliability, _ = evaluate(
             one_hot_model(list(inputs)), split_of(inputs, self.targets, mask)
         )
         assert metrics["modalities"]["b"]["accuracy"] == 1.0  # its wrong half is masked
@@ -138,7 +138,7 @@ class TestEvaluate:
     def test_where_a_subset_leaves_nothing_the_majority_is_predicted(self):
         mask = torch.ones(400, 2, dtype=torch.bool)
         mask[:200, 1] = False
-        metrics, _ = evaluate(
+        metrics, *_ = evaluate(
             one_hot_model(["a", "b"]),
             split_of({"a": votes(self.targets), "b": votes(self.targets)}, self.targets, mask),
             majority=0,
@@ -148,7 +148,7 @@ class TestEvaluate:
 
     def test_more_than_six_modalities_have_no_exact_shapley(self):
         names = [f"m{index}" for index in range(7)]
-        metrics, _ = evaluate(
+        metrics, *_ = evaluate(
             one_hot_model(names),
             split_of({name: votes(self.targets) for name in names}, self.targets),
         )
@@ -160,7 +160,7 @@ class TestEvaluate:
         )
         nn.init.zeros_(model.head.classifier.bias)
         model.head.classifier.weight.data.copy_(torch.cat([torch.eye(4), torch.zeros(4, 4)], 1))
-        metrics, _ = evaluate(
+        metrics, *_ = evaluate(
             model,
             split_of({"a": votes(self.targets), "b": votes(self.targets)}, self.targets),
             majority=0,
