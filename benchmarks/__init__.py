@@ -1,1 +1,5 @@
-"""Benchmarks: `pytest benchmarks/ --benchmark-only` on any machine, `python -m benchmarks.on_gpu --output DIR` on one with a GPU."""
+"""Benchmarks of the kernels and of the methods.
+
+On any machine: `pytest benchmarks/ --benchmark-only`. On one with a GPU:
+`python -m benchmarks.on_gpu --output DIR`.
+"""

@@ -1,4 +1,4 @@
-"""What is timed: every operator at every shape, its peers, and the least bytes that it must move."""
+"""What is timed: every operator at every shape, its peers, and the least bytes it must move."""
 
 from __future__ import annotations
 
@@ -40,15 +40,16 @@ ONLY_ALIGNMENT = SHAPES[-1]  # and on a GPU only
 
 @dataclass
 class Case:
-    """One operator at one shape: ``call(impl)`` gives its outputs, ``leaves`` are what a gradient is asked for."""
+    """One operator at one shape.
+
+    ``call(impl)`` gives its outputs; ``leaves`` are what a gradient is asked for.
+    """
 
     op: str
     shape: Shape
     call: Callable[[str], Sequence[Tensor]]
     leaves: list[Tensor]
-    bytes: dict[
-        str, int
-    ]  #: mode -> the least that must be moved: each input once, each output once
+    bytes: dict[str, int]  #: mode -> the least to be moved: each input once, each output once
     peers: dict[str, Callable[[], Sequence[Tensor]]] = field(default_factory=dict)
 
     @property
@@ -74,7 +75,11 @@ def size(*values) -> int:
 
 
 def _moved(inputs, outputs, leaves) -> dict[str, int]:
-    """Least bytes: forward reads inputs and writes outputs; backward reads inputs and the outputs' gradients and writes the leaves'."""
+    """Least bytes.
+
+    Forward reads inputs and writes outputs. Backward reads inputs and the outputs' gradients, and
+    writes the leaves'.
+    """
     forward = size(inputs, outputs)
     backward = size(inputs, [value for value in outputs if value.is_floating_point()], leaves)
     return {"forward": forward, "backward": backward, "step": forward + backward}
@@ -222,7 +227,11 @@ OPS: dict[str, Callable[[Shape, torch.dtype, str], Case]] = {
 
 
 def function(case: Case, row: str) -> Callable[[], Sequence[Tensor]]:
-    """The forward of one row: an implementation's name, ``compiled`` or ``compiled max-autotune`` (of the reference), or a peer's name."""
+    """The forward of one row.
+
+    A row is an implementation's name, ``compiled`` or ``compiled max-autotune`` (of the reference),
+    or a peer's name.
+    """
     if row in case.peers:
         return case.peers[row]
     if row.startswith("compiled"):
@@ -236,8 +245,12 @@ def function(case: Case, row: str) -> Callable[[], Sequence[Tensor]]:
 
 
 def timed(case: Case, row: str, mode: str) -> Callable[[], object]:
-    """What a benchmark of ``mode`` calls; backward is of an output made once."""
-    forward = function(case, row)
+    """What a benchmark of one row in one mode calls."""
+    return in_mode(function(case, row), case, mode)
+
+
+def in_mode(forward: Callable[[], Sequence[Tensor]], case: Case, mode: str) -> Callable[[], object]:
+    """``forward`` without a gradient, its backward (of an output made once), or both (a step)."""
     if mode == "forward":
 
         def run():

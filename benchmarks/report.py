@@ -1,6 +1,7 @@
-"""Saved measurements as a Markdown table and a picture: ``python -m benchmarks.report SAVED.json [...] --output DIR``.
+"""Saved measurements as a Markdown table and a picture.
 
-Reads what ``pytest benchmarks/ --benchmark-only --benchmark-json SAVED.json`` and ``python -m benchmarks.on_gpu`` wrote.
+``python -m benchmarks.report SAVED.json [...] --output DIR`` reads what ``pytest benchmarks/
+--benchmark-only --benchmark-json SAVED.json`` and ``python -m benchmarks.on_gpu`` wrote.
 """
 
 from __future__ import annotations
@@ -11,35 +12,31 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-FIELDS = ("op", "mode", "shape", "dtype", "row")
+# What the report tells of the machine, where it is known.
+FACTS = ("device", "capability", "driver", "torch", "triton", "python", "date", "commit")
+HEADER = (
+    "| shape | dtype | implementation "
+    "| time | graph | against eager | peak memory | GB/s | share |",
+    "|---|---|---|---:|---:|---:|---:|---:|---:|",
+)
 
 
 def read(path: Path) -> tuple[dict, list[dict]]:
-    """(machine, measurements) of one file; SystemExit with one line for a file that is not one of ours."""
+    """(machine, measurements) of one file; SystemExit, one line, for one that is not ours."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SystemExit(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise SystemExit(f"{path}: is not JSON ({error})") from None
-    if (
-        isinstance(content, dict)
-        and isinstance(content.get("benchmarks"), list)
-        and "machine_info" in content
-    ):
+    content = content if isinstance(content, dict) else {}
+    if "machine_info" in content and isinstance(content.get("benchmarks"), list):
         rows = [
-            {
-                **entry["extra_info"],
-                "seconds": entry["extra_info"].get("seconds", entry["stats"]["median"]),
-            }
+            {"seconds": entry["stats"]["median"], **entry["extra_info"]}
             for entry in content["benchmarks"]
         ]
         return content["machine_info"], rows
-    if (
-        isinstance(content, dict)
-        and "environment" in content
-        and isinstance(content.get("measurements"), list)
-    ):
+    if "environment" in content and isinstance(content.get("measurements"), list):
         return content["environment"], content["measurements"]
     raise SystemExit(
         f"{path}: holds neither pytest-benchmark's results nor those of benchmarks.on_gpu"
@@ -62,78 +59,55 @@ def duration(seconds: float | None) -> str:
 
 def table(environment: dict, rows: Sequence[dict]) -> str:
     """One Markdown table for each operator and mode, with the machine above all."""
-    facts = [
-        f"{name} {environment[name]}"
-        for name in (
-            "device",
-            "capability",
-            "driver",
-            "torch",
-            "triton",
-            "python",
-            "date",
-            "commit",
-        )
-        if environment.get(name)
-    ]
+    facts = [f"{name} {environment[name]}" for name in FACTS if environment.get(name)]
     lines = ["# Benchmarks", "", ", ".join(facts) + ".", ""]
     if environment.get("dry_run"):
         lines += [
-            "**A dry run on a CPU with tiny shapes: it shows that the program works, and nothing about speed.**",
+            "**A dry run on a CPU with tiny shapes: it shows that the program works, "
+            "and nothing about speed.**",
             "",
         ]
     lines += [
-        "Medians. `graph` is the time of one call among several captured in a CUDA graph, without launch gaps; GB/s are the least bytes of the operation",
-        "over that time; share is of a copy's bandwidth measured in the same run.",
+        "Medians. `graph` is the time of one call among several captured in a CUDA graph, without",
+        "launch gaps; GB/s are the least bytes of the operation over that time; share is of a",
+        "copy's bandwidth measured in the same run.",
         "",
     ]
     for op, mode in dict.fromkeys((row["op"], row["mode"]) for row in rows):
         chosen = [row for row in rows if (row["op"], row["mode"]) == (op, mode)]
-        lines += [
-            f"## {op}, {mode}",
-            "",
-            "| shape | dtype | implementation | time | graph | against eager | peak memory | GB/s | share |",
-            "|---|---|---|---:|---:|---:|---:|---:|---:|",
-        ]
-        for row in chosen:
-            eager = next(
-                (
-                    other
-                    for other in chosen
-                    if other["row"] == "reference"
-                    and other["shape"] == row["shape"]
-                    and other.get("dtype") == row.get("dtype")
-                    and other.get("seconds")
-                ),
-                None,
-            )
-            if not row.get("seconds"):
-                lines.append(
-                    f"| {row['shape']} | {row.get('dtype', '')} | {row['row']} | {row.get('error', 'not measured')[:80]} | | | | | |"
-                )
-                continue
-            ratio = f"{eager['seconds'] / row['seconds']:.2f} x" if eager else ""
-            memory = f"{row['peak_bytes'] / 2**20:.1f} MiB" if "peak_bytes" in row else ""
-            rate = f"{row['gigabytes_per_second']:.0f}" if "gigabytes_per_second" in row else ""
-            share = f"{100 * row['share_of_copy']:.0f} %" if "share_of_copy" in row else ""
-            cells = (
-                row["shape"],
-                row.get("dtype", ""),
-                row["row"],
-                duration(row["seconds"]),
-                duration(row.get("graph_seconds")),
-                ratio,
-                memory,
-                rate,
-                share,
-            )
-            lines.append("| " + " | ".join(cells) + " |")
+        lines += [f"## {op}, {mode}", "", *HEADER]
+        place = lambda row: (row["shape"], row.get("dtype"))
+        eager_rows = {
+            place(row): row
+            for row in reversed(chosen)  # the first of several files counts
+            if row["row"] == "reference" and row.get("seconds")
+        }
+        lines += [_line(row, eager_rows.get(place(row))) for row in chosen]
         lines.append("")
     return "\n".join(lines)
 
 
+def _line(row: dict, eager: dict | None) -> str:
+    """One measurement, or what went wrong with it; ``eager`` is the reference's at its shape."""
+    about = f"| {row['shape']} | {row.get('dtype', '')} | {row['row']} |"
+    if not row.get("seconds"):
+        return f"{about} {row.get('error', 'not measured')[:80]} | | | | | |"
+    cells = (
+        duration(row["seconds"]),
+        duration(row.get("graph_seconds")),
+        f"{eager['seconds'] / row['seconds']:.2f} x" if eager else "",
+        f"{row['peak_bytes'] / 2**20:.1f} MiB" if "peak_bytes" in row else "",
+        f"{row['gigabytes_per_second']:.0f}" if "gigabytes_per_second" in row else "",
+        f"{100 * row['share_of_copy']:.0f} %" if "share_of_copy" in row else "",
+    )
+    return f"{about} {' | '.join(cells)} |"
+
+
 def picture(rows: Sequence[dict], path: Path, title: str) -> bool:
-    """Time (upper) and peak memory (lower) by shape, one column an operator and mode; False where matplotlib is missing."""
+    """Time (upper) and peak memory (lower) by shape, one column an operator and mode.
+
+    False where matplotlib is missing.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -186,15 +160,18 @@ def write(output: Path, environment: dict, rows: Sequence[dict], extra: str = ""
     output.mkdir(parents=True, exist_ok=True)
     written = [output / "benchmarks.md"]
     note = ""
-    title = (
-        f"{environment.get('device', '')}, torch {environment.get('torch', '')}, {environment.get('date', '')}"
-        + (" (dry run: not a measurement)" if environment.get("dry_run") else "")
-    )
+    device, version, date = (environment.get(name, "") for name in ("device", "torch", "date"))
+    title = f"{device}, torch {version}, {date}"
+    if environment.get("dry_run"):
+        title += " (dry run: not a measurement)"
     if picture(rows, output / "benchmarks.png", title):
         written.append(output / "benchmarks.png")
         note = "\n![time and peak memory by shape](benchmarks.png)\n"
     else:
-        note = "\nNo picture: matplotlib is not installed here; `python -m benchmarks.report` makes it from the JSON file elsewhere.\n"
+        note = (
+            "\nNo picture: matplotlib is not installed here; "
+            "`python -m benchmarks.report` makes it from the JSON file elsewhere.\n"
+        )
     written[0].write_text(table(environment, rows) + extra + note, encoding="utf-8")
     return written
 
@@ -215,7 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     devices = {environment.get("device") for environment, _ in read_files}
     if len(devices) > 1:
         raise SystemExit(
-            f"the files are from different machines ({', '.join(map(str, devices))}); make one report for each"
+            f"the files are from different machines ({', '.join(map(str, devices))}); "
+            "make one report for each"
         )
     for path in write(
         options.output, read_files[0][0], [row for _, rows in read_files for row in rows]

@@ -1,4 +1,7 @@
-"""A ResNet-18 (He et al., 2016) in plain torch, so that an end-to-end step has an encoder of the usual cost without another dependency."""
+"""A ResNet-18 (He et al., 2016) in plain torch.
+
+So that an end-to-end step has an encoder of the usual cost without another dependency.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ class Block(nn.Module):
 
 
 def resnet18(channels: int, width: int = 64) -> nn.Sequential:
-    """Images [B, channels, H, W] -> features [B, 8 * width]; width 64 is the usual one (512 features)."""
+    """Images [B, channels, H, W] -> features [B, 8 * width]; 64 is the usual width."""
     layers: list[nn.Module] = [
         nn.Conv2d(channels, width, 7, 2, 3, bias=False),
         nn.BatchNorm2d(width),

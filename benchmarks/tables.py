@@ -1,281 +1,140 @@
-"""README's tables of a comparison: ``python -m benchmarks.tables benchmarks/results/comparison.json``. A test holds README to them."""
+"""The tables of benchmarks/README.md that come from a comparison's CSV.
+
+``python -m benchmarks.tables benchmarks/results/comparison.csv`` prints them. A test holds the page
+to the same figures, by value.
+"""
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
-from iibalance.comparison.statistics import (
-    GROUPS,
-    by_rank,
-    group_means,
-    rank_text,
-    ranks,
-    spread_text,
-)
-from iibalance.files import read_json
-from iibalance.metrics import mean_and_stderr
+from iibalance.comparison.results import GROUPS, by_method, group_means, read_table
+from iibalance.comparison.statistics import ablation_names, ranks, summary
+from iibalance.comparison.tables import by_rank, pair_text, rank_text, spread_text, table
 
-TIMED = ("concat", "qmf", "ensemble", "iibalance")
-STARRED = 0.05
+FOCUS = "iibalance"
+NEAREST = ("ensemble_gated", "ensemble")  # the rivals that the page's means set beside the focus
+COLD = f"{FOCUS}_no_warm_start"
 
 
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [_row(header), "|" + "---|" * len(header), *map(_row, rows)]
-
-
-def rank_table(result: Mapping, methods: Sequence[str]) -> list[str]:
+def rank_table(found: Mapping, methods: Sequence[str]) -> list[str]:
     """Average ranks in accuracy and NLL; the best of a column in bold."""
-    cell = lambda kind, method: " / ".join(
-        rank_text(result["ranks"][kind][metric], method, 1) for metric in ("accuracy", "nll")
-    )
-    rows = [
-        [
-            f"`{method}`",
-            str(result["ranks"][GROUPS[0]]["nll"][method]["sets"]),
-            *(cell(kind, method) for kind in GROUPS),
-        ]
-        for method in methods
-    ]
-    return _table(["average rank, accuracy / NLL", "sets", *GROUPS], rows)
-
-
-def clean_table(result: Mapping, methods: Sequence[str]) -> list[str]:
-    """Accuracy (%) and NLL of every method on every set, clean input."""
-
-    def cell(entry: Mapping | None) -> str:
-        return (
-            "-"
-            if entry is None
-            else f"{spread_text(entry['conditions']['clean']['accuracy'], 100)} / {entry['conditions']['clean']['nll']['mean']:.3f}"
-        )
-
-    rows = [
-        [f"`{method}`", *(cell(entries.get(method)) for entries in result["results"].values())]
-        for method in methods
-    ]
-    return _table(["clean: accuracy / NLL", *result["results"]], rows)
-
-
-def bootstrap_table(result: Mapping) -> list[str]:
-    """The focus less the best other method of each set and kind of condition; * where p < 0.05."""
-
-    def cell(found: Mapping) -> str:
-        scaled = {
-            "accuracy": f"{100 * found['accuracy']['difference']:+.1f}",
-            "nll": f"{found['nll']['difference']:+.3f}",
-        }
-        return "; ".join(
-            f"{text}{'*' if found[metric]['p'] < STARRED else ''} ({found[metric]['against']})"
-            for metric, text in scaled.items()
-        )
-
-    return _table(
-        ["against the best other: accuracy; NLL", *GROUPS],
-        [
-            [name, *(cell(kinds[kind]) for kind in GROUPS)]
-            for name, kinds in result["bootstrap"].items()
-        ],
-    )
-
-
-def ablation_table(result: Mapping) -> list[str]:
-    """Each ablation less the focus, averaged over the sets."""
 
     def cell(kind: str, method: str) -> str:
-        accuracy, nll = (
-            result["ablations"][kind][metric][method] for metric in ("accuracy", "nll")
-        )
-        return f"{spread_text(accuracy, 100, sign='+')} / {spread_text(nll, 1, 3, sign='+')}"
+        texts = (rank_text(found[kind][metric], method, 1) for metric in ("accuracy", "nll"))
+        return " / ".join(texts)
 
+    sets = found[GROUPS[0]]["nll"]
+    kinds = [kind for kind in GROUPS if kind in found]
     rows = [
-        [f"`{method.removeprefix(result['focus'])}`", *(cell(kind, method) for kind in GROUPS)]
-        for method in result["ablations"]["clean"]["nll"]
+        [f"`{method}`", str(sets[method]["sets"]), *(cell(kind, method) for kind in kinds)]
+        for method in methods
     ]
-    return _table(["less the whole method, accuracy / NLL", *GROUPS], rows)
+    return table(["average rank, accuracy / NLL", "sets", *kinds], rows)
 
 
-def head_table(result: Mapping) -> list[str]:
-    """Accuracy of the focus's heads and of the encoders alone."""
+def mean_table(results: Mapping, methods: Sequence[str]) -> list[str]:
+    """Accuracy (%) and NLL, averaged over seeds and then over the sets."""
+    kinds = [kind for kind in GROUPS if kind in kinds_of(results)]
     rows = []
-    for name, entries in result["results"].items():
-        ours, alone = (entries[method]["heads"] for method in (result["focus"], "unimodal"))
-        rows.append(
-            [
-                name,
-                "; ".join(
-                    f"{modality} {spread_text(ours[modality]['accuracy'], 100)}, {spread_text(alone[modality]['accuracy'], 100)}"
-                    for modality in ours
-                ),
-            ]
-        )
-    return _table(["set", f"head: {result['focus']}, alone"], rows)
+    for method in methods:
+        accuracy, nll = (means(results, method, metric) for metric in ("accuracy", "nll"))
+        cells = (f"{100 * accuracy[kind]:.1f} / {nll[kind]:.3f}" for kind in kinds)
+        rows.append([f"`{method}`", *cells])
+    return table(["mean over the settings", *kinds], rows)
 
 
-def step_table(result: Mapping) -> list[str]:
-    """Milliseconds of a training step, and the focus's over concat's."""
-    spread = lambda method, name: result["results"][name][method]["seconds_a_step"]
+def means(results: Mapping, method: str, metric: str) -> dict[str, float]:
+    """kind of condition -> the metric of a method, averaged over seeds and then over the sets."""
+    by_set = [group_means(entries[method], metric) for entries in results.values()]
+    return {kind: fmean(fmean(row[kind].values()) for row in by_set) for kind in by_set[0]}
+
+
+def kinds_of(results: Mapping) -> set[str]:
+    """The kinds of conditions that every set has."""
+    firsts = (next(iter(entries.values())) for entries in results.values())
+    return set.intersection(*(set(group_means(entry, "nll")) for entry in firsts))
+
+
+def clean_table(results: Mapping, methods: Sequence[str]) -> list[str]:
+    """Accuracy (%) with its standard error, and NLL, of every method on every set, clean input."""
+
+    def cell(entry: Mapping | None) -> str:
+        if entry is None:
+            return "-"
+        clean = entry["conditions"]["clean"]
+        nll = spread_text(clean["nll"], 1, 3, error=False)
+        return f"{spread_text(clean['accuracy'], 100)} / {nll}"
+
     rows = [
-        [f"`{method}`", *(spread_text(spread(method, name), 1000) for name in result["results"])]
-        for method in TIMED
+        [f"`{method}`", *(cell(entries.get(method)) for entries in results.values())]
+        for method in methods
     ]
-    median = lambda method, name: statistics.median(spread(method, name)["values"].values())
-    ratio = [
-        f"{median(result['focus'], name) / median('concat', name):.2f}"
-        for name in result["results"]
-    ]
-    return _table(
-        ["step, ms", *result["results"]],
-        [*rows, [f"`{result['focus']}` / `concat`, medians", *ratio]],
-    )
+    return table(["clean: accuracy / NLL", *results], rows)
 
 
-def tables(result: Mapping) -> list[list[str]]:
-    """All of them, each a list of lines."""
-    methods = by_rank(result["ranks"])
-    found = [
-        rank_table(result, methods),
-        clean_table(result, methods),
-        bootstrap_table(result),
-        ablation_table(result),
-        head_table(result),
-    ]
-    return (
-        [*found, step_table(result)]
-        if all(
-            result["results"][name][method]["seconds_a_step"]
-            for name in result["results"]
-            for method in TIMED
-        )
-        else found
-    )
+def ablation_table(ablations: Mapping) -> list[str]:
+    """Each ablation less the focus, averaged over the sets."""
+    kinds = [kind for kind in GROUPS if kind in ablations]
+    rows = []
+    for method in ablations["clean"]["nll"]:
+        pairs = ({m: ablations[k][m][method] for m in ("accuracy", "nll")} for k in kinds)
+        name = f"`{method.removeprefix(FOCUS)}`"
+        rows.append([name, *(pair_text(pair, sign="+") for pair in pairs)])
+    return table(["less the whole method, accuracy / NLL", *kinds], rows)
 
 
-def figures(result: Mapping) -> list[str]:
-    """What README's sentences say, a line each."""
-    return [
-        _together(result),
-        *_without_warm_start(result),
-        *_means(result),
-        _heads(result),
-        _smallest_p(result),
-    ]
-
-
-def _ranked(result: Mapping) -> dict:
-    """The results of the methods that have a rank."""
-    return {
+def cold_table(results: Mapping, parts: Mapping[str, str]) -> list[str]:
+    """Ranks with the focus less its warm start in the place of the focus."""
+    without = {
         name: {
             method: entry
             for method, entry in entries.items()
-            if method in result["ranks"]["clean"]["nll"]
+            if method == COLD or method not in (FOCUS, *parts)
         }
-        for name, entries in result["results"].items()
+        for name, entries in results.items()
     }
-
-
-def _pair(table: Mapping, method: str) -> str:
-    return " / ".join(f"{table[metric][method]['rank']:.1f}" for metric in ("accuracy", "nll"))
-
-
-def _together(result: Mapping) -> str:
-    """Ranks by the mean over all conditions with a modality missing or noisy."""
-    degraded = lambda entry: {
-        "conditions": {
-            f"{condition} noise": row
-            for condition, row in entry["conditions"].items()
-            if condition.endswith((" missing", " noise"))
-        }
-    }  # as one kind
-    table = ranks(
-        {
-            name: {method: degraded(entry) for method, entry in entries.items()}
-            for name, entries in _ranked(result).items()
-        }
-    )
-    return "missing and noisy input together: " + ", ".join(
-        f"{method} {_pair(table['noise'], method)}" for method in by_rank(table)[:3]
-    )
-
-
-def _without_warm_start(result: Mapping) -> list[str]:
-    """Ranks with the ablation in the focus's place."""
-    focus, less = result["focus"], f"{result['focus']}_no_warm_start"
-    if less not in result["ablations"]["clean"]["nll"]:
-        return []
-    table = ranks(
-        {
-            name: {**entries, focus: result["results"][name][less]}
-            for name, entries in _ranked(result).items()
-        }
-    )
-    return [
-        f"without the warm start, {method}: "
-        + ", ".join(f"{_pair(table[kind], method)} {kind}" for kind in GROUPS)
-        for method in (focus, "ensemble")
+    found = ranks(without)
+    kinds = [kind for kind in GROUPS if kind in found]
+    pair = lambda kind, method: (found[kind][m][method]["rank"] for m in ("accuracy", "nll"))
+    rows = [
+        [f"`{method}`", *(" / ".join(f"{x:.1f}" for x in pair(kind, method)) for kind in kinds)]
+        for method in (COLD, "ensemble")
     ]
+    return table(["rank without the warm start", *kinds], rows)
 
 
-def _means(result: Mapping) -> list[str]:
-    """Accuracy and NLL averaged over the sets."""
-
-    def mean(method: str, kind: str, metric: str) -> float:
-        return statistics.mean(
-            statistics.mean(group_means(entries[method], metric)[kind].values())
-            for entries in result["results"].values()
-        )
-
-    return [
-        f"mean of {method}: "
-        + ", ".join(
-            f"{100 * mean(method, kind, 'accuracy'):.1f} / {mean(method, kind, 'nll'):.3f} {kind}"
-            for kind in GROUPS
-        )
-        for method in (result["focus"], "ensemble", "ensemble_gated")
-    ]
+def head_table(results: Mapping) -> list[str]:
+    """Accuracy of the focus's heads and of the encoders alone."""
+    rows = []
+    for name, entries in results.items():
+        ours, alone = (entries[method]["heads"] for method in (FOCUS, "unimodal"))
+        pairs = {m: (ours[m]["accuracy"], alone[m]["accuracy"]) for m in ours}
+        text = (f"{m} {', '.join(spread_text(x, 100) for x in p)}" for m, p in pairs.items())
+        rows.append([name, "; ".join(text)])
+    return table(["set", f"head: {FOCUS}, alone"], rows)
 
 
-def _heads(result: Mapping) -> str:
-    """The focus's heads less the encoders alone."""
-    heads = [
-        (name, modality, row["unimodal"])
-        for name, rows in result["heads"].items()
-        for modality, row in rows.items()
-    ]
-    mean, error = mean_and_stderr([row["mean"] for _, _, row in heads])
-    low = [
-        f"{name} {modality} {spread_text(row, 100)}"
-        for name, modality, row in heads
-        if row["mean"] < 0
-    ]
-    return (
-        f"heads less alone: {100 * mean:+.1f} +- {100 * error:.1f}, level or above {len(heads) - len(low)} of {len(heads)}; below: "
-        + ", ".join(low)
-    )
-
-
-def _smallest_p(result: Mapping) -> str:
-    tests = sorted(
-        (row["p"], name, kind, metric, row["against"])
-        for name, kinds in result["bootstrap"].items()
-        for kind, found in kinds.items()
-        for metric, row in found.items()
-    )
-    return (
-        "smallest p: "
-        + "; ".join(
-            f"{p:.3f} {name} {kind} {metric} ({against})"
-            for p, name, kind, metric, against in tests[:4]
-        )
-        + f"; {len(tests)} tests"
-    )
+def tables(path: str) -> list[list[str]]:
+    """All that the comparison in this CSV has figures for, each a list of lines."""
+    results = by_method(read_table(path))
+    methods = list(dict.fromkeys(method for entries in results.values() for method in entries))
+    everywhere = set.intersection(*(set(entries) for entries in results.values()))
+    found, parts = summary(results, FOCUS, methods), ablation_names(methods)
+    ordered = by_rank(found["ranks"])
+    shown = [method for method in (FOCUS, *NEAREST) if method in everywhere]
+    drawn = [rank_table(found["ranks"], ordered), mean_table(results, shown)]
+    drawn.append(clean_table(results, ordered))
+    if found["ablations"]:
+        drawn.append(ablation_table(found["ablations"]))
+    if {FOCUS, "unimodal"} <= everywhere:
+        drawn.append(head_table(results))
+    if {COLD, "ensemble"} <= everywhere:
+        drawn.append(cold_table(results, parts))
+    return drawn
 
 
 if __name__ == "__main__":
-    comparison = read_json(sys.argv[1])
-    print("\n\n".join("\n".join(lines) for lines in [*tables(comparison), figures(comparison)]))
+    print("\n\n".join("\n".join(lines) for lines in tables(sys.argv[1])))

@@ -1,4 +1,7 @@
-"""Every operator, mode and shape: eager reference, compiled reference, the kernels, and a peer where one does the same work."""
+"""Every operator, mode and shape.
+
+Eager reference, compiled reference, the kernels, and a peer where one does the same work.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,8 @@ def planned() -> list:
         LEFT_OUT.extend(
             [
                 "triton: there is no GPU, and timings of interpreted kernels mean nothing",
-                f"compiled: only {SHAPES[1]}, forward and step; each compilation takes seconds, and the command is to stay under five minutes",
+                f"compiled: only {SHAPES[1]}, forward and step; each compilation takes seconds, "
+                "and the command is to stay under five minutes",
                 f"{ONLY_ALIGNMENT}: only with a GPU",
             ]
         )

@@ -1,4 +1,4 @@
-"""Measuring: times and memory of a call, what the device can do at most, and what machine this is."""
+"""Times and memory of a call, what the device can do at most, and what machine this is."""
 
 from __future__ import annotations
 
@@ -58,9 +58,11 @@ def _output(*command: str) -> str | None:
 
 
 def measure(call: Callable[[], object], device: str, *, milliseconds: int = 50) -> dict:
-    """Median time of ``call`` in seconds (and 20th and 80th percentiles), its graph replay's, and peak memory over what stood before, in bytes.
+    """Time and memory of ``call``.
 
-    On the CPU: wall time, without graph and memory.
+    Its median time in seconds with the 20th and 80th percentiles, that of its graph replay, and its
+    peak memory over what stood before, in bytes. On the CPU: wall time (median, least and most),
+    without graph and memory.
     """
     call()
     if device != "cuda":

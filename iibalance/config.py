@@ -35,7 +35,7 @@ class DataConfig:
     ('audio', 'video')
     """
 
-    name: Literal["digits", "npz"] = "digits"
+    name: str = "digits"
     """Source: ``digits`` (three views of scikit-learn's handwritten digits, nothing to download) or
     ``npz`` (your own file)."""
     path: str | None = None
@@ -78,12 +78,9 @@ class DataConfig:
         """
         if self.modalities is None:
             return None
-        names = (
-            self.modalities.split(",")
-            if isinstance(self.modalities, str)
-            else list(self.modalities)
-        )
-        names = tuple(str(name).strip() for name in names)
+        given = self.modalities
+        parts = given.split(",") if isinstance(given, str) else given
+        names = tuple(str(name).strip() for name in parts)
         if not names or "" in names:
             raise InputError(
                 f"data.modalities: {self.modalities!r} holds an empty name; "
@@ -288,6 +285,11 @@ class CompareData(DataConfig):
     folds: int | None = None
     """Folds of the budgets on this set, instead of ``budgets.folds``."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.epochs is None or self.epochs >= 1, "data: epochs", self.epochs, "at least 1")
+        _require(self.folds is None or self.folds >= 2, "data: folds", self.folds, "at least 2")
+
 
 @dataclass
 class CompareConfig:
@@ -341,6 +343,32 @@ class CompareConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     output: str = "runs/comparison"
     """The comparison's folder. One that is there is gone on with, if its options are the same."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.data), "data", self.data, "at least one data set")
+        for name in self.data:
+            if not name or any(not (letter.isalnum() or letter in "_+.") for letter in name):
+                raise InputError(
+                    f"data: {name!r} is no name for a data set; use letters, digits, _, + and ."
+                )
+        for name, least in (
+            ("seeds", 1),
+            ("trials", 1),
+            ("epochs", 1),
+            ("bootstrap", 1),
+            ("timing_batch", 2),
+        ):
+            value = getattr(self, name)
+            _require(value >= least, name, value, f"at least {least}")
+        tuning, seeds = self.tuning_seeds, self.seeds
+        _require(1 <= tuning <= seeds, "tuning_seeds", tuning, f"1 to seeds, {seeds}")
+        workers = self.workers
+        _require(workers is None or workers >= 1, "workers", workers, "at least 1")
+        _require(0 <= self.fraction <= 1, "fraction", self.fraction, "0 to 1")
+        _require(0 <= self.strength < INFINITY, "strength", self.strength, "a number >= 0")
+        _require(0 <= self.low_data < 1, "low_data", self.low_data, "0 to below 1")
+        _require(self.timing_steps >= 0, "timing_steps", self.timing_steps, "0 or more")
+        _require(self.budgets.path is None, "budgets.path", self.budgets.path, "none")
 
 
 def config_parser(skip: set[str] | None = None):

@@ -1,4 +1,7 @@
-"""The one exception that means "your input, not our code", and checks of the modalities' names."""
+"""The one exception that means "your input, not our code", and checks of the modalities' names.
+
+What may come in: nothing of this package.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ Value = TypeVar("Value")
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used: the message names it, says what is wrong and what to do, in one line.
+    """Something the user gave cannot be used.
 
-    The command line prints the message alone and exits with code 2; in Python it is an ordinary ``ValueError``.
+    The message names it, says what is wrong and what to do, in one line. The command line prints
+    the message alone and exits with code 2; in Python it is an ordinary ``ValueError``.
 
     >>> raise InputError("targets: row 3 holds 7, outside 0..4")
     Traceback (most recent call last):
@@ -21,7 +25,10 @@ class InputError(ValueError):
 
 
 def check_names(names: Iterable[str]) -> tuple[str, ...]:
-    """The names as a tuple, or an InputError: names are distinct, not empty and hold no dot (they become parts of parameter names).
+    """The names as a tuple, or an InputError.
+
+    Names are distinct and not empty. They hold no dot, because they become parts of parameter
+    names, and no '=' and ',', which separate them on the command line.
 
     >>> check_names(["audio", "visual"])
     ('audio', 'visual')
@@ -30,7 +37,8 @@ def check_names(names: Iterable[str]) -> tuple[str, ...]:
     for name in names:
         if not isinstance(name, str) or not name or "." in name or "=" in name or "," in name:
             raise InputError(
-                f"modalities: {name!r} cannot name a modality; use a non-empty string without '.', '=' and ','"
+                f"modalities: {name!r} cannot name a modality; "
+                "use a non-empty string without '.', '=' and ','"
             )
     if len(set(names)) < len(names):
         raise InputError(
@@ -50,18 +58,16 @@ def as_sequence(
     [1, 2]
     """
     if isinstance(values, Mapping):
-        missing, extra = (
-            [n for n in names if n not in values],
-            [n for n in values if n not in names],
-        )
-        if missing or extra:
+        if set(values) != set(names):
+            given = ", ".join(map(str, values)) or "none"
             raise ValueError(
-                f"{argument}: expected the modalities {', '.join(names)}, got {', '.join(map(str, values)) or 'none'}; "
-                "a modality missing from some samples is told by mask, with any values in its rows"
+                f"{argument}: expected the modalities {', '.join(names)}, got {given}; a modality "
+                "missing from some samples is told by mask, with any values in its rows"
             )
         return [values[name] for name in names]
     if len(values) != len(names):
         raise ValueError(
-            f"{argument}: expected {len(names)} entries in the order {', '.join(names)}, got {len(values)}"
+            f"{argument}: expected {len(names)} entries in the order {', '.join(names)}, "
+            f"got {len(values)}"
         )
     return list(values)

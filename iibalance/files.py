@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -21,11 +22,6 @@ from pathlib import Path
 from typing import Any, Union
 
 from filelock import FileLock, Timeout
-
-try:  # only until comparison/ takes `locked`
-    import fcntl
-except ImportError:
-    fcntl = None
 
 from iibalance.errors import InputError
 
@@ -249,7 +245,9 @@ def code_digest() -> str:
     """A digest of the two packages' source, to tell results of different versions apart."""
     digest = hashlib.sha256()
     for name in ("iibalance", "iib_kernels"):
-        package = Path(find_spec(name).origin).parent  # where it is, without importing it
+        spec = find_spec(name)  # where it is, without importing it
+        assert spec is not None and spec.origin is not None
+        package = Path(spec.origin).parent
         for path in sorted(package.rglob("*.py")):
             digest.update(
                 str(path.relative_to(package.parent)).encode() + b"\0" + path.read_bytes()
@@ -266,3 +264,11 @@ def versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             found[package] = None
     return found
+
+
+def recorded_command() -> list[str]:
+    """The command line of this process as a person would type it: no folder of this machine."""
+    program = Path(sys.argv[0])
+    module = program.name == "__main__.py"
+    start = ["python", "-m", program.parent.name] if module else [program.name]
+    return [*start, *sys.argv[1:]]

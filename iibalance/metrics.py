@@ -257,7 +257,7 @@ def _macro_f1(predictions: Tensor, targets: Tensor, num_classes: int) -> float:
     return _mean((2 * right / total)[total > 0])
 
 
-def _mean(values: Tensor | Sequence[float]) -> float:
+def _mean(values: Tensor) -> float:
     return math.fsum(values.tolist()) / len(values)
 
 

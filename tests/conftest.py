@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests, and their order: quick ones first, so that a mistake shows early."""
+"""Fixtures shared by all tests, and their order: quick ones first, so a mistake shows early."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ import tempfile
 from itertools import accumulate
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # threads that wait by spinning cost several times the work on a shared machine
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # pytest -n 2: a core for each process, none for its threads
+# Threads that wait by spinning cost several times the work on a shared machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# pytest -n 2: a core for each process, none for its threads.
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # read when triton is imported: kernels run on CPU tensors
+    # Read when triton is imported: kernels run on CPU tensors.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """The folder of real data sets: ``IIBALANCE_DATA``, or ``../shared/data`` beside the repository. Skips where there is neither."""
+    """The folder of real data sets; skips where there is none.
+
+    ``IIBALANCE_DATA``, or ``../shared/data`` beside the repository.
+    """
     given = os.environ.get("IIBALANCE_DATA")
     folder = Path(given) if given else Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(
-            f"no real data: {folder} is absent (set IIBALANCE_DATA to the folder that holds avletters/, utd_mhad/, ...)"
+            f"no real data: {folder} is absent "
+            "(set IIBALANCE_DATA to the folder that holds avletters/, utd_mhad/, ...)"
         )
     return folder
 
@@ -59,7 +60,10 @@ def _compile(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Compile, minutes of work, on cores that the other tests leave idle; ``pytest -n`` leaves none, and compiles when its tests come, which is last."""
+    """Compile, minutes of work, on cores that the other tests leave idle.
+
+    ``pytest -n`` leaves none, and compiles when its tests come, which is last.
+    """
     wanted = any(item.path.name == "test_triton_aot.py" for item in session.items)
     if wanted and not session.config.option.collectonly and "PYTEST_XDIST_WORKER" not in os.environ:
         _compile(session.config)
@@ -83,7 +87,10 @@ def compilation(pytestconfig) -> tuple[subprocess.Popen, Path]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
-    """``pytest -n 2``: the quick tests of a file go to one process, its slow ones later to one process, because they share fixtures."""
+    """``pytest -n 2``: a file's quick tests go to one process, its slow ones later to one process.
+
+    They stay together because they share fixtures.
+    """
     if config.getvalue("dist") != "load":
         return None  # another way was asked for
     from xdist.scheduler import LoadScopeScheduling
@@ -93,14 +100,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
             if self.collection_is_completed and self.collection is None:
                 nodeids = next(iter(self.registered_collections.values()))
                 files = [nodeid.split("::")[0] for nodeid in nodeids]
-                self.run_of = dict(
-                    zip(
-                        nodeids,
-                        accumulate(
-                            int(file != before) for file, before in zip(files, [None, *files])
-                        ),
-                    )
-                )
+                begins = (int(file != before) for file, before in zip(files, [None, *files]))
+                self.run_of = dict(zip(nodeids, accumulate(begins)))
             super().schedule()
 
         def _split_scope(self, nodeid: str) -> str:
@@ -112,6 +113,5 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     waits = lambda item: item.path.name == "test_triton_aot.py"
-    items.sort(
-        key=lambda item: (item.get_closest_marker("slow") is not None, waits(item))
-    )  # stable: the order within each part stays
+    # The sort is stable: the order within each part stays.
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, waits(item)))

@@ -1,4 +1,7 @@
-"""A small data set of the user's own kind, and the command line as a user runs it. Shared by the tests of the command line."""
+"""A small data set of the user's own kind, and the command line as a user runs it.
+
+Shared by the tests of the command line.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def arrays(count: int = 200, seed: int = 0) -> dict[str, np.ndarray]:
-    """Three classes, audio (clear) and visual (less so), some rows with one of the two only, ten samples a speaker."""
+    """Three classes, audio (clear) and visual (less so), ten samples a speaker.
+
+    Some rows have one of the two only.
+    """
     rng = np.random.default_rng(seed)
     y = rng.permutation(np.arange(count) % 3)
     audio = np.eye(3)[y] @ rng.normal(size=(3, 6)) * 1.5 + rng.normal(size=(count, 6))
@@ -33,7 +39,7 @@ def arrays(count: int = 200, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def write(path: Path, **changes) -> Path:
-    """``arrays()`` as an npz file, with some of them replaced, or left out where the change is None."""
+    """``arrays()`` as an npz file, some of them replaced, or left out where the change is None."""
     content = {**arrays(), **changes}
     np.savez(path, **{key: value for key, value in content.items() if value is not None})
     return path

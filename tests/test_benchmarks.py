@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import on_gpu, report, timing
+from benchmarks import gpu_checks, gpu_measurements, on_gpu, report, timing
 from benchmarks.cases import MODES, OPS, SHAPES, TINY, Shape, function, timed
+from benchmarks.gpu_session import Session
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = Shape(6, 4, 5, 2)
@@ -21,15 +22,13 @@ SMALL = Shape(6, 4, 5, 2)
 def test_the_least_bytes_are_those_counted_by_hand():
     case = OPS["gated_fusion"](SMALL, torch.float32, "cpu")
     logits, per_sample, fused = 2 * 6 * 4 * 4, 6 * 2 * 4, 6 * 4 * 4
-    assert (
-        case.bytes["forward"] == logits + per_sample + fused + 2 * per_sample
-    )  # gate in; weights and uncertainty out
+    # The gate is read; weights and uncertainty are written.
+    assert case.bytes["forward"] == logits + per_sample + fused + 2 * per_sample
     assert case.bytes["backward"] == (logits + per_sample) + (fused + 2 * per_sample) + logits
     assert case.bytes["step"] == case.bytes["forward"] + case.bytes["backward"]
     half = OPS["update_prototypes"](SMALL, torch.bfloat16, "cpu")
-    assert half.bytes["forward"] == 6 * 5 * 2 + 6 * 8 + 2 * (4 * 5 * 2 + 4 * 8) and half.modes == (
-        "forward",
-    )
+    assert half.bytes["forward"] == 6 * 5 * 2 + 6 * 8 + 2 * (4 * 5 * 2 + 4 * 8)
+    assert half.modes == ("forward",)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -42,9 +41,8 @@ def test_every_row_of_an_operator_does_the_same_work(op):
             torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
     for mode in case.modes[1:]:
         gradients = timed(case, "reference", mode)()
-        assert [value.shape for value in gradients] == [leaf.shape for leaf in case.leaves] and all(
-            value.abs().sum() > 0 for value in gradients
-        )
+        assert [value.shape for value in gradients] == [leaf.shape for leaf in case.leaves]
+        assert all(value.abs().sum() > 0 for value in gradients)
 
 
 def test_the_shapes_are_those_that_the_readme_names():
@@ -55,6 +53,9 @@ def test_the_shapes_are_those_that_the_readme_names():
         (4096, 1000, 768, 3),
         (8192, 32768, 512, 2),
     ]
+    readme = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for batch, classes, width, modalities, _ in SHAPES:
+        assert f"| {batch:,} | {classes:,} | {width} | {modalities} |\n" in readme
 
 
 def test_a_measurement_is_the_median_of_what_was_called():
@@ -158,11 +159,8 @@ def gpu_command(*arguments):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path):
     done = subprocess.run(**gpu_command("--output", tmp_path / "out"), capture_output=True)
-    assert (
-        done.returncode == 2
-        and "no GPU is visible" in done.stderr
-        and not (tmp_path / "out").exists()
-    )
+    assert done.returncode == 2 and "no GPU is visible" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -189,16 +187,13 @@ def test_a_dry_run_goes_through_every_section(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results["sections"]) == list(on_gpu.SECTIONS) and not [
-        name for name, section in results["sections"].items() if "error" in section
-    ]
     sections = results["sections"]
-    assert sections["tests"]["returncode"] == 0 and sections["sanitizer"]["output"].endswith(
-        "small case done\n"
-    )
-    assert sections["repeats"]["all_bitwise"] and len(sections["repeats"]["found"]) == 2 * 2 * len(
-        OPS
-    )
+    assert list(sections) == list(on_gpu.SECTIONS)
+    assert not [name for name, section in sections.items() if "error" in section]
+    assert sections["tests"]["returncode"] == 0
+    assert sections["sanitizer"]["output"].endswith("small case done\n")
+    assert sections["repeats"]["all_bitwise"]
+    assert len(sections["repeats"]["found"]) == 2 * 2 * len(OPS)
     assert {(row["op"], row["mode"]) for row in results["measurements"]} == {
         (op, mode) for op in OPS for mode in MODES if op != "update_prototypes" or mode == "forward"
     }
@@ -209,27 +204,20 @@ def test_a_dry_run_goes_through_every_section(tmp_path):
         "compiled max-autotune",
     }
     assert not [row for row in results["measurements"] if "error" in row]
-    steps = sections[
-        "end_to_end"
-    ][
-        "steps"
-    ]  # its sign is not asked for: three steps of a few milliseconds on a busy machine may come out either way
-    assert (
-        steps["reference"]["head_share"]
-        == pytest.approx(1 - steps["encoders alone"]["seconds"] / steps["reference"]["seconds"])
-        and steps["encoders alone"]["head_share"] == 0
-    )
+    # The share's sign is not asked for: three steps of a few milliseconds on a busy machine may
+    # come out either way.
+    steps = sections["end_to_end"]["steps"]
+    alone, whole = steps["encoders alone"], steps["reference"]
+    assert whole["head_share"] == pytest.approx(1 - alone["seconds"] / whole["seconds"])
+    assert alone["head_share"] == 0
     text = (tmp_path / "benchmarks.md").read_text()
-    assert (
-        "A dry run on a CPU" in text
-        and "all bitwise: True" in text
-        and (tmp_path / "benchmarks.png").exists()
-    )
+    assert "A dry run on a CPU" in text and "all bitwise: True" in text
+    assert (tmp_path / "benchmarks.png").exists()
 
 
 def session(tmp_path, seconds=60.0):
     """A dry session with room to work."""
-    return on_gpu.Session(tmp_path, dry_run=True, budget_seconds=seconds, quick=False)
+    return Session(tmp_path, dry_run=True, budget_seconds=seconds, quick=False)
 
 
 def test_a_section_that_fails_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
@@ -240,10 +228,8 @@ def test_a_section_that_fails_is_recorded_and_the_others_go_on(tmp_path, monkeyp
     monkeypatch.setitem(on_gpu.SECTIONS, "kernels", (broken, 0.5))
     on_gpu.run(session(tmp_path), ["kernels", "ceilings"])
     results = json.loads((tmp_path / "results.json").read_text())
-    assert (
-        "ZeroDivisionError: on purpose" in results["sections"]["kernels"]["error"]
-        and len(results["measurements"]) == 1
-    )
+    assert "ZeroDivisionError: on purpose" in results["sections"]["kernels"]["error"]
+    assert len(results["measurements"]) == 1
     assert results["sections"]["ceilings"]["copy_bytes_per_second"] > 0
     assert "failed: ZeroDivisionError: on purpose" in (tmp_path / "benchmarks.md").read_text()
 
@@ -256,12 +242,11 @@ def test_a_row_that_fails_does_not_cost_the_others(tmp_path, monkeypatch):
         case.call = lambda impl: (_ for _ in ()).throw(RuntimeError("out of memory"))
         return case
 
-    monkeypatch.setitem(on_gpu.OPS, "gated_fusion", sick)
+    monkeypatch.setitem(OPS, "gated_fusion", sick)
     on_gpu.run(session(tmp_path), ["kernels"])
     rows = json.loads((tmp_path / "results.json").read_text())["measurements"]
-    assert {row["op"] for row in rows if "error" in row} == {"gated_fusion"} and {
-        row["op"] for row in rows if row.get("seconds")
-    } == set(OPS) - {"gated_fusion"}
+    assert {row["op"] for row in rows if "error" in row} == {"gated_fusion"}
+    assert {row["op"] for row in rows if row.get("seconds")} == set(OPS) - {"gated_fusion"}
 
 
 def test_work_that_does_not_fit_the_time_is_left_out_and_said_so(tmp_path):
@@ -270,12 +255,12 @@ def test_work_that_does_not_fit_the_time_is_left_out_and_said_so(tmp_path):
     assert late.results["sections"]["kernels"] == {"left_out": "the whole time was over"}
     busy = session(tmp_path)
     busy.deadline = time.monotonic() - 1
-    assert "rows: the section's time was over" in on_gpu.measure_kernels(busy)["left_out"]
+    assert "rows: the section's time was over" in gpu_measurements.measure_kernels(busy)["left_out"]
 
 
 def test_a_command_that_hangs_is_stopped_and_its_output_kept():
     script = "import time; print('begun', flush=True); time.sleep(60)"
-    done = on_gpu._limited([sys.executable, "-c", script], 2.0)
+    done = gpu_checks.limited([sys.executable, "-c", script], 2.0)
     assert done["out_of_time"] and done["output"] == "begun\n" and done["returncode"] != 0
 
 
@@ -293,16 +278,13 @@ def test_stopped_midway_it_leaves_whole_results(tmp_path):
         rest = process.stdout.read()
     assert process.returncode == 0 and "stopped: what there is has been written" in rest
     results = json.loads((tmp_path / "results.json").read_text())
-    assert (
-        results["stopped"]
-        and len([row for row in results["measurements"] if row.get("seconds")]) > 10
-    )
+    assert results["stopped"]
+    assert len([row for row in results["measurements"] if row.get("seconds")]) > 10
     assert "The run was stopped before its end" in (tmp_path / "benchmarks.md").read_text()
 
 
 def test_an_odd_shape_goes_through_the_repeats(tmp_path, monkeypatch):
-    monkeypatch.setattr(on_gpu, "_gradients", lambda case, impl: [torch.rand(2)])
-    assert not on_gpu.check_repeats(session(tmp_path))[
-        "all_bitwise"
-    ]  # an operator that never repeats is seen
-    assert TINY[0].batch < on_gpu.ODD.batch
+    monkeypatch.setattr(gpu_checks, "_gradients", lambda case, impl: [torch.rand(2)])
+    found = gpu_checks.check_repeats(session(tmp_path))
+    assert not found["all_bitwise"]  # an operator that never repeats is seen
+    assert TINY[0].batch < gpu_checks.ODD.batch

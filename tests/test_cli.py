@@ -1,4 +1,7 @@
-"""The command line from end to end on a small npz file: every command, what a run's folder holds, and that the numbers in it agree."""
+"""The command line from end to end on a small npz file.
+
+Every command, what a run's folder holds, and that the numbers in it agree.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,10 @@ import yaml
 
 import iibalance
 from iibalance import cli
-from iibalance.config import RunConfig, load_config
+from iibalance.config import BudgetConfig, RunConfig, load_config
 from iibalance.data import load_data
 from iibalance.files import read_model
-from iibalance.training import budget_stage, loop, stages
+from iibalance.training import budget_stage, loop
 from iibalance.training.run import estimate_run_budgets
 
 METHODS = ["iibalance", "concat", "sum", "unimodal", "ensemble"]
@@ -42,6 +45,8 @@ SMALL = [
     "0.02",
 ]
 QUICK = ["--method", "concat", "--training.alone", "false"]  # one training
+# Budgets by unimodal trainings take one training a fold and modality.
+SOURCES = ["probe", pytest.param("unimodal", marks=pytest.mark.slow)]
 TEST = np.arange(200) % 4 == 3  # the rows of the test split
 
 
@@ -343,7 +348,14 @@ def test_another_file_is_standardised_as_the_training_data_were(train, data, tmp
     )
 
 
-@pytest.mark.parametrize("kind", ["noise", "missing", "shuffled"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "noise",
+        pytest.param("missing", marks=pytest.mark.slow),
+        pytest.param("shuffled", marks=pytest.mark.slow),
+    ],
+)
 def test_a_degradation_changes_one_modality_and_is_reproducible(kind, train, tmp_path):
     folder = train("--method", "iibalance")
     clean = read(folder / "metrics.json")["test"]
@@ -361,9 +373,8 @@ def test_a_degradation_changes_one_modality_and_is_reproducible(kind, train, tmp
     assert found["modalities"]["visual"] == clean["modalities"]["visual"]
     assert found["accuracy"] < clean["accuracy"]
     if kind == "missing":
-        sole = (synthetic.arrays()["mask_audio"] & ~synthetic.arrays()["mask_visual"])[
-            TEST
-        ].mean()  # a sample keeps its only modality
+        # A sample keeps its only modality
+        sole = (synthetic.arrays()["mask_audio"] & ~synthetic.arrays()["mask_visual"])[TEST].mean()
         assert found["weights"]["audio"] == pytest.approx(sole, abs=1e-6)
     else:
         assert found["modalities"]["audio"]["accuracy"] < clean["modalities"]["audio"]["accuracy"]
@@ -397,35 +408,42 @@ def test_several_degradations_at_once(train, tmp_path):
 # Options
 
 
-def test_defaults_are_those_of_the_dataclasses_and_configuration_files_go_round(
-    data, tmp_path, capsys
-):
-    def print_config(*more) -> dict:
+@pytest.fixture
+def print_config(capsys):
+    """What ``train ... --print_config`` prints."""
+
+    def printed(*more) -> dict:
         with pytest.raises(SystemExit) as end:
             cli.run(["train", *map(str, more), "--print_config"])
         assert end.value.code in (0, None)
         return yaml.safe_load(capsys.readouterr().out)
 
+    return printed
+
+
+def swapped_options(data) -> list:
+    """Options that differ from the defaults, the order of the modalities among them."""
+    options = ["--data.name", "npz", "--data.path", data, "--data.modalities", "visual,audio"]
+    return [*options, *SMALL, *QUICK, "--seed", "3"]
+
+
+def test_defaults_are_those_of_the_dataclasses_and_configuration_files_go_round(
+    data, tmp_path, print_config
+):
     defaults = print_config()
     assert {key: value for key, value in defaults.items() if key in asdict(RunConfig())} == asdict(
         RunConfig()
     )
-    options = [
-        "--data.name",
-        "npz",
-        "--data.path",
-        data,
-        "--data.modalities",
-        "visual,audio",
-        *SMALL,
-        *QUICK,
-        "--seed",
-        "3",
-    ]
-    first = print_config(*options)
+    first = print_config(*swapped_options(data))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(first))
     assert print_config("--config", tmp_path / "run.yaml") == first
     assert print_config("--config", tmp_path / "run.yaml", "--seed", "4") == {**first, "seed": 4}
+
+
+@pytest.mark.slow
+def test_a_configuration_file_trains_what_its_options_train(data, tmp_path, print_config):
+    options = swapped_options(data)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(print_config(*options)))
     run("train", *options, "--output", tmp_path / "a")
     run("train", "--config", tmp_path / "run.yaml", "--output", tmp_path / "b")
     run("train", "--config", tmp_path / "a" / "config.yaml", "--output", tmp_path / "c")
@@ -446,7 +464,9 @@ def test_help_lists_every_option_with_its_description(capsys):
     for option in (
         "--config",
         "--print_config",
-        "--data.name {digits,npz}",
+        "--data.name NAME",
+        "``digits``",
+        "``npz``",
         "--data.path",
         "--data.modalities",
         "--data.groups",
@@ -513,6 +533,7 @@ def test_budgets_alone_and_budgets_given(data, train, tmp_path):
     assert weights["head.budgets"].tolist() == pytest.approx([0.1, 0.9])
 
 
+@pytest.mark.slow
 def test_budgets_alone_by_unimodal_trainings(data, tmp_path):
     run(
         "budgets",
@@ -535,7 +556,7 @@ def test_budgets_alone_by_unimodal_trainings(data, tmp_path):
     )
 
 
-@pytest.mark.parametrize("source", ["unimodal", "probe"])
+@pytest.mark.parametrize("source", SOURCES)
 def test_budgets_alone_are_those_that_train_estimates_to_the_last_digit(
     data, train, tmp_path, source
 ):
@@ -549,16 +570,17 @@ def test_budgets_alone_are_those_that_train_estimates_to_the_last_digit(
     assert read(tmp_path / "b.json") == trained
 
 
-def test_estimated_from_arrays_they_are_the_same():
+@pytest.mark.parametrize("source", SOURCES)
+def test_estimated_from_arrays_they_are_the_same(source):
     """``estimate_budgets`` on the training split of the digits, with the defaults of ``train``."""
-    config = RunConfig(epochs=2, seed=1)
+    config = RunConfig(epochs=2, seed=1, budgets=BudgetConfig(source=source))
     train = load_data(config.data).train
     by_run = estimate_run_budgets(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         inputs, targets = train.inputs, train.targets
-        by_arrays = iibalance.estimate_budgets(inputs, targets, epochs=1, seed=1)
+        by_arrays = iibalance.estimate_budgets(inputs, targets, source=source, epochs=1, seed=1)
     finally:
         torch.set_num_threads(threads)
     assert by_arrays == by_run
@@ -587,6 +609,7 @@ def test_other_sources_of_budgets(source, train):
         ]
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_takes_fewer_steps(train, data, tmp_path, monkeypatch):
     counts = []
     step = torch.optim.AdamW.step
@@ -612,14 +635,14 @@ def test_gradient_accumulation_takes_fewer_steps(train, data, tmp_path, monkeypa
             "--training.gradient_accumulation",
             accumulation,
         )
-        assert len(counts) == 2 * math.ceil(
-            5 / accumulation
-        )  # 2 epochs of 5 batches; the last batches of an epoch are stepped with, too
+        # 2 epochs of 5 batches; the last batches of an epoch are stepped with, too
+        assert len(counts) == 2 * math.ceil(5 / accumulation)
     assert (tmp_path / "1" / "model.safetensors").read_bytes() != (
         tmp_path / "2" / "model.safetensors"
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_mixed_precision_is_close_but_not_equal(train):
     full, mixed = (train(*QUICK, *more) for more in ((), ("--training.mixed_precision", "bf16")))
     first, second = (
@@ -667,9 +690,8 @@ def test_modality_dropout_hides_modalities_in_training_alone(data, tmp_path, mon
     )
     assert len(masks) == 10 and {probability for probability, _, _ in masks} == {0.4}
     before, after = (float(sum(values)) / 10 for values in list(zip(*masks))[1:])
-    assert (
-        before > 0.9 and 0.5 < after / before < 0.85
-    )  # 0.6 of them, and what a sample keeps at least
+    # 0.6 of them, and what a sample keeps at least
+    assert before > 0.9 and 0.5 < after / before < 0.85
 
 
 def test_groups_keep_speakers_apart_in_splits_and_folds(tmp_path, monkeypatch):
@@ -772,7 +794,8 @@ built = stages.Run.train_joint
 
 def train_joint(self, budgets):
     result = built(self, budgets)
-    torch.save({"weights": result[0].state_dict(), "history": result[1]}, f"{sys.argv[1]}.{PartialState().process_index}")
+    kept = {"weights": result[0].state_dict(), "history": result[1]}
+    torch.save(kept, f"{sys.argv[1]}.{PartialState().process_index}")
     return result
 
 stages.Run.train_joint = train_joint

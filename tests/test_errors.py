@@ -1,4 +1,4 @@
-"""Bad input, from the command line: one line that names the thing, exit code 2, nothing half-written."""
+"""Bad input from the command line: one line that names the thing, exit code 2, nothing written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from iibalance import cli
 
 @pytest.fixture
 def refuse(capsys, tmp_path):
-    """Run the command line in this process; it must refuse in one line that holds every one of ``words``, and leave ``tmp_path`` as it is."""
+    """Run the command line in this process; it must refuse.
+
+    In one line that holds every one of ``words``, and leaving ``tmp_path`` as it is.
+    """
 
     def check(*arguments, words: tuple[str, ...]) -> str:
         before = snapshot(tmp_path)
@@ -540,6 +543,7 @@ def test_evaluation_on_data_of_other_classes_or_modalities(tmp_path, refuse, tra
 # The same in a process of its own
 
 
+@pytest.mark.slow
 def test_the_process_exits_with_code_2_and_one_line(tmp_path):
     path = synthetic.write(tmp_path / "clips.npz", **changed("x_audio", 7, np.nan))
     done = synthetic.call("train", *options(path))

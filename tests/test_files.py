@@ -34,6 +34,7 @@ from iibalance.training import folder as run_folder
 from iibalance.training.folder import RunFolder
 
 fork = multiprocessing.get_context("fork")  # the children only write files
+# Of module os: every step that changes what is on disk
 DISK_STEPS = [
     "open",
     "fsync",
@@ -42,7 +43,7 @@ DISK_STEPS = [
     "rmdir",
     "unlink",
     "mkdir",
-]  # of module os: every step that changes what is on disk
+]
 
 
 def _save(scratch, epoch: int) -> None:
@@ -88,9 +89,8 @@ def test_files_are_read_as_written(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["b", "j.json", "t"]
     mask = os.umask(0)
     os.umask(mask)
-    assert (
-        tmp_path / "b"
-    ).stat().st_mode & 0o777 == 0o666 & ~mask  # readable by others, as any file is
+    # Readable by others, as any file is
+    assert (tmp_path / "b").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 def test_model_is_read_as_written(tmp_path):
@@ -311,9 +311,8 @@ def test_one_process_at_a_time(run):
 
 def _hold(path, ready) -> None:
     RunFolder.create(path)
-    worker = fork.Process(
-        target=time.sleep, args=(30,)
-    )  # as a DataLoader's worker would, it outlives its killed parent
+    # As a DataLoader's worker would, it outlives its killed parent
+    worker = fork.Process(target=time.sleep, args=(30,))
     worker.start()
     ready.send(worker.pid)
     time.sleep(30)
@@ -491,6 +490,7 @@ def _die_at(step: int, path) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_killed_before_any_single_step(tmp_path):
     original = tmp_path / "original"
     with RunFolder.create(original) as folder:
@@ -508,9 +508,8 @@ def test_killed_before_any_single_step(tmp_path):
         with RunFolder.create(path, resume=True) as folder:
             latest.append(_epoch(folder.latest_checkpoint()))
             histories.append(read_json(path / "history.json")["epoch"])
-            for (
-                checkpoint
-            ) in folder.checkpoints():  # the older ones are whole too, not half removed
+            # the older ones are whole too, not half removed
+            for checkpoint in folder.checkpoints():
                 run_folder._verify_manifest(checkpoint, "")
             assert len(folder.checkpoints()) >= 2 and not [
                 name for name in os.listdir(path / "checkpoints") if name.startswith(".")
@@ -566,10 +565,11 @@ def test_killed_at_random_times(tmp_path):
             pass
         folder = RunFolder(tmp_path)
         latest = _epoch(folder.latest_checkpoint())
+        # What was said to be saved is there; at most the one in progress beside it
         assert latest in (
             reported,
             reported + 1,
-        )  # what was said to be saved is there; at most the one in progress beside it
+        )
         assert latest < 1 or len(folder.checkpoints()) >= 2
         reported = latest
     assert reported > 20

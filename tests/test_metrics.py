@@ -8,13 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
 from sklearn.metrics import accuracy_score, brier_score_loss, f1_score, log_loss
 
 from iibalance.metrics import (
     classification_metrics,
     exact_shapley,
+    fit_temperature,
     mean_and_stderr,
+    own_temperatures,
     reliability_curve,
+    scaled,
 )
 
 
@@ -313,3 +317,52 @@ def test_mean_and_stderr():
     assert mean == 0.5 and math.isnan(error)
     with pytest.raises(ValueError, match="^values: there is none"):
         mean_and_stderr([])
+
+
+# The temperature
+
+
+@pytest.mark.parametrize("samples, scale", [(1, 1.0), (30, 0.3), (300, 5.0), (2000, 1.0)])
+def test_the_temperature_minimises_the_penalised_nll(samples, scale):
+    """Against scipy's minimiser of the same objective, written out."""
+    log_probabilities, targets = predictions(samples, 4, seed=samples)
+    logits = scale * log_probabilities
+
+    def objective(log_t):
+        nll = torch.nn.functional.cross_entropy(logits / math.exp(log_t), targets, reduction="sum")
+        return nll.item() + log_t**2 / 2
+
+    bounds = (math.log(0.05), math.log(20))
+    expected = minimize_scalar(objective, bounds=bounds, options={"xatol": 1e-9}).x
+    temperature = fit_temperature(logits, targets)
+    assert math.log(temperature) == pytest.approx(expected, abs=1e-5)
+    assert torch.equal(scaled(logits, targets), logits / temperature)
+
+
+def test_the_temperature_stays_in_its_bounds():
+    logits = torch.tensor([[1.0, 0.0]]).expand(100_000, 2)
+    classes = torch.zeros(100_000, dtype=torch.long)
+    assert fit_temperature(0.1 * logits, classes) == pytest.approx(0.05)  # always right, shyly
+    assert fit_temperature(1000 * logits, 1 - classes) == pytest.approx(20)  # wrong, and sure
+    certain = torch.tensor([[0.0, -math.inf]]).expand(10, 2)
+    assert math.isfinite(fit_temperature(certain, classes[:10]))
+
+
+def test_own_temperatures_count_present_and_clean_rows_alone():
+    log_probabilities, targets = predictions(200, 3)
+    other = 4 * log_probabilities.flip(0)
+    mask = torch.rand(200, 2, generator=torch.Generator().manual_seed(0)) < 0.7
+    clean = torch.arange(200) % 3 > 0
+    logits = [log_probabilities, other]
+    for given_mask, given_clean in ((None, None), (mask, None), (None, clean), (mask, clean)):
+        expected = []
+        for index, values in enumerate(logits):
+            rows = torch.ones(200, dtype=torch.bool)
+            if given_mask is not None:
+                rows &= given_mask[:, index]
+            if given_clean is not None:
+                rows &= given_clean
+            expected.append(fit_temperature(values[rows], targets[rows]))
+        found = own_temperatures(logits, targets, given_mask, given_clean)
+        assert found.tolist() == expected and found.dtype == torch.float64
+    assert own_temperatures(logits, targets, mask & False).tolist() == [1.0, 1.0]

@@ -1,6 +1,8 @@
-"""Every method under one protocol: methods x seeds x data sets, equally tuned on validation data, tested once, under clean and degraded conditions.
+"""Every method under one protocol.
 
-Cells (one method, data set, seed) are independent: a comparison that was killed goes on where it was, and cells run in as many processes as there are workers.
+Methods x seeds x data sets, equally tuned on validation data, tested once, on clean and degraded
+input. Cells (one method, data set, seed) are independent: a comparison that was killed goes on
+where it was, and cells run in as many processes as there are workers.
 """
 
 from __future__ import annotations
@@ -8,36 +10,38 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import yaml
 
-from iibalance.comparison.cells import (
-    Cell,
-    cell_files,
-    data_config,
-    locked,
-    method_names,
-    run_config,
-)
-from iibalance.comparison.statistics import best_trial, focus_name, summarise, write_comparison
+from iibalance.comparison import results as measured
+from iibalance.comparison.cells import Cell, cell_files, data_config, method_names, run_config
+from iibalance.comparison.picture import write_picture
+from iibalance.comparison.statistics import best_trial, bootstrap, focus_name, summary
+from iibalance.comparison.tables import page
 from iibalance.comparison.timing import time_steps
 from iibalance.comparison.workers import run_cells
-from iibalance.config import CompareConfig, CompareData
+from iibalance.config import CompareConfig
 from iibalance.data import load_data
 from iibalance.data.dataset import MultimodalData
 from iibalance.errors import InputError
-from iibalance.files import fcntl, file_digest, read_json, versions, write_json, write_text
+from iibalance.files import (
+    data_digest,
+    locked,
+    read_json,
+    recorded_command,
+    versions,
+    write_json,
+    write_text,
+)
 from iibalance.methods import ablation_of, method_class, search_of
 from iibalance.training.sampling import derive_seed
 
-__all__ = ["CompareConfig", "CompareData", "compare"]
-
+# Options that may change when a comparison is gone on with: they change no cell.
 FREE = (
     "methods",
     "seeds",
@@ -48,88 +52,147 @@ FREE = (
     "output",
     "focus",
     "timing_steps",
-)  # may change when a comparison is gone on with
+)
+
+Sets = Mapping[str, MultimodalData]
 
 
 def compare(config: CompareConfig) -> dict:
-    """Run, or go on with, the comparison in ``config.output``; writes ``comparison.json``, ``comparison.md`` and ``comparison.png`` and returns the first.
+    """Run, or go on with, the comparison in ``config.output``.
 
-    Raises :class:`~iibalance.errors.InputError` for wrong options or data before anything is trained. A method that is not defined for a data set's number of
-    modalities is left out there and said so; a training that diverges fails its cell, which is reported and tried again by the next call.
+    Writes ``comparison.csv`` (every figure, a row a seed and condition), ``comparison.md`` (the
+    page) and ``comparison.png``, and returns what the page shows. A method that is not defined for
+    a data set's number of modalities is left out there and said so; a training that diverges fails
+    its cell, which is reported and tried again by the next call.
+
+    Raises :class:`~iibalance.errors.InputError` for wrong options or data before anything is
+    trained.
     """
-    _check(config)
-    methods, folder = method_names(config), Path(config.output).expanduser()
+    methods, folder = _check(config), Path(config.output).expanduser()
     sets = {name: load_data(data_config(config, name)) for name in config.data}
-    defined = {
-        name: [method for method in methods if _defined(method, data)]
-        for name, data in sets.items()
-    }
-    for name in sets:
+    defined = {name: [m for m in methods if _defined(m, data)] for name, data in sets.items()}
+    for name in sets:  # what a setting may not be, and too few samples for low data
         run_config(config, Cell(name, "iibalance", 0, 0, "test"), {})
         if config.low_data:
             load_data(run_config(config, Cell(name, "iibalance", 0, 0, "low"), {}).data)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".lock", wait=False):
-        _describe(folder, config, sets)
-        settings = {
-            method: settings_of(config, _tuned_as(method))
-            for method in {*methods, *map(_tuned_as, methods)}
-        }
-        tuned = {
-            name: dict.fromkeys(_tuned_as(method) for method in defined[name]) for name in sets
-        }
-        trials = [
-            Cell(name, method, seed, trial, "trial")
-            for seed in range(config.tuning_seeds)
-            for trial in range(config.trials)
-            for name in sets
-            for method in tuned[name]
-        ]
-        failures = run_cells(
-            folder, config, [(cell, settings[cell.method][cell.trial]) for cell in trials], "tuning"
-        )
-        chosen, searched = choose(folder, trials, settings)
-        low = (
-            0
-            if not config.low_data
-            else config.seeds
-            if config.low_data_seeds is None
-            else min(config.low_data_seeds, config.seeds)
-        )
-        finals = [
-            Cell(name, method, seed, chosen[name, _tuned_as(method)], kind)
-            for kind, seeds in (("test", config.seeds), ("low", low))
-            for seed in range(seeds)
-            for name in sets
-            for method in defined[name]
-            if (name, _tuned_as(method)) in chosen
-        ]
-        failures |= run_cells(
-            folder,
-            config,
-            [(cell, settings[cell.method][cell.trial]) for cell in finals],
-            "comparing",
-        )
-        seconds = {}
-        if config.timing_steps:
-            plain = lambda name, method: run_config(config, Cell(name, method, 0, 0, "test"), {})
-            seconds = time_steps(
-                folder / "seconds.json",
-                plain,
-                sets,
-                defined,
-                steps=config.timing_steps,
-                batch_size=config.timing_batch,
-                progress=config.training.progress,
-            )
-        result = summarise(folder, config, sets, finals, settings, searched, seconds, failures)
-        result["machine"] = read_json(folder / "run.json")
-        write_comparison(folder, result)
+    taken = f"output: another process is running the comparison in {folder}"
+    with locked(folder / ".lock", wait=False, held=taken):
+        _describe(folder, config)
+        return _run(folder, config, sets, defined)
+
+
+def _run(
+    folder: Path, config: CompareConfig, sets: Sets, defined: Mapping[str, Sequence[str]]
+) -> dict:
+    methods = list(dict.fromkeys(method for names in defined.values() for method in names))
+    tuned = {method: _tuned_as(method) for method in methods}
+    settings = {m: settings_of(config, m) for m in {*methods, *tuned.values()}}
+
+    trials = [
+        Cell(name, method, seed, trial, "trial")
+        for seed in range(config.tuning_seeds)
+        for trial in range(config.trials)
+        for name in sets
+        for method in dict.fromkeys(tuned[method] for method in defined[name])
+    ]
+    failures = run_cells(folder, config, _with_settings(trials, settings), "tuning")
+    chosen, searched = choose(folder, trials, settings)
+
+    low = config.seeds if config.low_data_seeds is None else config.low_data_seeds
+    low = min(low, config.seeds) if config.low_data else 0
+    finals = [
+        Cell(name, method, seed, chosen[name, tuned[method]], kind)
+        for kind, seeds in (("test", config.seeds), ("low", low))
+        for seed in range(seeds)
+        for name in sets
+        for method in defined[name]
+        if (name, tuned[method]) in chosen
+    ]
+    failures |= run_cells(folder, config, _with_settings(finals, settings), "comparing")
+
+    result = _summarise(folder, config, sets, finals, searched)
+    result["failures"] = failures
+    _add_step_times(folder, config, sets, defined, result["results"])
+    write_text(folder / "comparison.md", page(result))
+    write_picture(folder / "comparison.png", result)
     return result
 
 
+def _with_settings(cells: Sequence[Cell], settings: Mapping) -> list[tuple[Cell, dict]]:
+    return [(cell, settings[cell.method][cell.trial]) for cell in cells]
+
+
+def _summarise(
+    folder: Path, config: CompareConfig, sets: Sets, cells: Sequence[Cell], searched: Mapping
+) -> dict:
+    """What the page shows, but for times and failures; writes ``comparison.csv``."""
+    table = measured.collect(folder, cells)
+    measured.write_table(folder / "comparison.csv", table)
+    results, made = measured.by_method(table), {}
+    for cell in cells:
+        file = cell_files(folder, cell)[0]
+        if file.exists():
+            found = read_json(file)
+            entry = results[cell.data][method_class(cell.method).name]
+            entry |= {"trial": cell.trial, "setting": found["setting"]}
+            made[_version(found)] = made.get(_version(found), 0) + 1
+    focus, parts = focus_name(config), ("train", "validation", "test")
+    return {
+        "focus": focus,
+        "seeds": config.seeds,
+        "low_data_seeds": len({cell.seed for cell in cells if cell.kind == "low"}),
+        "tuning_seeds": config.tuning_seeds,
+        "epochs": {name: data.epochs or config.epochs for name, data in config.data.items()},
+        "trials": [
+            {"data": data, "method": method_class(method).name, "tried": rows}
+            for (data, method), rows in searched.items()
+        ],
+        "samples": {n: {p: len(getattr(data, p)) for p in parts} for n, data in sets.items()},
+        "modalities": {name: list(data.modalities) for name, data in sets.items()},
+        "results": results,
+        **summary(results, focus, list(dict.fromkeys(cell.method for cell in cells))),
+        "bootstrap": bootstrap(folder, config, cells, results),
+        "made_by": made,
+        "machine": read_json(folder / "run.json"),
+    }
+
+
+def _version(found: Mapping) -> str:
+    """What made a cell: a digest of this code's source, and its libraries."""
+    packages = found.get("versions", {}).items()
+    code = f"code {found.get('code', 'not recorded')}"
+    return ", ".join([code, *(f"{name} {number}" for name, number in packages if number)])
+
+
+def _add_step_times(
+    folder: Path, config: CompareConfig, sets: Sets, defined: Mapping, results: Mapping
+) -> None:
+    """Time the training steps where that was asked for; ``seconds_a_step`` of every entry."""
+    seconds = {}
+    if config.timing_steps:
+        seconds = time_steps(
+            folder / "seconds.json",
+            lambda name, method: run_config(config, Cell(name, method, 0, 0, "test"), {}),
+            sets,
+            defined,
+            steps=config.timing_steps,
+            batch_size=config.timing_batch,
+            progress=config.training.progress,
+        )
+    for name, entries in results.items():
+        found = seconds.get(name, {}).items()
+        timed = {method_class(method).name: times for method, times in found}
+        for method, entry in entries.items():
+            times = dict(enumerate(timed.get(method, [])))
+            entry["seconds_a_step"] = measured.spread(times)
+
+
 def settings_of(config: CompareConfig, method: str) -> list[dict]:
-    """The ``trials`` settings that a method tries: the defaults, then draws. Learning rates and weight decays are the same for every method."""
+    """The ``trials`` settings that a method tries: the defaults, then draws.
+
+    Learning rates and weight decays are the same for every method.
+    """
     parameter, values = next(iter(search_of(method_class(method)).items()), (None, ()))
     settings = []
     for trial in range(config.trials):
@@ -149,7 +212,7 @@ def settings_of(config: CompareConfig, method: str) -> list[dict]:
 
 
 def _tuned_as(name: str) -> str:
-    """The method whose settings this one takes: an ablation those of what it is an ablation of."""
+    """The method whose settings this one takes: an ablation those of its whole."""
     return ablation_of(method_class(name)) or name
 
 
@@ -159,73 +222,30 @@ def _defined(name: str, data: MultimodalData) -> bool:
 
 
 def choose(folder: Path, trials: Sequence[Cell], settings: dict) -> tuple[dict, dict]:
-    """(data set, method) -> the trial with the lowest mean validation NLL, and all that was tried. A trial that failed with one seed is out, unless all have."""
+    """(data set, method) -> the trial that wins, and all that was tried.
+
+    The lowest mean validation NLL wins. A trial that failed with one seed is out, unless all have.
+    """
     found: dict[tuple[str, str], dict[int, list[dict]]] = {}
     for cell in trials:
         path = cell_files(folder, cell)[0]
         if path.exists():
-            found.setdefault((cell.data, cell.method), {}).setdefault(cell.trial, []).append(
-                read_json(path)["validation"]
-            )
+            rows = found.setdefault((cell.data, cell.method), {}).setdefault(cell.trial, [])
+            rows.append(read_json(path)["validation"])
     chosen, searched = {}, {}
-    for (data, method), rows in found.items():
-        searched[data, method] = {
-            trial: {
-                **settings[method][trial],
-                **{
-                    f"validation_{name}": sum(row[name] for row in values) / len(values)
-                    for name in ("nll", "accuracy")
-                },
-                "seeds": len(values),
-            }
-            for trial, values in rows.items()
-        }
-        chosen[data, method] = best_trial(searched[data, method])
+    for (data, method), by_trial in found.items():
+        searched[data, method] = tried = {}
+        for trial, rows in by_trial.items():
+            means = {n: sum(row[n] for row in rows) / len(rows) for n in ("nll", "accuracy")}
+            means = {f"validation_{name}": value for name, value in means.items()}
+            tried[trial] = {**settings[method][trial], **means, "seeds": len(rows)}
+        chosen[data, method] = best_trial(tried)
     return chosen, searched
 
 
-def _check(config: CompareConfig) -> None:
-    checks = [
-        (bool(config.data), "data", config.data, "at least one data set"),
-        (config.seeds >= 1, "seeds", config.seeds, "at least 1"),
-        (config.trials >= 1, "trials", config.trials, "at least 1"),
-        (
-            1 <= config.tuning_seeds <= config.seeds,
-            "tuning_seeds",
-            config.tuning_seeds,
-            f"1 to seeds, {config.seeds}",
-        ),
-        (config.epochs >= 1, "epochs", config.epochs, "at least 1"),
-        (config.workers is None or config.workers >= 1, "workers", config.workers, "at least 1"),
-        (0 <= config.fraction <= 1, "fraction", config.fraction, "0 to 1"),
-        (0 <= config.strength < float("inf"), "strength", config.strength, "a number >= 0"),
-        (0 <= config.low_data < 1, "low_data", config.low_data, "0 to below 1"),
-        (
-            fcntl is not None or config.workers == 1,
-            "workers",
-            config.workers,
-            "1 on this system, which has no file locks",
-        ),
-        (config.bootstrap >= 1, "bootstrap", config.bootstrap, "at least 1"),
-        (config.timing_steps >= 0, "timing_steps", config.timing_steps, "0 or more"),
-        (config.timing_batch >= 2, "timing_batch", config.timing_batch, "at least 2"),
-        (config.budgets.path is None, "budgets.path", config.budgets.path, "none"),
-    ]
-    for right, name, value, expected in checks:
-        if not right:
-            raise InputError(f"{name}: {value} cannot be used; give {expected}")
-    for name, data in config.data.items():
-        if not name or any(not (letter.isalnum() or letter in "_+.") for letter in name):
-            raise InputError(
-                f"data: {name!r} is no name for a data set; use letters, digits, _, + and ."
-            )
-        if data.epochs is not None and data.epochs < 1 or data.folds is not None and data.folds < 2:
-            raise InputError(
-                f"data: {name}: epochs {data.epochs} or folds {data.folds} cannot be used; give at least 1 and 2"
-            )
+def _check(config: CompareConfig) -> list[str]:
+    """The methods in order; InputError for names that cannot be compared."""
     names = method_names(config)
-    for name in names:
-        method_class(name)
     labels = [method_class(name).name for name in names]
     for label in labels:
         if labels.count(label) > 1:
@@ -234,39 +254,43 @@ def _check(config: CompareConfig) -> None:
         raise InputError(
             f"focus: {config.focus} is none of the methods compared ({', '.join(labels)})"
         )
+    return names
 
 
-def _describe(folder: Path, config: CompareConfig, sets: dict[str, MultimodalData]) -> None:
-    """Write the comparison's options and what starts it; where they stand already they must be the same, but for those that change no cell."""
-    values = asdict(config) | {key: None for key in FREE}
+def _describe(folder: Path, config: CompareConfig) -> None:
+    """Write the comparison's options and what starts it.
+
+    Where they stand already they must be the same, but for those that change no cell.
+    """
+    values = asdict(config) | dict.fromkeys(FREE)
     values["training"]["progress"] = False
-    digests = {
-        name: file_digest(Path(data.path).expanduser()) if data.path else None
-        for name, data in config.data.items()
-    }
+    values = json.loads(json.dumps(values))
+    digests = {name: data_digest(data.path) for name, data in config.data.items()}
     path, run = folder / "compare.yaml", folder / "run.json"
     start = {
-        "command": sys.argv,
+        "command": recorded_command(),
         "python": platform.python_version(),
         "machine": platform.platform(),
         "cores": os.cpu_count(),
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
     }
+    starts = [start]
     if path.exists():
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        before, first = yaml.safe_load(path.read_text(encoding="utf-8")), read_json(run)
         for key, value in values.items():
-            if before.get(key) != json.loads(json.dumps(value)):
+            if before.get(key) != value:
                 raise InputError(
-                    f"{key}: differs from that of the comparison in {folder} ({before.get(key)!r}); give it another output, or the same options"
+                    f"{key}: differs from that of the comparison in {folder} "
+                    f"({before.get(key)!r}); give it another output, or the same options"
                 )
-        first = read_json(run)
         if first["data_sha256"] != digests:
             raise InputError(
-                f"data: a file is not the one that the comparison in {folder} was started on (its sha256 differs)"
+                f"data: a file is not the one that the comparison in {folder} was started on "
+                "(its sha256 differs)"
             )
-        starts = [*first.get("starts", []), *([] if start in first.get("starts", []) else [start])]
-        write_json(run, {"starts": starts, "data_sha256": digests})
-        return
-    write_json(run, {"starts": [start], "data_sha256": digests})
-    write_text(path, yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False))
+        starts = first.get("starts", [])
+        starts = starts if start in starts else [*starts, start]
+    write_json(run, {"starts": starts, "data_sha256": digests})
+    if not path.exists():
+        write_text(path, yaml.safe_dump(values, sort_keys=False))

@@ -29,9 +29,14 @@ def time_steps(
     batch_size: int,
     progress: bool = False,
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each of ``steps`` training steps, by data set and method: methods take turns in one thread, and nothing else is to run.
+    """Seconds of each of ``steps`` training steps, by data set and method.
 
-    Args: ``path``, a JSON file that keeps what was measured; ``config(data set, method)``, the options of a run; ``defined``, the methods of each set.
+    Methods take turns in one thread, and nothing else is to run.
+
+    Args:
+        path: a JSON file that keeps what was measured.
+        config: ``config(data set, method)`` gives the options of a run.
+        defined: the methods of each set.
     """
     found = read_json(path) if path.exists() else {}
     late = [
@@ -64,7 +69,10 @@ def time_steps(
 
 
 def _stepper(config: RunConfig, data: MultimodalData, batch_size: int) -> Callable[[], float]:
-    """A function that does one training step of a method (of all its encoders, where they are trained alone) and returns its seconds."""
+    """A function that does one training step of a method and returns its seconds.
+
+    Where its encoders are trained alone, that is one step of each.
+    """
     config = replace(config, method_options={})
     method = make_method(config.method, config)
     torch.manual_seed(0)

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from joblib import Parallel, delayed, parallel_config
 from tqdm.auto import tqdm
 
 from iibalance.comparison.cells import Cell, run_cell, stands
 from iibalance.config import CompareConfig
 from iibalance.errors import InputError
 
+Task = tuple[Cell, dict]  # a cell and its setting
+
 
 def run_cells(
-    folder: Path, config: CompareConfig, cells: Sequence[tuple[Cell, dict]], name: str
+    folder: Path, config: CompareConfig, cells: Sequence[Task], name: str
 ) -> dict[str, str]:
-    """Run those that have no result yet, in ``workers`` processes; returns what failed, by cell."""
-    waiting = [(cell, setting) for cell, setting in cells if not stands(folder, cell, setting)]
+    """Run those that have no result yet, in ``workers`` processes; what failed, by cell."""
+    waiting = [task for task in cells if not stands(folder, *task)]
     workers = min(config.workers or os.cpu_count() or 1, max(len(waiting), 1))
     failures: dict[str, str] = {}
     bar = tqdm(
@@ -34,38 +34,57 @@ def run_cells(
         unit="cell",
         disable=None if config.training.progress else not sys.stderr.isatty(),
     )
+    run = _here if workers == 1 else _in_processes
     with bar:
-        if workers == 1:
-            threads = torch.get_num_threads()
-            for cell, setting in waiting:
-                failures |= _outcome(cell, lambda: run_cell(str(folder), config, cell, setting))
-                bar.update()
-            torch.set_num_threads(threads)
-        elif waiting:
-            context = multiprocessing.get_context("spawn")
-            with (
-                _few_threads(),
-                ProcessPoolExecutor(
-                    workers, mp_context=context, initializer=_end_with, initargs=(os.getpid(),)
-                ) as pool,
-            ):
-                futures = {
-                    pool.submit(run_cell, str(folder), config, cell, setting): cell
-                    for cell, setting in waiting
-                }
-                try:
-                    for future in as_completed(futures):
-                        failures |= _outcome(futures[future], future.result)
-                        bar.update()
-                        bar.set_postfix_str(futures[future].key)
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
+        for key, failure in run(folder, config, waiting, workers):
+            if failure is not None:
+                failures[key] = failure
+            bar.update()
+            bar.set_postfix_str(key)
     return failures
 
 
+def _here(
+    folder: Path, config: CompareConfig, tasks: Iterable[Task], workers: int
+) -> Iterator[tuple[str, str | None]]:
+    threads = torch.get_num_threads()
+    try:
+        for cell, setting in tasks:
+            yield _attempt(str(folder), config, cell, setting)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _in_processes(
+    folder: Path, config: CompareConfig, tasks: Iterable[Task], workers: int
+) -> Iterator[tuple[str, str | None]]:
+    # One thread each: the cores are the workers'.
+    with parallel_config(
+        "loky", inner_max_num_threads=1, initializer=_end_with, initargs=(os.getpid(),)
+    ):
+        parallel = Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)
+        yield from parallel(delayed(_attempt)(str(folder), config, *task) for task in tasks)
+
+
+def _attempt(
+    folder: str, config: CompareConfig, cell: Cell, setting: dict
+) -> tuple[str, str | None]:
+    """Run a cell; its key, and what went wrong with its data and setting.
+
+    Anything else that goes wrong is a bug and stops the comparison.
+    """
+    try:
+        run_cell(folder, config, cell, setting)
+    except (InputError, FloatingPointError, ValueError) as error:
+        return cell.key, f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return cell.key, None
+
+
 def _end_with(parent: int) -> None:
-    """In a worker: end when the process that started it is gone, however it went; a worker of a killed comparison would train on for nobody."""
+    """In a worker: end when the process that started it is gone, however it went.
+
+    A worker of a killed comparison would train on for nobody.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -73,29 +92,3 @@ def _end_with(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _outcome(cell: Cell, run: Callable[[], None]) -> dict[str, str]:
-    try:
-        run()
-    except (
-        InputError,
-        FloatingPointError,
-        ValueError,
-    ) as error:  # this cell's data and setting; anything else is a bug and stops the comparison
-        return {cell.key: f"{type(error).__name__}: {' '.join(str(error).split())}"}
-    return {}
-
-
-@contextmanager
-def _few_threads() -> Iterator[None]:
-    """New processes with one OpenMP thread each: the cores are the workers'."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before

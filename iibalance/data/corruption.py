@@ -40,8 +40,8 @@ def corrupt(
     strength.
 
     >>> inputs, mask = {"a": torch.zeros(4, 2), "b": torch.ones(4, 3)}, torch.ones(4, 2) > 0
-    >>> generator = torch.Generator().manual_seed(0)
-    >>> corrupt(Batch(inputs, torch.arange(4), mask), "a", "missing", generator=generator).mask.sum(0)
+    >>> generator, batch = torch.Generator().manual_seed(0), Batch(inputs, torch.arange(4), mask)
+    >>> corrupt(batch, "a", "missing", generator=generator).mask.sum(0)
     tensor([2, 4])
     """
     modality, kind = _check(modality, kind, tuple(batch.inputs))
@@ -166,7 +166,9 @@ def drop_modalities(mask: Tensor, probability: float, generator: torch.Generator
 
 
 def parse_degrade(text: str, modalities: Sequence[str]) -> tuple[str, str]:
-    """``"audio=noise"`` -> ``("audio", "noise")``; InputError says which modalities and kinds there are.
+    """``"audio=noise"`` -> ``("audio", "noise")``.
+
+    Raises InputError that says which modalities and kinds there are.
 
     >>> parse_degrade("audio=noise", ["audio", "visual"])
     ('audio', 'noise')

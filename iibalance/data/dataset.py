@@ -27,7 +27,8 @@ class Batch(NamedTuple):
     inputs: dict[str, Tensor]
     targets: Tensor
     mask: Tensor
-    index: Tensor | None = None  #: [B] row numbers in the split, where the batch was taken from one
+    #: [B] row numbers in the split, where the batch was taken from one. It hides `tuple.index`.
+    index: Tensor | None = None  # type: ignore[assignment]
 
 
 @dataclass(eq=False)

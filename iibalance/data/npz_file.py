@@ -1,4 +1,4 @@
-"""An open npz file of a user's own, whose every mistake is one line that names file, key and row."""
+"""An open npz file of a user's own, whose mistakes are told in one line: file, key, row, remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which sample goes where: stratified, deterministic, and group-disjoint where the data has groups."""
+"""Which sample goes where: stratified, deterministic, and disjoint by group where asked for."""
 
 from __future__ import annotations
 
@@ -95,5 +95,5 @@ def make_folds(
         )
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold
     splitter = kind(folds, shuffle=True, random_state=seed % 2**32)
-    groups = None if groups is None else groups.numpy()
-    return [held for _, held in splitter.split(targets.numpy(), targets.numpy(), groups)]
+    labels, apart = targets.numpy(), None if groups is None else groups.numpy()
+    return [held for _, held in splitter.split(labels, labels, apart)]

@@ -20,8 +20,9 @@ class Standardizer(nn.Module):
     sequence (over its frames), of an image or of a video (over their pixels).
 
     The buffers ``mean_<modality>`` and ``std_<modality>``, float32, are the whole state, and the
-    constructor's arguments tell their shapes: ``Standardizer(shapes, layouts).load_state_dict(...)``
-    reads a saved one. ``shapes[m]`` is the shape of one sample; layouts not given are inferred.
+    constructor's arguments tell their shapes: to read a saved one,
+    ``Standardizer(shapes, layouts).load_state_dict(...)``. ``shapes[m]`` is the shape of one
+    sample; layouts not given are inferred.
 
     >>> standardizer = Standardizer({"audio": (40, 26)})
     >>> standardizer.mean_audio.shape
@@ -112,15 +113,17 @@ def statistic_shape(shape: Sequence[int], layout: str) -> tuple[int, ...]:
 
 
 def _mean_and_std(values: Tensor, rows: Tensor, over: list[int]) -> tuple[Tensor, Tensor]:
-    """Statistics of ``values[rows]`` over the axes ``over``, in float64, of one sample's dimensions.
+    """Mean and standard deviation of ``values[rows]`` over the axes ``over``, in float64.
 
-    They are summed in blocks of rows, without a float64 copy of everything.
+    Both keep a sample's number of axes. They are summed in blocks of rows, without a float64 copy
+    of everything.
     """
     count = len(rows) * math.prod(values.shape[axis] for axis in over[1:])
 
     def average(function: Callable[[Tensor], Tensor]) -> Tensor:
         blocks = (function(values[block].double()) for block in rows.split(1024))
-        return sum(block.sum(over, keepdim=True) for block in blocks)[0] / count
+        sums = (block.sum(over, keepdim=True) for block in blocks)
+        return sum(sums, torch.zeros((), dtype=torch.float64))[0] / count
 
     mean = average(lambda block: block)
     return mean, average(lambda block: (block - mean).square()).sqrt()

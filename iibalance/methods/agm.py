@@ -14,20 +14,32 @@ from iibalance.methods.gradients import mean_over_processes, unwrap
 
 
 class AGM(Concat):
-    """Scales what each modality's own response sends back by how far it is ahead of, or behind, its usual lead.
+    """Scales the gradient through each modality's response by its lead against its usual lead.
 
-    Li, Li, Hu, Lei, Li, Zhou: "Boosting Multi-modal Model Performance with Adaptive Gradient Modulation", ICCV 2023, equations 2 to 8. The response of modality m is
-    its Shapley value over the subsets of modalities, the others masked with zeros. Masking embeddings (any encoder will do; the authors mask inputs) under the linear
-    head f(S) = bias + sum_{m in S} W_m z_m, the Shapley value is W_m z_m in closed form for any number M of modalities, to which the bias adds an M-th part as
-    for the authors' two. With s_m the mean of -log softmax(response_m)[y] over the batch and S_m the running mean of s_m over the steps so far:
+    Li, Li, Hu, Lei, Li, Zhou: "Boosting Multi-modal Model Performance with Adaptive Gradient
+    Modulation", ICCV 2023, equations 2 to 8. The response of modality m is its Shapley value over
+    the subsets of modalities, where those outside the subset are masked with zeros.
 
-        r_m = exp(mean_{j != m} (s_j - s_m)),  R_m = exp(mean_{j != m} (S_j - S_m)),  k_m = exp(alpha min(R_m - r_m, 10))
+    The authors mask inputs; here embeddings are masked, so that any encoder will do. Under the
+    linear head f(S) = bias + sum_{m in S} W_m z_m, the Shapley value then has a closed form for any
+    number M of modalities:
 
-    and the gradient that reaches W_m and encoder m through response m is multiplied by k_m (the paper's mean over the other modalities is defined for any M >= 2).
+        response_m = W_m z_m + bias / M
+
+    With s_m the mean of -log softmax(response_m)[y] over the batch, and S_m the running mean of s_m
+    over the steps so far:
+
+        r_m = exp(mean_{j != m} (s_j - s_m)),  R_m = exp(mean_{j != m} (S_j - S_m))
+        k_m = exp(alpha min(R_m - r_m, 10))
+
+    The gradient that reaches W_m and encoder m through response m is multiplied by k_m. (The
+    paper's mean over the other modalities is defined for any M >= 2.)
 
     Parameters: ``alpha`` (1).
 
-    >>> AGM.coefficients(torch.tensor([1.0, 2.0]), torch.tensor([1.5, 1.5]), alpha=1.0)  # the first is ahead by 1 nat, usually by 0
+    The first is ahead by 1 nat, and usually by 0:
+
+    >>> AGM.coefficients(torch.tensor([1.0, 2.0]), torch.tensor([1.5, 1.5]), alpha=1.0)
     tensor([0.1794, 1.8816])
     """
 
@@ -55,23 +67,19 @@ class AGM(Concat):
         scores = []
         with torch.no_grad():
             for index, values in enumerate(responses):
-                targets = (
-                    batch.targets
-                    if batch.mask is None
-                    else batch.targets.masked_fill(~batch.mask[:, index], -100)
-                )
+                targets = batch.targets
+                if batch.mask is not None:
+                    targets = targets.masked_fill(~batch.mask[:, index], -100)
                 count = (targets != -100).sum().clamp_min(1)
                 scores.append(F.cross_entropy(values.float(), targets, reduction="sum") / count)
             scores = mean_over_processes(torch.stack(scores)).double().cpu()
             steps = self.state.get("steps", torch.zeros((), dtype=torch.float64))
-            running = (
-                scores
-                if not steps
-                else self.state["running"] + (scores - self.state["running"]) / (steps + 1)
-            )
+            running = scores
+            if steps:
+                running = self.state["running"] + (scores - self.state["running"]) / (steps + 1)
             self.state = {"running": running, "steps": steps + 1}
             coefficients = self.coefficients(scores, running, self.options.alpha).tolist()
-        # each response passes forward unchanged and its gradient is multiplied on the way back
+        # Each response passes forward unchanged, and its gradient is multiplied on the way back.
         logits = sum(
             values.detach() + k * (values - values.detach())
             for values, k in zip(responses, coefficients)

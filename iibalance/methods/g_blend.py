@@ -15,22 +15,33 @@ from iibalance.nn.model import MultimodalClassifier, embed_split
 
 
 class GBlend(Multitask):
-    """Weights the fused and the unimodal losses by their generalisation over the square of their overfitting.
+    """Weights the fused and the unimodal losses by what each gains for what it overfits.
 
-    Wang, Tran, Feiszli: "What Makes Training Multi-Modal Classification Networks Hard?", CVPR 2020, equations 5 to 7 and algorithm 2 (offline): each loss is first
-    minimised by itself from initialisation; with its training loss L and held-out loss L* before (0) and after (N),
+    Wang, Tran, Feiszli: "What Makes Training Multi-Modal Classification Networks Hard?", CVPR 2020,
+    equations 5 to 7 and algorithm 2 (offline). The paper defines it for any number M of modalities.
 
-        G = L*_0 - L*_N,  O = (L*_N - L_N) - (L*_0 - L_0),  w proportional to G / O^2, sum w = 1
+    Before the training, each of the M unimodal losses and the fused one is minimised by itself from
+    initialisation. With its value L on training and L* on held-out data, before (0) and after (N):
 
-    over the M unimodal losses and the fused one (the paper defines it for any M). Held-out is a fifth of the training split, as validation data choose epochs here. The
-    unimodal losses are minimised in one training: they share no parameter. Loss: sum_m w_m CE_m + w_fused CE_fused. A loss that gains nothing weighs nothing.
+        G = L*_0 - L*_N                              what it gained on held-out data
+        O = (L*_N - L_N) - (L*_0 - L_0)              by how much more it overfits
+        w proportional to G / O^2, sum w = 1
 
-    In a loop of your own, set ``method.state["weights"] = GBlend.weights(...)``; equal weights otherwise.
+    The training then minimises sum_m w_m CE_m + w_fused CE_fused. A loss that gained nothing weighs
+    nothing.
+
+    The held-out data are a fifth of the training split, because the validation split chooses epochs
+    here. All unimodal losses are minimised in one training, for they share no parameter.
+
+    In a loop of your own, set ``method.state["weights"] = GBlend.weights(...)``; the weights are
+    equal otherwise.
 
     Parameters: ``share`` (0.5) of the epochs for the estimation.
 
+    Here the second loss gains half as much and overfits twice as much:
+
     >>> before, after = torch.tensor([2.0, 2.0]), torch.tensor([0.5, 0.5])
-    >>> GBlend.weights(before, after, before, torch.tensor([1.0, 1.5]))  # the second gains half as much and overfits twice as much
+    >>> GBlend.weights(before, after, before, torch.tensor([1.0, 1.5]))
     tensor([0.8889, 0.1111])
     """
 
@@ -41,19 +52,20 @@ class GBlend(Multitask):
     def weights(
         train_before: Tensor, train_after: Tensor, held_before: Tensor, held_after: Tensor
     ) -> Tensor:
-        """w [L] of L losses from their values [L] on training and held-out data before and after."""
+        """w [L] of L losses, from their values [L] on training and held-out data."""
         gain = (held_before - held_after).clamp_min(0)
         overfitting = (held_after - train_after) - (held_before - train_before)
         weights = gain / overfitting.square().clamp_min(1e-4)  # 0.01 nats: less is noise
-        return (
-            weights / weights.sum()
-            if weights.sum() > 0
-            else torch.full_like(weights, 1 / len(weights))
-        )
+        if weights.sum() > 0:
+            return weights / weights.sum()
+        return torch.full_like(weights, 1 / len(weights))
 
     @staticmethod
     def fold(split: Split, seed: int) -> tuple[Split, Split]:
-        """(training, held-out) parts of a split: four fifths and one fifth, by groups where it has any."""
+        """(training, held-out) parts of a split: four fifths and one fifth.
+
+        No group is in both parts where the split has groups.
+        """
         groups = None if split.groups is None else split.groups.numpy()
         held = torch.from_numpy(
             hold_out(split.targets.numpy(), 0.2, seed=seed % 2**32, groups=groups)
@@ -62,19 +74,15 @@ class GBlend(Multitask):
 
     def prepare(self, train: Callable, split: Split, seed: int) -> None:
         fit, held = self.fold(split, seed)
-        measure = lambda model: torch.stack(
-            [_losses(model, part) for part in (fit, held)]
-        )  # [2, M + 1]
-        before, unimodal = train(
-            "blend-unimodal",
-            lambda output: output.parts.unimodal.sum(),
-            fit,
-            measure,
-            self.options.share,
-        )
-        start, fused = train(
-            "blend-fused", lambda output: output.parts.fused, fit, measure, self.options.share
-        )  # another model: another beginning
+        share = self.options.share
+
+        def measure(model: MultimodalClassifier) -> Tensor:  # [2, M + 1]
+            return torch.stack([_losses(model, part) for part in (fit, held)])
+
+        unimodal_sum = lambda output: output.parts.unimodal.sum()
+        before, unimodal = train("blend-unimodal", unimodal_sum, fit, measure, share)
+        # This is another model, so the fused loss has a beginning of its own.
+        start, fused = train("blend-fused", lambda output: output.parts.fused, fit, measure, share)
         before = torch.cat([before[:, :-1], start[:, -1:]], 1)
         after = torch.cat([unimodal[:, :-1], fused[:, -1:]], 1)
         self.state["weights"] = self.weights(before[0], after[0], before[1], after[1])

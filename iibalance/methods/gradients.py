@@ -48,7 +48,7 @@ def groups_by_modality(model: nn.Module) -> list[dict]:
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
-    """The mean of ``values`` over data-parallel processes: all ranks must change gradients alike."""
+    """The mean of ``values`` over data-parallel processes, which must change gradients alike."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         values = values.clone()
         dist.all_reduce(values)

@@ -13,21 +13,34 @@ from iibalance.methods.multitask import Multitask
 
 
 class MMPareto(Multitask):
-    """Multitask losses whose two gradients on each encoder are combined without conflict, and not made smaller by it.
+    """Multitask losses whose two gradients on each encoder are combined without conflict.
 
-    Wei, Hu: "MMPareto: Boosting Multimodal Learning with Innocent Unimodal Assistance", ICML 2024, algorithm 1. For each encoder with gradients g_mm of the fused and
-    g_uni of its own cross-entropy: where their cosine is not negative, h = g_mm + g_uni; else h = 2 a g_mm + 2 (1 - a) g_uni with a that of the smallest norm
-    (the min-norm point of the segment), and h is lengthened to |g_mm + g_uni| where it is shorter. Heads take the plain sum. Each encoder has its own pair, so any number
-    of modalities will do. (The authors' code magnifies by a further 1.5; the paper is followed.)
+    Wei, Hu: "MMPareto: Boosting Multimodal Learning with Innocent Unimodal Assistance", ICML 2024,
+    algorithm 1. Each encoder has a pair of gradients of its own, so any number of modalities will
+    do: g_mm of the fused cross-entropy and g_uni of its own one.
 
-    >>> MMPareto.combine(torch.tensor([1.0, 0.0]), torch.tensor([-0.5, 0.5]))  # in conflict
+    Where their cosine is not negative, they are added. Where they conflict, the shortest vector
+    between them (the min-norm point of the segment) gives the direction, and is lengthened so that
+    the gradient is not shorter than the plain sum:
+
+        h = g_mm + g_uni                         if g_mm . g_uni >= 0
+        h = 2 a g_mm + 2 (1 - a) g_uni           else, with the a in [0, 1] of the smallest |h|,
+            times max(1, |g_mm + g_uni| / |h|)
+
+    Heads take the plain sum. (The authors' code magnifies h by a further 1.5; the paper is
+    followed.)
+
+    Two gradients in conflict:
+
+    >>> MMPareto.combine(torch.tensor([1.0, 0.0]), torch.tensor([-0.5, 0.5]))
     tensor([0.2236, 0.6708])
     """
 
     name = "mmpareto"
     processes = False  # gradients are taken apart before they could be averaged
 
-    # What is differentiated are the cross-entropies in ``output.parts``, not their sum ``loss``: a class of your own that changes the loss changes ``backward`` too.
+    # ``backward`` differentiates the cross-entropies in ``output.parts``, not their sum ``loss``. A
+    # subclass that changes the loss must therefore change ``backward`` too.
 
     @staticmethod
     def combine(multimodal: Tensor, unimodal: Tensor) -> Tensor:
@@ -35,10 +48,9 @@ class MMPareto(Multitask):
         product, plain = multimodal @ unimodal, multimodal + unimodal
         if product >= 0:
             return plain
-        difference = multimodal - unimodal
-        share = (
-            (unimodal - multimodal) @ unimodal / (difference @ difference).clamp_min(1e-30)
-        ).clamp(0, 1)
+        difference = unimodal - multimodal
+        squared = (difference @ difference).clamp_min(1e-30)
+        share = (difference @ unimodal / squared).clamp(0, 1)
         combined = 2 * share * multimodal + 2 * (1 - share) * unimodal
         return combined * (plain.norm() / combined.norm().clamp_min(1e-30)).clamp_min(1.0)
 
@@ -74,18 +86,18 @@ class MMPareto(Multitask):
         first: Sequence[Tensor | None],
         second: Sequence[Tensor | None],
     ) -> None:
-        pairs = [
-            (
-                torch.zeros_like(value) if a is None else a,
-                torch.zeros_like(value) if b is None else b,
-            )
-            for value, a, b in zip(values, first, second)
-        ]
-        if not pairs:
+        """Set the gradients of ``values`` to the combination of two; None stands for zeros."""
+        if not values:
             return
-        combined = self.combine(
-            torch.cat([a.flatten() for a, _ in pairs]), torch.cat([b.flatten() for _, b in pairs])
-        )
+
+        def vector(gradients: Sequence[Tensor | None]) -> Tensor:
+            filled = [
+                torch.zeros_like(value) if gradient is None else gradient
+                for value, gradient in zip(values, gradients)
+            ]
+            return torch.cat([gradient.flatten() for gradient in filled])
+
+        combined = self.combine(vector(first), vector(second))
         for value, part in zip(values, combined.split([value.numel() for value in values])):
             value.grad = part.view_as(value).clone()
 

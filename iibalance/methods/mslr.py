@@ -13,15 +13,19 @@ from iibalance.methods.sum import Sum
 
 
 class MSLR(Sum):
-    """Joint late fusion whose modalities have their own learning rates, moved by their own validation accuracy.
+    """Joint late fusion in which validation accuracy moves each modality's own learning rate.
 
-    Yao, Mihalcea: "Modality-specific Learning Rates for Effective Multimodal Additive Late-fusion", Findings of ACL 2022, the dynamic strategy: every ``window`` epochs,
+    Yao, Mihalcea: "Modality-specific Learning Rates for Effective Multimodal Additive Late-fusion",
+    Findings of ACL 2022, the dynamic strategy, for any number of modalities. Every ``window``
+    epochs, for the encoder and the classifier of modality m:
 
         rate_m <- rate_m * accuracy_m / mean(accuracy_m over the last ``window`` epochs)
 
-    for encoder and classifier of modality m: a modality that still gains goes faster, one that falls back goes slower. Any number of modalities. They start alike (the
-    paper's "keep" strategy is a start from rates tuned for each modality alone: set ``scale`` in the groups of :meth:`parameter_groups`). Only the paper's summary and
-    others' accounts of it could be had.
+    A modality that still gains goes faster, and one that falls back goes slower.
+
+    The rates start alike. The paper's "keep" strategy is a start from rates tuned for each modality
+    alone: set ``scale`` in the groups of :meth:`parameter_groups` for it. This class is written
+    after the paper's summary and others' accounts of it, because the paper could not be had.
 
     Parameters: ``window`` (5 epochs).
 
@@ -48,10 +52,8 @@ class MSLR(Sum):
             if accuracy is None:
                 continue
             key = f"accuracy.{group['modality']}"
-            recent = deque(
-                self.state.get(key, torch.zeros(0, dtype=torch.float64)).tolist(), maxlen=window
-            )
-            recent.append(accuracy)
+            before = self.state.get(key, torch.zeros(0, dtype=torch.float64)).tolist()
+            recent = deque([*before, accuracy], maxlen=window)
             self.state[key] = torch.tensor(list(recent), dtype=torch.float64)
             if row["epoch"] % window == 0:
                 group["scale"] *= self.factor(list(recent))

@@ -13,27 +13,43 @@ from iibalance.nn.model import embed_split
 
 
 class PMR(Concat):
-    """Speeds the slower modality up by a prototypical cross-entropy, and early on holds the faster one back by an entropy term.
+    """Speeds the slower modality up by prototypes, and early on holds the faster one back.
 
-    Fan, Xu, Wang, Wang, Guo: "PMR: Prototypical Modal Rebalance for Multimodal Learning", CVPR 2023, equations 6 to 13. Class prototypes c_m are the mean training
-    embeddings, renewed before every epoch, c <- (1 - epsilon) c_new + epsilon c_old; similarities are -||z - c||_2, p_m their softmax, L_PCE,m = CE(similarity_m, y),
-    rho = sum_i p_0[y_i] / sum_i p_1[y_i], and
+    Fan, Xu, Wang, Wang, Guo: "PMR: Prototypical Modal Rebalance for Multimodal Learning", CVPR
+    2023, equations 6 to 13. Defined for two modalities.
 
+    The prototype of a class is the mean embedding c_m of its training samples. It is renewed before
+    every epoch:
+
+        c_m <- (1 - epsilon) new c_m + epsilon old c_m
+
+    A sample's similarities to the classes are -||z_m - c_m||_2, and p_m is their softmax. The loss
+    adds a prototypical cross-entropy L_PCE,m = CE(similarities_m, y) for the modality that is
+    behind, and takes away the entropy H of p of the one that is ahead:
+
+        rho = sum_i p_0[y_i] / sum_i p_1[y_i]
         b = clip(1 / rho - 1, 0, 1),  g = clip(rho - 1, 0, 1)
         L = CE + alpha (b L_PCE,0 + g L_PCE,1) - mu (g H(p_0) + b H(p_1))
 
-    the last term while ``progress`` < ``regularise``. (The authors' code switches b and g hard between 0 and a constant, drops the entropy and gives NaN for a class
-    that is absent; the paper is followed, and an absent class is left out of the softmax.) Defined for two modalities.
+    The entropy term is there only while ``progress`` < ``regularise``.
 
-    Parameters: ``alpha`` (1), ``mu`` (0.1), ``epsilon`` (0.5), ``regularise`` (0.2, share of the training).
+    The authors' code departs from the paper: it switches b and g between 0 and a constant, drops
+    the entropy, and gives NaN for a class that is absent. The paper is followed here, and an absent
+    class is left out of the softmax.
 
-    >>> PMR.coefficients(torch.tensor([1.5, 1.0]))  # the first is ahead: the second's prototypes pull
+    Parameters: ``alpha`` (1), ``mu`` (0.1), ``epsilon`` (0.5), and ``regularise`` (0.2), the share
+    of the training that has the entropy term.
+
+    The first is ahead here, so the second modality's prototypes pull:
+
+    >>> PMR.coefficients(torch.tensor([1.5, 1.0]))
     (tensor(0.), tensor(0.5000))
     """
 
     name = "pmr"
     modalities = 2
-    processes = False  # prototypes of the whole training split on each process would be right, its shares would not
+    # Prototypes are of the whole training split; a process would see only its share of it.
+    processes = False
     defaults = {"alpha": 1.0, "mu": 0.1, "epsilon": 0.5, "regularise": 0.2}
 
     @staticmethod
@@ -52,43 +68,34 @@ class PMR(Concat):
             )
             new = sums / counts.clamp_min(1)[:, None]
             old = self.state.get(f"prototypes_{index}", new)
-            self.state[f"prototypes_{index}"] = (
-                1 - self.options.epsilon
-            ) * new + self.options.epsilon * old
+            epsilon = self.options.epsilon
+            self.state[f"prototypes_{index}"] = (1 - epsilon) * new + epsilon * old
             self.state[f"seen_{index}"] = counts > 0
 
     def loss(self, output, model: nn.Module, batch: Batch, progress: float) -> Tensor:
         if "prototypes_0" not in self.state:
             raise ValueError(
-                "pmr: there are no prototypes yet; call before_epoch(model, train, progress) before each epoch"
+                "pmr: there are no prototypes yet; "
+                "call before_epoch(model, train, progress) before each epoch"
             )
         entropies, losses, scores = [], [], []
         valid = batch.targets != -100
         for index, values in enumerate(output.embeddings):
-            prototypes, seen = (
-                self.state[f"prototypes_{index}"].to(values.device),
-                self.state[f"seen_{index}"].to(values.device),
-            )
+            prototypes = self.state[f"prototypes_{index}"].to(values.device)
+            seen = self.state[f"seen_{index}"].to(values.device)
             squared = iib_kernels.prototype_distance(
                 values.float(), prototypes.float(), metric="sqeuclidean"
             )
-            log_p = (
-                (-squared.clamp_min(1e-12).sqrt()).masked_fill(~seen, -torch.inf).log_softmax(-1)
-            )
+            similarity = -squared.clamp_min(1e-12).sqrt()
+            log_p = similarity.masked_fill(~seen, -torch.inf).log_softmax(-1)  # [B, K]
             rows = valid if batch.mask is None else valid & batch.mask[:, index]
             rows = rows & seen[batch.targets.clamp_min(0)]
             count = rows.sum().clamp_min(1)
             own = log_p.gather(1, batch.targets.clamp_min(0)[:, None]).squeeze(1)
             losses.append(-own.masked_fill(~rows, 0.0).sum() / count)
             finite = log_p.masked_fill(~seen, 0.0)
-            entropies.append(
-                -(finite.exp() * finite)
-                .masked_fill(~seen, 0.0)
-                .sum(-1)
-                .masked_fill(~rows, 0.0)
-                .sum()
-                / count
-            )
+            terms = (finite.exp() * finite).masked_fill(~seen, 0.0).sum(-1)  # [B]: -H(p)
+            entropies.append(-terms.masked_fill(~rows, 0.0).sum() / count)
             scores.append(own.detach().exp().masked_fill(~rows, 0.0).sum())
         b, g = self.coefficients(mean_over_processes(torch.stack(scores)))
         loss = output.loss + self.options.alpha * (b * losses[0] + g * losses[1])

@@ -82,18 +82,27 @@ class EnergyHead(TemperedHead):
 
 
 class QMF(Method):
-    """Energy-weighted late fusion whose confidences are ranked by how well each sample has been learnt.
+    """Energy-weighted late fusion whose confidences are ranked by how well a sample was learnt.
 
-    Zhang, Wu, Zhang, Hu, Fu, Zhou, Peng: "Provable Dynamic Fusion for Low-Quality Multimodal Data", ICML 2023, equations 9 to 15. With kappa_m,i the mean of sample i's own
-    cross-entropies in modality m over the epochs so far, scaled to [0, 1] over the training split, and pairs (i, j) of neighbours in the batch,
+    Zhang, Wu, Zhang, Hu, Fu, Zhou, Peng: "Provable Dynamic Fusion for Low-Quality Multimodal Data",
+    ICML 2023, equations 9 to 15. For any number of modalities.
 
-        L = CE(sum_m c_m l_m) + sum_m CE(l_m) + weight sum_m mean_ij max(0, g (c_m,i - c_m,j) + |kappa_m,i - kappa_m,j|)
+    The history kappa_m,i is the mean of sample i's own cross-entropies in modality m over the
+    epochs so far, scaled to [0, 1] over the training split. With the confidences c_m of
+    :class:`EnergyHead` and the pairs (i, j) of neighbours in the batch:
 
-    with g = sign(kappa_i - kappa_j): a sample that is learnt worse is to have the lower confidence. Pairs of equal kappa contribute nothing. Any number of modalities.
+        L = CE(sum_m c_m l_m) + sum_m CE(l_m) + weight sum_m mean_ij R_m,ij
+        R_m,ij = max(0, g (c_m,i - c_m,j) + |kappa_m,i - kappa_m,j|)
+        g = sign(kappa_m,i - kappa_m,j)
+
+    So the sample of a pair that is learnt worse is to have the lower confidence, by the difference
+    of the histories. Pairs of equal history contribute nothing.
 
     Parameters: ``weight`` (0.1).
 
-    >>> QMF.ranking(torch.tensor([1.0, 0.2]), torch.tensor([0.8, 0.1]))  # the first is learnt worse and yet more confident: 0.8 and 0.7 are missing
+    The first sample is learnt worse by 0.7 and yet more confident by 0.8:
+
+    >>> QMF.ranking(torch.tensor([1.0, 0.2]), torch.tensor([0.8, 0.1]))
     tensor(1.5000)
     """
 
@@ -106,7 +115,10 @@ class QMF(Method):
 
     @staticmethod
     def ranking(confidence: Tensor, history: Tensor) -> Tensor:
-        """The ranking loss of one modality's confidences [B] given its samples' histories [B], over neighbouring pairs."""
+        """The ranking loss of one modality, from its samples' confidences and histories, [B] each.
+
+        The pairs are neighbours in the batch, and the last with the first.
+        """
         gap = history - history.roll(-1)
         terms = (gap.sign() * (confidence - confidence.roll(-1)) + gap.abs()).clamp_min(0)
         return terms.masked_fill(gap == 0, 0.0).mean()
@@ -121,21 +133,19 @@ class QMF(Method):
     def loss(self, output, model: nn.Module, batch: Batch, progress: float) -> Tensor:
         if "sum" not in self.state or batch.index is None:
             raise ValueError(
-                "qmf: needs each sample's history; call before_epoch(model, train, progress) before each epoch, and give batches with their index"
+                "qmf: needs each sample's history; call before_epoch(model, train, progress) "
+                "before each epoch, and give batches with their index"
             )
         sums, count, index = self.state["sum"], self.state["count"], batch.index.cpu()
         seen = count > 0
         history = sums / count.clamp_min(1)
-        low, high = (
-            history.masked_fill(~seen, torch.inf).min(0).values,
-            history.masked_fill(~seen, -torch.inf).max(0).values,
-        )
-        history = torch.where(seen, (history - low) / (high - low).clamp_min(1e-12), 0.0)[index].to(
-            output.weights
-        )
-        mask = (
-            torch.ones_like(output.weights, dtype=torch.bool) if batch.mask is None else batch.mask
-        )
+        low = history.masked_fill(~seen, torch.inf).min(0).values
+        high = history.masked_fill(~seen, -torch.inf).max(0).values
+        scaled = torch.where(seen, (history - low) / (high - low).clamp_min(1e-12), 0.0)
+        history = scaled[index].to(output.weights)  # [B, M]
+        mask = batch.mask
+        if mask is None:
+            mask = torch.ones_like(output.weights, dtype=torch.bool)
         loss = output.loss
         for m, logits in enumerate(output.modality_logits):
             rows = mask[:, m] & (batch.targets != -100)

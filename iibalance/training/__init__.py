@@ -11,6 +11,7 @@
     saving        a run's folder back to a model
     folder        a run's folder: whole files, a lock, checkpoints
     report        one run on one page
+    report_panels the four panels of that page
 
 What may come in: everything but comparison and the command line.
 """

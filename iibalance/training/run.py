@@ -7,7 +7,6 @@ from the last stage or checkpoint and ends with the same numbers, bit for bit on
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +23,7 @@ from iibalance.config import RunConfig, save_config
 from iibalance.data import load_data
 from iibalance.data.dataset import MultimodalData
 from iibalance.errors import InputError
-from iibalance.files import data_digest, read_json, versions, write_json
+from iibalance.files import data_digest, read_json, recorded_command, versions, write_json
 from iibalance.methods import Method, make_method, method_class
 from iibalance.methods.registry import absolute
 from iibalance.nn.model import encoder_size
@@ -190,7 +189,7 @@ def _describe(folder: RunFolder, config: RunConfig, resume: bool) -> None:
             )
         return
     about = {
-        "command": sys.argv,
+        "command": recorded_command(),
         "python": platform.python_version(),
         "machine": platform.platform(),
         "threads": torch.get_num_threads(),

@@ -1,4 +1,7 @@
-"""The comparison: what it writes, that it goes on, that every method gets the same, and that the numbers are those of the predictions it keeps."""
+"""The comparison: what it writes, that it goes on, and that every method gets the same.
+
+And that its numbers are those of the predictions that it keeps.
+"""
 
 import json
 import math
@@ -15,22 +18,23 @@ import torch
 from iibalance import InputError
 from iibalance.cli import run as cli
 from iibalance.comparison.cells import Cell, cell_files, run_cell, run_config
-from iibalance.comparison.protocol import CompareConfig, CompareData, choose, compare, settings_of
+from iibalance.comparison.protocol import choose, compare, settings_of
+from iibalance.comparison.results import METRICS, by_method, group_means, read_table
 from iibalance.comparison.statistics import (
-    METRICS,
     _samples,
     ablation_names,
     ablations,
-    group_means,
     heads_over_alone,
-    markdown,
     paired_bootstrap,
     ranks,
 )
-from iibalance.config import ModelConfig
-from iibalance.methods import ABLATIONS, METHODS, make_method
+from iibalance.comparison.tables import page as markdown
+from iibalance.config import CompareConfig, CompareData, ModelConfig
+from iibalance.data.dataset import Batch
+from iibalance.methods import METHODS, make_method, search_of
+from iibalance.methods.iibalance import ABLATIONS
 
-README = Path(__file__).parents[2] / "README.md"
+METHOD_PAGE = Path(__file__).parents[2] / "iibalance" / "README.md"
 SMALL = dict(
     seeds=2,
     trials=2,
@@ -79,13 +83,15 @@ def done(npz, tmp_path_factory):
 
 def test_what_is_written(done):
     folder, result = done
-    assert {"comparison.json", "comparison.md", "comparison.png", "compare.yaml", "run.json"} <= {
+    assert {"comparison.csv", "comparison.md", "comparison.png", "compare.yaml", "run.json"} <= {
         path.name for path in folder.iterdir()
     }
-    assert (
-        json.loads((folder / "comparison.json").read_text())["ranks"] == result["ranks"]
-        and not result["failures"]
-    )
+    assert not result["failures"]
+    table = by_method(read_table(folder / "comparison.csv"))
+    whole = {name: entry for name, entry in table["two"].items() if "_no_" not in name}
+    assert ranks({"two": whole}) == result["ranks"]
+    for method, entry in result["results"]["two"].items():
+        assert table["two"][method] == {key: entry[key] for key in table["two"][method]}
     assert set(result["results"]["two"]) == {
         "unimodal",
         "concat",
@@ -110,7 +116,8 @@ def test_what_is_written(done):
     (start,) = result["machine"]["starts"]
     assert (
         start["versions"]["torch"]
-        and start["command"] == sys.argv
+        and start["command"][len(start["command"]) - len(sys.argv) + 1 :] == sys.argv[1:]
+        and "/" not in start["command"][0]
         and result["machine"]["data_sha256"]["two"]
     )
     text = (folder / "comparison.md").read_text()
@@ -200,35 +207,8 @@ def test_heads_are_set_beside_those_alone_seed_by_seed(done):
     text = markdown(result)
     assert (
         "| two | weak | -3.0 +- 1.0 | -3.0 +- 2.0 |" in text
-        and "| | 1 of 2, 1 | 0 of 2, 0 |" in text
+        and "|  | 1 of 2, 1 | 0 of 2, 0 |" in text
     )
-
-
-def test_the_control_of_the_heads_trains_alone_with_the_methods_settings(npz, tmp_path):
-    result = compare(
-        config(
-            npz,
-            tmp_path,
-            methods=f"iibalance,{README.parent}/benchmarks/alone.py:Alone",
-            low_data=0,
-            timing_steps=0,
-        )
-    )
-    ours, control = (
-        result["results"]["two"][method] for method in ("iibalance", "alone_as_iibalance")
-    )
-    assert control["setting"] == ours["setting"] and [
-        row["method"] for row in result["trials"]
-    ] == ["unimodal", "iibalance"]
-    assert set(result["heads"]["two"]["weak"]) == {"unimodal", "alone_as_iibalance"}
-    same = (
-        result["results"]["two"]["unimodal"]["setting"]["learning_rate"]
-        == ours["setting"]["learning_rate"]
-    )
-    heads = [
-        result["results"]["two"][method]["heads"] for method in ("unimodal", "alone_as_iibalance")
-    ]
-    assert (heads[0] == heads[1]) == same
 
 
 def test_the_lowest_validation_nll_is_chosen_and_ablations_take_their_methods_settings(done):
@@ -458,7 +438,7 @@ def test_every_method_tries_the_same_learning_rates_and_decays(npz, tmp_path):
     }
     assert len(rates) == 1 and len(set(next(iter(rates)))) == 5
     for name, rows in drawn.items():  # every value of the main parameter has its turn
-        for parameter, values in make_method(name).search.items():
+        for parameter, values in search_of(METHODS[name]).items():
             assert tuple(row[parameter] for row in rows[: len(values)]) == values
     first = drawn["ogm_ge"][0]
     assert (
@@ -491,10 +471,12 @@ def test_a_method_defined_for_two_modalities_is_left_out_of_three(tmp_path):
 
 
 def test_a_users_own_method(npz, tmp_path):
-    """README's own, as it stands there."""
+    """The method page's own, as it stands there."""
     text = next(
         block
-        for block in re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+        for block in re.findall(
+            r"```python\n(.*?)```", METHOD_PAGE.read_text(encoding="utf-8"), re.S
+        )
         if "class Smoothed" in block
     )
     (tmp_path / "mine.py").write_text(text)
@@ -524,12 +506,17 @@ def test_a_users_own_method(npz, tmp_path):
 
 def _smoothed(amount, name):
     """The largest probability, on average, of a model trained with README's method."""
-    from test_methods import DIMS, draw
-
+    targets = torch.arange(600) % 4
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        m: scale * torch.eye(5)[targets] + torch.randn(600, 5, generator=generator)
+        for m, scale in (("weak", 1.0), ("strong", 2.0))
+    }
     torch.manual_seed(0)
     method = make_method(name, amount=amount)
-    model = method.build({m: torch.nn.Linear(5, 8) for m in DIMS}, 4)
-    optimizer, batch = torch.optim.Adam(method.parameter_groups(model), lr=0.03), draw().batch()
+    model = method.build({m: torch.nn.Linear(5, 8) for m in inputs}, 4)
+    optimizer = torch.optim.Adam(method.parameter_groups(model), lr=0.03)
+    batch = Batch(inputs, targets, None)
     for _ in range(30):
         out = method.step(model, optimizer, batch)
     return out.logits.softmax(-1).amax(1).mean()
@@ -538,7 +525,8 @@ def _smoothed(amount, name):
 def test_a_users_file_that_changed_is_trained_anew(npz, tmp_path):
     def write(text):
         (tmp_path / "mine.py").write_text(
-            f"from iibalance.methods.iibalance import IIBalance\n\nclass Mine(IIBalance):\n    name = 'mine'\n\n{text}\n"
+            "from iibalance.methods.iibalance import IIBalance\n\n"
+            f"class Mine(IIBalance):\n    name = 'mine'\n\n{text}\n"
             "\n\nclass Other(IIBalance):\n    name = 'other'\n"
         )
         for name in [name for name in sys.modules if name.startswith("iibalance_user_mine")]:
@@ -586,8 +574,10 @@ def test_a_users_file_that_changes_under_a_process_is_read_again(npz, tmp_path):
     name = f"{place}:Shifting"
     for factor in ("1.0", "0.0", "1.0"):
         place.write_text(
-            f"from iibalance.methods.late import Sum\n\nclass Shifting(Sum):\n    name = 'shifting'\n\n"
-            f"    def loss(self, output, model, batch, progress):\n        return {factor} * output.loss\n"
+            "from iibalance.methods.sum import Sum\n\n"
+            "class Shifting(Sum):\n    name = 'shifting'\n\n"
+            "    def loss(self, output, model, batch, progress):\n"
+            f"        return {factor} * output.loss\n"
         )
         result = compare(
             config(
@@ -610,7 +600,7 @@ def test_a_users_file_that_changes_under_a_process_is_read_again(npz, tmp_path):
 
 
 def test_a_cell_of_another_setting_is_made_anew(npz, tmp_path):
-    """A trial that had failed and comes out best later changes the setting of the cells that follow."""
+    """A trial that had failed and comes out best later changes the setting of what follows."""
     settings, cell = config(npz, tmp_path), Cell("two", "sum", 0, 0, "test")
     first, second = settings_of(settings, "sum")
     numbers = cell_files(tmp_path, cell)[0]
@@ -681,7 +671,9 @@ def test_two_workers_give_what_one_gives(npz, tmp_path):
 @pytest.mark.slow
 def test_workers_end_with_a_comparison_that_is_killed_and_another_goes_on(npz, tmp_path):
     (tmp_path / "compare.yaml").write_text(
-        f"data: {{two: {{name: npz, path: {npz}}}}}\nmethods: [concat, sum, mslr, agm, ensemble, iibalance]\nseeds: 2\ntrials: 1\nepochs: 3\nworkers: 2\nlow_data: 0\n"
+        f"data: {{two: {{name: npz, path: {npz}}}}}\n"
+        "methods: [concat, sum, mslr, agm, ensemble, iibalance]\n"
+        "seeds: 2\ntrials: 1\nepochs: 3\nworkers: 2\nlow_data: 0\n"
         "timing_steps: 0\nmodel: {width: 4, embedding_dim: 8}\n"
     )
     command = [
@@ -722,7 +714,7 @@ def test_workers_end_with_a_comparison_that_is_killed_and_another_goes_on(npz, t
         time.sleep(0.1)
     assert len(workers) >= 2 and not alive
     subprocess.run(command, check=True, capture_output=True, timeout=300)
-    assert (tmp_path / "out" / "comparison.json").exists()
+    assert (tmp_path / "out" / "comparison.csv").exists()
 
 
 @pytest.mark.parametrize(
@@ -772,7 +764,8 @@ def test_a_failed_cell_is_reported_and_the_others_go_on(npz, tmp_path, monkeypat
 
 def test_the_command(npz, tmp_path, capsys):
     (tmp_path / "compare.yaml").write_text(
-        f"data: {{two: {{name: npz, path: {npz}, epochs: 1}}}}\nmethods: [concat, iibalance]\nseeds: 1\ntrials: 1\nepochs: 2\nworkers: 1\nlow_data: 0\ntiming_steps: 0\n"
+        f"data: {{two: {{name: npz, path: {npz}, epochs: 1}}}}\nmethods: [concat, iibalance]\n"
+        "seeds: 1\ntrials: 1\nepochs: 2\nworkers: 1\nlow_data: 0\ntiming_steps: 0\n"
         "model: {width: 4, embedding_dim: 8}\n"
     )
     assert (
@@ -789,7 +782,7 @@ def test_the_command(npz, tmp_path, capsys):
     )
     out = capsys.readouterr().out
     assert "average rank" in out and "comparison.md" in out and "iibalance" in out
-    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["epochs"] == {"two": 1}
+    assert "48 samples, 1 epochs." in (tmp_path / "out" / "comparison.md").read_text()
     assert cli(["compare", "--seeds", "0"]) == 2 and "seeds: 0" in capsys.readouterr().err
 
 
@@ -853,7 +846,10 @@ def test_conditions_of_a_kind_are_averaged_over_the_modalities():
 
 
 def test_the_bootstrap_covers_what_it_should():
-    """Of many pairs without a difference about one in twenty is called different; a real difference is found."""
+    """Of many pairs without a difference about one in twenty is called different.
+
+    A real difference is found.
+    """
     generator = np.random.default_rng(0)
     wrong = 0
     for trial in range(100):
@@ -942,19 +938,37 @@ def test_ablations_are_set_beside_the_whole_and_take_no_rank(done):
 def test_what_an_ablation_is():
     names = [method.name for method in ABLATIONS]
     assert ablation_names(METHODS) == dict.fromkeys(names, "iibalance") and len(names) == 6
-    assert (
-        ablation_names(
-            [*names, "ensemble", "ensemble_gated", f"{README.parent}/benchmarks/alone.py:Alone"]
-        )
-        == {}
-    )  # no whole; a longer name; other's settings
+    assert ablation_names([*names, "ensemble", "ensemble_gated"]) == {}  # no whole; a longer name
 
 
 def test_the_picture_draws_every_method(done):
-    from iibalance.comparison.statistics import picture
+    from iibalance.comparison.picture import picture
 
     figure = picture(done[1])
-    texts = {text.get_text() for axes in figure.axes for text in axes.texts}
-    assert {"unimodal", "concat", "iibalance", "ensemble", "ogm_ge"} <= texts and len(
-        figure.axes
-    ) == 4
+    assert len(figure.axes) == 8  # accuracy and NLL of four kinds of conditions
+    for axes in figure.axes:
+        texts = " ".join(text.get_text() for text in axes.texts)
+        for method in ("unimodal", "concat", "iibalance", "ensemble", "ogm_ge"):
+            assert re.search(rf"\b{method}\b", texts), (axes.get_title(loc="left"), texts)
+        assert len(axes.texts) == 5
+
+
+def test_its_labels_do_not_overlap(done):
+    from iibalance.comparison.picture import picture
+
+    figure = picture(done[1])
+    figure.canvas.draw()
+    for axes in figure.axes:
+        boxes = [text.get_window_extent() for text in axes.texts]
+        pairs = ((a, b) for i, a in enumerate(boxes) for b in boxes[:i])
+        assert not any(a.overlaps(b) for a, b in pairs), axes.get_title(loc="left")
+
+
+def test_without_scikit_posthocs_the_picture_is_left_out_and_said_so(
+    done, monkeypatch, tmp_path, caplog
+):
+    from iibalance.comparison.picture import write_picture
+
+    monkeypatch.setitem(sys.modules, "scikit_posthocs", None)
+    assert not write_picture(tmp_path / "comparison.png", done[1])
+    assert not list(tmp_path.iterdir()) and "scikit-posthocs" in caplog.text

@@ -7,8 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iibalance.data import Batch, corrupt, drop_modalities, parse_degrade, random_corruptions
-from iibalance.data.corruption import KINDS
+from iibalance.data.corruption import (
+    KINDS,
+    corrupt,
+    drop_modalities,
+    parse_degrade,
+    random_corruptions,
+)
+from iibalance.data.dataset import Batch
 from iibalance.errors import InputError
 
 
@@ -17,7 +23,7 @@ def _generator(seed: int = 0) -> torch.Generator:
 
 
 def _batch(count: int = 200, missing: float = 0.0, modalities: int = 3, seed: int = 0) -> Batch:
-    """Every row has values of its own (row + 1), so that a stranger's can be recognised; missing ones are 0."""
+    """Every row has values of its own (row + 1), which tell a stranger's; missing ones are 0."""
     mask = torch.rand(count, modalities, generator=_generator(seed)) >= missing
     mask[torch.arange(count), torch.arange(count) % modalities] = True
     shapes = [(4,), (3, 2), (2, 2, 2)][:modalities]
@@ -178,15 +184,13 @@ def test_random_corruptions_are_spread_evenly():
     assert changed.any(1).all() and (changed.sum(0) - 2000).abs().max() < 200
     missing = ~after.mask.all(1)
     values = after.inputs["a"]
-    stranger = (
-        changed[:, 0] & (values == values[:, :1]).all(1) & ~missing
-    )  # noise would differ between the four features
+    # Noise would differ between the four features
+    stranger = changed[:, 0] & (values == values[:, :1]).all(1) & ~missing
     assert abs(int(missing.sum()) - 2000) < 200 and abs(int(stranger.sum()) - 667) < 100
     noisy = changed[:, 2] & ~missing & (after.inputs["c"].flatten(1).std(1) > 1e-6)
     levels = (after.inputs["c"] - batch.inputs["c"])[noisy].flatten(1).square().mean(1).sqrt()
-    assert (
-        levels.max() < 10 and abs(levels.square().mean().sqrt() - 4 / 3**0.5) < 0.2
-    )  # uniform in 0..4: root mean square 4 / sqrt(3)
+    # Uniform in 0..4: root mean square 4 / sqrt(3)
+    assert levels.max() < 10 and abs(levels.square().mean().sqrt() - 4 / 3**0.5) < 0.2
     assert levels.min() < 0.2
 
 
@@ -206,9 +210,8 @@ def test_dropout_never_empties_a_row_nor_adds(probability):
     kept = drop_modalities(mask, probability, _generator(1))  # not the seed that made the mask
     assert torch.equal(mask, before) and kept.any(1).all() and not (kept & ~mask).any()
     full = kept[mask.all(1)]
-    expected = (
-        1 - probability
-    ) + probability**3 / 3  # and the rescue of rows that lost all three, each modality alike
+    # The second term is the rescue of rows that lost all three, each modality alike
+    expected = (1 - probability) + probability**3 / 3
     assert (full.float().mean(0) - expected).abs().max() < 0.04
     if probability == 0:
         assert torch.equal(kept, mask)

@@ -9,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from iibalance.data import DataConfig, Split, Standardizer, identity, infer_layout, load_data
-from iibalance.data.dataset import check_layout
+from iibalance.config import DataConfig
+from iibalance.data import load_data
+from iibalance.data.dataset import Split, identity
+from iibalance.data.layouts import check_layout, infer_layout
 from iibalance.data.splits import hold_out
+from iibalance.data.standardize import Standardizer
 from iibalance.errors import InputError
 
 
@@ -52,7 +55,8 @@ def test_layout_that_cannot_be_told_is_an_error(shape):
 def test_doubtful_layout_error_gives_the_remedy():
     with pytest.raises(
         InputError,
-        match=r"\(3, 48, 3\).*pass its layout \(vector, sequence, image, video\) or bring your own encoder",
+        match=r"\(3, 48, 3\).*pass its layout \(vector, sequence, image, video\) "
+        "or bring your own encoder",
     ):
         infer_layout((3, 48, 3))
 
@@ -263,9 +267,8 @@ def test_digits_shape_view_counts_holes_and_strokes():
     ring[0, 3:5, 3:5] = 0
     view = shape_view(ring)[0]
     assert view[0] == 12 * 16 and view[6] == 1  # ink, one hole
-    np.testing.assert_allclose(
-        view[4:6], (1 + 2 + 2 + 1) / 8
-    )  # strokes met along its eight rows, and columns
+    # Strokes met along its eight rows, and columns
+    np.testing.assert_allclose(view[4:6], (1 + 2 + 2 + 1) / 8)
     np.testing.assert_allclose(view[1], view[2])
     np.testing.assert_allclose(view[3], 0, atol=1e-12)
 
@@ -281,17 +284,17 @@ def test_digits_are_deterministic_disjoint_and_standardised_on_training():
     for name in data.modalities:
         mean = data.train.inputs[name].double().mean(0)
         assert mean.abs().max() < 1e-5
-        assert (
-            data.test.inputs[name].double().mean(0).abs().max() > 1e-3
-        )  # not standardised with its own
+        # Not standardised with its own
+        assert data.test.inputs[name].double().mean(0).abs().max() > 1e-3
     mean, std = data.standardizer.mean_pixels, data.standardizer.std_pixels
     raw = [part.inputs["pixels"] * std + mean for part in (data.train, data.validation, data.test)]
     from sklearn.datasets import load_digits
 
     ours = torch.cat(raw).round().numpy()
+    # Each image once
     np.testing.assert_array_equal(
         np.sort(ours @ np.arange(1, 65)), np.sort(load_digits().data @ np.arange(1, 65))
-    )  # each image once
+    )
 
 
 def test_train_fraction_keeps_every_class_and_fits_on_what_is_kept():
@@ -336,6 +339,26 @@ def test_options_that_cannot_be_used(options, message):
     with pytest.raises(InputError, match=message) as caught:
         load_data(DataConfig(**options))
     assert "\n" not in str(caught.value)
+
+
+def test_a_trained_models_standardisation_takes_the_place_of_ones_own():
+    full = load_data(DataConfig())
+    few = load_data(DataConfig(train_fraction=0.1), standardizer=full.standardizer)
+    assert few.standardizer is full.standardizer and few.layouts == full.layouts
+    for name in full.modalities:
+        assert torch.equal(few.test.inputs[name], full.test.inputs[name])
+    other = load_data(DataConfig(train_fraction=0.1))
+    assert not torch.equal(other.test.inputs["pixels"], full.test.inputs["pixels"])
+    again = load_data(DataConfig(), standardizer=full.standardizer)  # fitted on the same rows
+    assert torch.equal(again.train.inputs["shape"], full.train.inputs["shape"])
+
+
+@pytest.mark.parametrize("asked", ["pixels", "shape,fourier,pixels"])
+def test_a_trained_model_takes_its_own_modalities_in_its_own_order(asked):
+    standardizer = load_data(DataConfig()).standardizer
+    message = f"^digits has the modalities {asked.replace(',', ', ')}, the run pixels, fourier, sh"
+    with pytest.raises(InputError, match=message):
+        load_data(DataConfig(modalities=asked), standardizer=standardizer)
 
 
 def test_modalities_keep_the_asked_order():

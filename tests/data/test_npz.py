@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from iibalance.data import DataConfig, load_data, read_inputs
+from iibalance.config import DataConfig
+from iibalance.data import load_data
+from iibalance.data.npz import read_inputs
 from iibalance.errors import InputError
 
 
@@ -141,7 +143,8 @@ _HUGE[7] = -1e39
         (
             {"x_a": None, "x_b": None},
             {},
-            "no modality: array names must begin with x_, such as x_audio; it holds y, split, speaker",
+            "no modality: array names must begin with x_, such as x_audio; "
+            "it holds y, split, speaker",
         ),
         ({}, {"modalities": "a,c"}, "no x_c; there are a, b"),
         ({"x_a.b": _BAD_ROW}, {}, "'a.b' cannot name a part of a PyTorch module; rename"),
@@ -364,6 +367,46 @@ def test_read_inputs_takes_one_modality_alone_and_no_labels(tmp_path):
 def test_read_inputs_errors(tmp_path, arrays, message):
     with pytest.raises(InputError, match=message):
         _read(tmp_path, **arrays)
+
+
+def test_another_file_is_standardised_as_the_model_was(tmp_path):
+    path = _write(tmp_path)
+    first = _load(path)
+    arrays = _arrays()
+    arrays["x_a"][arrays["split"] != 2] *= 100  # its own statistics would be others
+    other = load_data(
+        DataConfig(name="npz", path=_write(tmp_path, **arrays)), standardizer=first.standardizer
+    )
+    for name in first.modalities:
+        assert torch.equal(other.test.inputs[name], first.test.inputs[name])
+    assert other.train.inputs["a"].std() > 50
+    # A layout is read as it was in training, whatever the type of the numbers tells.
+    assert other.layouts == first.layouts == {"a": "vector", "b": "image"}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"x_b": None}, "data.path: {path} has the modalities a, the run a, b"),
+        ({"x_c": np.ones((60, 2))}, "data.path: {path} has the modalities a, b, c, the run a, b"),
+        (
+            {"x_b": np.ones((60, 6, 7))},
+            "data.path: {path}: x_b: samples have shape (6, 7), but the model was trained on "
+            "(6, 6)",
+        ),
+        (  # of a shape that no layout could be told of
+            {"x_a": np.ones((60, 3, 48, 3))},
+            "data.path: {path}: x_a: samples have shape (3, 48, 3), but the model was trained on "
+            "(5,)",
+        ),
+    ],
+)
+def test_another_file_must_be_of_the_models_shapes(tmp_path, changes, message):
+    standardizer = _load(_write(tmp_path)).standardizer
+    path = _write(tmp_path, **changes)
+    with pytest.raises(InputError) as caught:
+        load_data(DataConfig(name="npz", path=path), standardizer=standardizer)
+    assert str(caught.value) == message.format(path=path)
 
 
 def test_prediction_inputs_match_training_inputs(tmp_path):

@@ -1,4 +1,7 @@
-"""One step of each balancing method against its published formula, computed by hand: plain loops, and no helper of the class under test."""
+"""One step of each balancing method against its published formula.
+
+Computed by hand: plain loops, and no helper of the class under test.
+"""
 
 import itertools
 import math
@@ -20,7 +23,10 @@ SIZES = {"audio": 4, "video": 6, "text": 3}
 
 
 def ready(name, count=2, seed=0, **options):
-    """(method, model) over the first ``count`` modalities, two layers an encoder; biases are not small, so that a forgotten one shows."""
+    """(method, model) over the first ``count`` modalities, two layers an encoder.
+
+    Biases are not small, so that a forgotten one shows.
+    """
     torch.manual_seed(seed)
     method = make_method(name, **options)
     encoders = {
@@ -117,7 +123,7 @@ def ogm_coefficients(model, batch, alpha):
 
 
 def one_ahead(model, split, ahead):
-    """The split with the labels that modality ``ahead`` predicts by itself, and a head that makes it sure of them."""
+    """The split with the labels that modality ``ahead`` predicts, and a head sure of them."""
     with torch.no_grad():
         slices(model.head)[ahead].mul_(4)
         z = model.embed(split.inputs)[ahead]
@@ -148,16 +154,19 @@ def test_ogm_multiplies_every_gradient_of_the_encoder_ahead_and_none_of_the_head
 
 
 def test_ogm_coefficient_grows_with_the_lead():
-    """rho = 1.5 by hand: a head of zeros but for its bias gives softmax(bias / 2) in both; a lead is then made by weights on a one-hot embedding."""
+    """rho = 1.5 by hand.
+
+    A head of zeros but for its bias gives softmax(bias / 2) in both modalities; a lead is then made
+    by weights on a one-hot embedding.
+    """
     method = make_method("ogm_ge", alpha=0.7, noise=0.0)
     model = method.build({"a": nn.Linear(1, 1, bias=False), "b": nn.Linear(1, 1, bias=False)}, 2)
     with torch.no_grad():
         model.encoders[0].weight.fill_(1.0)
         model.encoders[1].weight.fill_(1.0)
         model.head.classifier.bias.zero_()
-        model.head.classifier.weight.copy_(
-            torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])
-        )  # p of class 0: 3/4 by a, 1/2 by b
+        # p of class 0: 3/4 by a, 1/2 by b
+        model.head.classifier.weight.copy_(torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]]))
     batch = Batch(
         {"a": torch.ones(4, 1), "b": torch.ones(4, 1)}, torch.zeros(4, dtype=torch.long), None
     )
@@ -201,10 +210,11 @@ def test_ge_adds_noise_of_each_gradients_own_deviation_to_both_encoders(noise):
                 deviation.item(), rel=0.08 if value.dim() == 1 else 0.01
             )
             assert abs(added.mean()) < 5 * deviation / value.numel() ** 0.5
+            # N(0, .) knows nothing of g
             assert (
                 abs((added * gradient).mean() / added.std() / gradient.std())
                 < 5 / value.numel() ** 0.5
-            )  # N(0, .) knows nothing of g
+            )
     assert all(
         torch.equal(value.grad, old) for value, old in zip(model.head.classifier.parameters(), head)
     )
@@ -286,14 +296,17 @@ def test_agm_multiplies_what_comes_back_through_each_response(count, missing):
             torch.autograd.grad(value, weight, retain_graph=True)[0].split(sizes, 1)
             for value in (loss, out.loss)
         )
-        for factor, found, plain in zip(k, found, plain):
-            close(found, factor * plain)
+        for factor, slice_found, slice_plain in zip(k, found, plain):
+            close(slice_found, factor * slice_plain)
         assert all(factor == pytest.approx(1) for factor in k) == (step == 0)
         assert step == 0 or max(abs(factor - 1) for factor in k) > 0.02
 
 
 def test_agm_caps_the_exponent_at_ten():
-    """Logits x and 0 for either modality by itself. First a leads b by 40 nats, then it does not, in the end it lags."""
+    """Logits x and 0 for either modality by itself.
+
+    First a leads b by 40 nats, then it does not, in the end it lags.
+    """
     method = make_method("agm", alpha=0.2)
     model = method.build({"a": nn.Linear(1, 1, bias=False), "b": nn.Linear(1, 1, bias=False)}, 2)
     with torch.no_grad():
@@ -377,7 +390,7 @@ def pmr_loss(plain, embeddings, prototypes, batch, options, regularised, classes
 
 
 def pmr_ready(ahead, missing, sharp):
-    """Prototypes that separate modality ``ahead``'s embeddings by the batch's labels, and hardly the other's."""
+    """Prototypes that separate modality ``ahead``'s embeddings by label, and hardly the other's."""
     method, model = ready("pmr", alpha=0.8, mu=0.3, regularise=0.25)
     split = draw(seed=1, missing=missing)
     method.before_epoch(model, split, 0.0)
@@ -590,12 +603,16 @@ def test_g_blend_gives_no_weight_to_what_gains_nothing():
 
 
 def test_g_blend_compares_each_loss_with_its_own_start():
-    """Each training starts from its own initialisation (stages are seeded by their name), so it is given with its own losses before."""
+    """Each training comes with its own losses before.
+
+    It starts from its own initialisation, because stages are seeded by their name.
+    """
     method = make_method("g_blend")
+    # Of the unimodal and of the fused training
     befores = [
         torch.tensor([[2.0, 2.0, 5.0]] * 2),
         torch.tensor([[5.0, 5.0, 2.0]] * 2),
-    ]  # of the unimodal and of the fused training
+    ]
     after, calls = torch.tensor([[0.5, 0.5, 0.5], [1.0, 1.5, 1.25]]), iter(befores)
     method.prepare(lambda *arguments: (next(calls), after), draw(size=30), seed=0)
     expected = blend_weights([2.0] * 3, after[0].tolist(), [2.0] * 3, after[1].tolist())
@@ -699,7 +716,7 @@ def test_mslr_loss_is_the_cross_entropy_of_the_summed_logits():
 
 
 def fill_gradients(model, factors, seed):
-    """Random gradients; those of a parameter whose name begins with a key of ``factors`` are that much larger."""
+    """Random gradients, times ``factors[prefix]`` where a parameter's name begins with prefix."""
     torch.manual_seed(seed)
     for key, value in model.named_parameters():
         value.grad = torch.randn_like(value) * next(
@@ -708,7 +725,7 @@ def fill_gradients(model, factors, seed):
 
 
 def add_speeds(model, sums):
-    """mu = |gradient|^2 / |parameter|^2 of each branch's bypass and main parameters, added to ``sums``."""
+    """Add to ``sums``: |gradient|^2 / |parameter|^2 of each branch's bypass and main parameters."""
     prefixes = {}
     for m in range(2):
         prefixes["bypass", m] = (f"head.excite.{m}.", "head.squeeze.")
@@ -888,12 +905,13 @@ def test_qmf_confidences_weigh_the_logits_and_send_nothing_back(count):
     through = F.cross_entropy(
         sum(out.weights[:, m, None] * values for m, values in enumerate(logits)), batch.targets
     )
+    # It would have shown
     assert (
         max(
             (a - b).abs().max() for a, b in zip(by_encoder(model, through), by_encoder(model, loss))
         )
         > 1e-3
-    )  # it would have shown
+    )
 
 
 def qmf_ranking(confidence, history):
@@ -909,7 +927,10 @@ def qmf_ranking(confidence, history):
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_qmf_ranks_confidences_by_the_running_mean_of_the_own_losses(count):
-    """Three epochs of two batches, the encoders moving between them; loss and gradients by hand at each step."""
+    """Three epochs of two batches, the encoders moving between them.
+
+    Loss and gradients are computed by hand at each step.
+    """
     method, model = ready("qmf", count, weight=0.7)
     split, size = draw(count, size=14), 14
     losses = [[[] for _ in range(size)] for _ in range(count)]  # of a sample in the epochs so far
@@ -953,7 +974,10 @@ def test_qmf_ranks_confidences_by_the_running_mean_of_the_own_losses(count):
 
 @pytest.mark.parametrize("perfect", [True, False])
 def test_qmf_ranks_among_the_samples_that_have_the_modality(perfect):
-    """``perfect``: one sample of each modality has a history of 0, so that samples without any cannot move the scale's lower end."""
+    """``perfect``: one sample of each modality has a history of 0.
+
+    Then samples without any cannot move the scale's lower end.
+    """
     method, model = ready("qmf", weight=1.0)
     split = draw(size=14, missing=0.4)
     batch = split.__getitems__(torch.arange(14))
@@ -979,9 +1003,8 @@ def test_qmf_ranks_among_the_samples_that_have_the_modality(perfect):
 def test_mla_weighs_by_the_entropy_of_the_raw_logits(count, missing):
     method, model = ready("mla", count)
     with torch.no_grad():
-        model.head.gate.own_temperature.copy_(
-            torch.tensor([3.0, 0.3, 2.0])[:count]
-        )  # of the heads' own figures: not in the fusion
+        # Of the heads' own figures: not in the fusion
+        model.head.gate.own_temperature.copy_(torch.tensor([3.0, 0.3, 2.0])[:count])
         model.head.gate.log_scale.fill_(math.log(1.7))
         for classifier in model.head.classifiers:
             classifier.weight.mul_(6)
@@ -1013,7 +1036,10 @@ def test_mla_weighs_by_the_entropy_of_the_raw_logits(count, missing):
 
 
 class Direction(nn.Module):
-    """A layer and its input divided by its norm: NaN where the input is zero, as a missing modality's is, or nothing there if it is ``careful``."""
+    """A layer over its input divided by the input's norm.
+
+    NaN where the input is zero, as a missing modality's is; if it is ``careful``, zero there.
+    """
 
     def __init__(self, size, careful):
         super().__init__()
@@ -1027,7 +1053,10 @@ class Direction(nn.Module):
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("name", sorted(name for name, method in METHODS.items() if method.joint))
 def test_a_missing_modalitys_embedding_may_be_nan(name, count):
-    """Two steps: all gradients are finite, and as with zeros there. (An encoder whose own backward divides by zero is out of reach.)"""
+    """Two steps: all gradients are finite, and as with zeros there.
+
+    (An encoder whose own backward divides by zero is out of reach.)
+    """
     if METHODS[name].modalities not in (None, count):
         pytest.skip("defined for two modalities")
     found = []

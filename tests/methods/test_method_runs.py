@@ -1,4 +1,8 @@
-"""Every method through the whole of a run: trained, stopped in the middle and gone on with, loaded, and asked about samples that lack a modality."""
+"""Every method through the whole of a run.
+
+Trained, stopped in the middle and gone on with, loaded, and asked about samples that lack
+a modality.
+"""
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from iibalance.methods import METHODS
 from iibalance.training import loop, stages
 from iibalance.training.run import train
 
+# These have more to remember than model and optimiser
 STATEFUL = (
     "agm",
     "pmr",
@@ -18,7 +23,7 @@ STATEFUL = (
     "greedy",
     "mslr",
     "g_blend",
-)  # have more to remember than model and optimiser
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,18 @@ def config(npz, output, method, **options):
     )
 
 
-@pytest.mark.parametrize("name", METHODS)
+def _needs_many_trainings(name):
+    """Budgets take a training a fold and modality, ensembles one a modality, g_blend two more."""
+    return METHODS[name].needs_budgets or not METHODS[name].joint or name == "g_blend"
+
+
+def by_method(names):
+    """Parametrizes a test by a method's name; those of many trainings are slow."""
+    slow = lambda name: [pytest.mark.slow] if _needs_many_trainings(name) else []
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=slow(name)) for name in names])
+
+
+@by_method(METHODS)
 def test_trained_loaded_and_asked(npz, tmp_path, name):
     metrics = train(config(npz, tmp_path / "run", name))
     model = iibalance.load(tmp_path / "run")
@@ -76,7 +92,7 @@ def test_trained_loaded_and_asked(npz, tmp_path, name):
     assert metrics["test"]["nll"] < 1.3 and metrics["test"]["modalities"]["b"]["accuracy"] > 0.4
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@by_method(STATEFUL)
 def test_stopped_in_the_middle_it_ends_with_the_same_numbers(npz, tmp_path, name, monkeypatch):
     whole = train(config(npz, tmp_path / "whole", name))
     original, calls = loop._Loop.epoch, []
@@ -94,6 +110,7 @@ def test_stopped_in_the_middle_it_ends_with_the_same_numbers(npz, tmp_path, name
     assert train(config(npz, tmp_path / "stopped", name), resume=True) == whole
 
 
+@pytest.mark.slow
 def test_training_starts_from_the_models_of_the_budget_stage(npz, tmp_path, monkeypatch):
     """From that stage's own first model, only where it trained one, and again after a stop."""
     seen = []
@@ -104,14 +121,16 @@ def test_training_starts_from_the_models_of_the_budget_stage(npz, tmp_path, monk
         lambda self, model, folds: (seen.append((model, folds)), original(self, model, folds))[1],
     )
 
-    def run(name, resume=False, budgets=BudgetConfig(epochs=2)):
+    def run(name, resume=False, source="unimodal"):
         options = config(
-            npz, tmp_path / name, "iibalance", method_options={"warm_start": 1.0}, budgets=budgets
+            npz,
+            tmp_path / name,
+            "iibalance",
+            method_options={"warm_start": 1.0},
+            budgets=BudgetConfig(source=source, epochs=2),
         )
-        options.epochs, options.training.learning_rate = (
-            1,
-            1e-30,
-        )  # what it starts from is what it ends with
+        # what it starts from is what it ends with
+        options.epochs, options.training.learning_rate = 1, 1e-30
         train(options, resume=resume)
         return iibalance.load(tmp_path / name)
 
@@ -125,7 +144,7 @@ def test_training_starts_from_the_models_of_the_budget_stage(npz, tmp_path, monk
         assert not torch.equal(
             next(model.encoders[m].parameters()), next(folds[1].encoders[m].parameters())
         )
-    run("probe", budgets=BudgetConfig(source="probe"))
+    run("probe", source="probe")
     assert len(seen) == 1
     monkeypatch.setattr(
         stages.Run, "train_joint", lambda self, budgets: (_ for _ in ()).throw(KeyboardInterrupt)
@@ -159,11 +178,13 @@ def test_method_options_reach_the_method_and_wrong_ones_are_refused(npz, tmp_pat
 
 
 def test_a_step_of_several_micro_batches_is_modulated_once(npz, tmp_path, monkeypatch):
-    """On the whole gradient: what is changed after the first micro-batch would be changed again after the second."""
+    """On the whole gradient.
+
+    What is changed after the first micro-batch would be changed again after the second.
+    """
     kind, before = METHODS["ogm_ge"], []
-    monkeypatch.setattr(
-        kind, "coefficients", staticmethod(lambda scores, alpha: torch.zeros(2))
-    )  # the encoders' gradients become 0
+    # The encoders' gradients become 0
+    monkeypatch.setattr(kind, "coefficients", staticmethod(lambda scores, alpha: torch.zeros(2)))
     original = torch.optim.AdamW.step
     monkeypatch.setattr(
         torch.optim.AdamW,
@@ -180,11 +201,11 @@ def test_a_step_of_several_micro_batches_is_modulated_once(npz, tmp_path, monkey
     options.epochs, options.training.gradient_accumulation = 1, 2
     train(options)
     assert len(calls) == len(before) > 1
-    assert all(
-        gradients[0] == 0 and gradients[-1] > 0 for gradients in before
-    )  # an encoder's, the head's
+    # First an encoder's gradient, last the head's
+    assert all(gradients[0] == 0 and gradients[-1] > 0 for gradients in before)
 
 
+@pytest.mark.slow
 def test_encoders_whose_size_no_linear_layer_tells(npz, tmp_path):
     encoders = {
         "a": lambda: torch.nn.Sequential(

@@ -1,4 +1,7 @@
-"""Each method's fusion and calibration on a toy problem where the right answer is known; their training runs elsewhere."""
+"""Each method's fusion and calibration on a toy problem where the right answer is known.
+
+Their trainings are in ``test_method_runs.py``.
+"""
 
 import copy
 import math
@@ -55,7 +58,10 @@ def classifier_for(sharpness, scale, classes=4):
 
 
 def ready(name, scales=(3.0, 0.5)):
-    """A model of method ``name`` whose encoders pass their input on, and whose heads are right but for their temperatures."""
+    """A model of method ``name`` whose encoders pass their input on.
+
+    Its heads are right but for their temperatures.
+    """
     method = make_method(name, RunConfig())
     model = MultimodalClassifier({m: nn.Linear(5, 5) for m in DIMS}, head=method.head(DIMS, 4))
     alone = {}
@@ -110,9 +116,8 @@ def test_every_joint_method_learns_and_every_head_fuses(name):
             out = method.step(
                 model, optimizer, split.__getitems__(range(len(split))), progress=step / 40
             )
-            losses.append(
-                nll(out.logits, split)
-            )  # not the loss: its prototype terms come in with time
+            # Not the loss: its prototype terms come in with time
+            losses.append(nll(out.logits, split))
         assert losses[-1] < 0.7 * losses[0]
         assert (
             fused(model, draw(seed=5)).logits.argmax(1) == draw(seed=5).targets
@@ -184,9 +189,8 @@ def test_ensemble_is_the_sum_of_separately_calibrated_models():
         )
         expected = expected + part({m: test.inputs[m]}).logits / temperature
     torch.testing.assert_close(fused(model, test).logits, expected, atol=1e-5, rtol=1e-5)
-    assert model.head.gate.temperature.tolist() == pytest.approx(
-        [3.0, 0.5], rel=0.2
-    )  # what they had been made too sure by
+    # What they had been made too sure by
+    assert model.head.gate.temperature.tolist() == pytest.approx([3.0, 0.5], rel=0.2)
 
 
 def test_ensemble_calibrates_each_modality_where_it_is_present():
@@ -205,7 +209,7 @@ def test_ensemble_calibrates_each_modality_where_it_is_present():
 
 @pytest.mark.parametrize("scales", [(3.0, 0.5), (1.0, 1.0)])
 def test_unimodal_predicts_what_its_best_modality_predicts(scales):
-    """The best by calibrated NLL: with scales (3, 0.5) the better modality is the more timid one."""
+    """The best by calibrated NLL: with scales (3, 0.5) the better modality is the timid one."""
     method, model, alone = ready("unimodal", scales)
     validation, test = draw(seed=2), draw(seed=3)
     method.calibrate(model, draw(seed=1), validation, None, 0)
@@ -279,7 +283,10 @@ def test_concat_is_one_linear_layer_on_what_is_there():
     ("classes", "kept"), [(4, [0, 1, 2, 3]), (2, [0, 1]), (4, [0, 2, 3]), (4, [1, 3])]
 )
 def test_probes_are_scikit_learns_logistic_regression(classes, kept):
-    """Also where one modality never shows some classes in training, and with two classes, for which scikit-learn keeps one row."""
+    """Also where one modality never shows some classes in training.
+
+    And with two classes, for which scikit-learn keeps one row.
+    """
     split = draw(500, classes=classes)
     split.mask[:, 0] = torch.isin(split.targets, torch.tensor(kept))
     z = [3 + 10 * values for values in split.inputs.values()]
@@ -346,7 +353,10 @@ def test_iibalance_passes_budgets_on():
 
 
 def trained_and_new(name="iibalance", **options):
-    """A method, two "trained" fold models, a new model and a copy of its weights; encoders with batch statistics."""
+    """A method, two "trained" fold models, a new model and a copy of its weights.
+
+    Their encoders have batch statistics.
+    """
 
     def model():
         encoders = {m: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)) for m in DIMS}
@@ -517,7 +527,10 @@ def test_each_modality_keeps_its_own_epoch():
 
 
 def terms(model, split):
-    """Sum of the heads' cross-entropies, that of their sum, contrastive and alignment terms (method page, section 3), by the formulas."""
+    """The terms of the objective by the formulas: method page, section 3.
+
+    Sum of the heads' cross-entropies, cross-entropy of their sum, contrastive and alignment terms.
+    """
     z = model.embed(split.inputs)
     logits = [classifier(values) for classifier, values in zip(model.head.classifiers, z)]
     budgets, temperature = model.head.budgets, model.head.objective.temperature
@@ -576,7 +589,7 @@ def test_the_loss_of_the_whole_and_of_what_is_left_of_it(name, alpha, beta):
 
 @pytest.fixture(scope="module")
 def gates():
-    """Each gate's fusion of noisy test samples with some modalities missing, fitted on the same model."""
+    """Each gate's fusion of noisy samples with modalities missing, fitted on the same model."""
     train, validation, test = draw(seed=1), draw(400, seed=2), draw(500, seed=3, missing=0.2)
     noisy = Split(
         *corrupt(
@@ -609,9 +622,8 @@ def test_no_gate_weighs_all_that_is_present_alike(gates):
     noisy, found = gates
     model, out = found["iibalance_no_gate"]
     torch.testing.assert_close(out.weights, noisy.mask / noisy.mask.sum(1, keepdim=True).float())
-    assert model.head.gate.temperature.tolist() == pytest.approx(
-        [3.0, 0.5], rel=0.25
-    )  # what the heads had been made too sure by
+    # What the heads had been made too sure by
+    assert model.head.gate.temperature.tolist() == pytest.approx([3.0, 0.5], rel=0.25)
 
 
 def test_a_fixed_gates_weights_are_the_prior_over_what_is_present(gates):
@@ -665,9 +677,8 @@ def test_without_prototypes_the_gate_does_not_look_at_them(gates):
         head.prototypes.usual.sub_(3.0)  # everything is unusual
 
     for name in ("iibalance", "iibalance_no_prototypes"):
-        assert (
-            found[name][1].weights[noisy.mask.all(1)].std(0) > 0.01
-        ).all()  # weights of each sample's own
+        # Each sample has weights of its own
+        assert (found[name][1].weights[noisy.mask.all(1)].std(0) > 0.01).all()
     assert (
         moved(gates, "iibalance_no_prototypes", others) == 0
         and moved(gates, "iibalance", others) > 0.1
@@ -715,9 +726,8 @@ def test_what_the_gate_is_calibrated_on():
         ~held.clean
     ].sum().item() == pytest.approx(100 * config.corrupted_weight)
     copies = held.logits[1][~held.clean].view(config.copies, 100, 4)
-    assert (
-        (copies - held.logits[1][held.clean]).abs().amax(2) > 1e-4
-    ).float().mean() > 0.2  # some corrupted in this modality
+    # Some samples are corrupted in this modality
+    assert ((copies - held.logits[1][held.clean]).abs().amax(2) > 1e-4).float().mean() > 0.2
     assert not torch.equal(collect(model, split, config, seed=6).mask, held.mask)
 
 

@@ -1,4 +1,4 @@
-"""The built-in encoders: every layout learns what it should be able to see, and reads its axes as they are."""
+"""The built-in encoders: every layout learns what it should see, and reads its axes as they are."""
 
 import pytest
 import torch
@@ -48,9 +48,8 @@ def test_every_layout_trains_every_parameter(shape):
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
     for name, touched in moved.items():
-        assert touched.float().mean() > 0.5, (
-            name
-        )  # a ReLU may be dead for this batch; a layer may not
+        # A ReLU may be dead for this batch; a layer may not
+        assert touched.float().mean() > 0.5, name
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""What the gate means, whatever its formula: neutral before calibration, better after it, and never in the hands of what is missing or corrupted."""
+"""What the gate means, whatever its formula.
+
+Neutral before calibration, better after it, and never in the hands of what is missing or corrupted.
+"""
 
 import math
 
@@ -19,20 +22,27 @@ def seeded():
 
 
 def bayes(count=4000, scales=(1.0, 1.0), seed=0, classes=4):
-    """Targets, and per modality the true log-likelihoods of an observation times a scale: temperatures equal to the scales make the sum Bayes' rule."""
+    """Targets, and per modality the true log-likelihoods of an observation times a scale.
+
+    Temperatures equal to the scales make the sum Bayes' rule.
+    """
     generator = torch.Generator().manual_seed(seed)
     targets = torch.randint(classes, (count,), generator=generator)
     logits = []
     for scale, sharpness in zip(scales, (1.2, 0.9)):
+        # log p(x | k) = sharpness x_k + constant
         x = sharpness * F.one_hot(targets, classes) + torch.randn(
             count, classes, generator=generator
-        )  # log p(x | k) = sharpness x_k + constant
+        )
         logits.append(scale * sharpness * x)
     return targets, logits
 
 
 def corrupted(count=1500, seed=0):
-    """A third clean; in the others the first or the second modality is another sample's: as sure as ever, and far from everything seen."""
+    """A third is clean; in the others the first or the second modality is another sample's.
+
+    It is as sure as ever, and far from everything seen.
+    """
     targets, logits = bayes(count, seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     surprise = 0.3 * torch.rand(count, 2, generator=generator)
@@ -88,7 +98,7 @@ def test_a_masked_modality_has_no_say():
 
 
 def test_one_modality_left_is_that_modality_at_its_temperature():
-    """Whoever is left alone decides alone, and neither more nor less surely for the others' absence."""
+    """Whoever is left decides alone, neither more nor less surely for the others' absence."""
     _, logits = bayes(50)
     gate = Gate(NAMES)
     gate.log_temperature.copy_(torch.tensor([0.5, -0.2]))

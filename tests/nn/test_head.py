@@ -1,4 +1,7 @@
-"""The head over any encoders, and the classifier around both: what they compute, what they refuse, and that they learn."""
+"""The head over any encoders, and the classifier around both.
+
+What they compute, what they refuse, and that they learn.
+"""
 
 import math
 
@@ -8,7 +11,8 @@ import torch
 from torch import nn
 
 from iibalance.budgets import Budgets
-from iibalance.data.dataset import Split, Standardizer
+from iibalance.data.dataset import Split
+from iibalance.data.standardize import Standardizer
 from iibalance.errors import InputError, as_sequence, check_names
 from iibalance.methods.heads import ConcatHead
 from iibalance.nn.head import IIBalanceHead
@@ -45,7 +49,7 @@ def trained_head(**options):
 
 
 class Toy:
-    """Two modalities that tell two different halves of a 4-class label, with raw inputs far from standardised."""
+    """Two modalities that tell two halves of a 4-class label; raw inputs far from standardised."""
 
     def __init__(self, count=400, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -118,9 +122,8 @@ def test_outputs_are_what_they_are_called():
         out.uncertainty, torch.stack([-(q * q.log()).sum(-1) / math.log(3) for q in p], 1)
     )
     torch.testing.assert_close(out.weights.sum(1), torch.ones(8))
-    direction = sum(
-        w[:, None] * values for w, values in zip(out.weights.T, t)
-    )  # fused = weighted sum, up to the gate's scale
+    # The fused logits are the weighted sum, up to the gate's scale
+    direction = sum(w[:, None] * values for w, values in zip(out.weights.T, t))
     torch.testing.assert_close(torch.cosine_similarity(out.logits, direction), torch.ones(8))
     assert out.loss is None and out.parts is None
 
@@ -184,9 +187,8 @@ def test_the_loss_is_the_objectives(masked):
     )
     torch.testing.assert_close(out.parts.alignment, expected.alignment)
     assert out.parts.alignment.sum() > 0
-    assert not torch.equal(
-        prototypes[0], head.prototypes.prototypes_0
-    )  # they move after the loss, not before it
+    # They move after the loss, not before it
+    assert not torch.equal(prototypes[0], head.prototypes.prototypes_0)
 
 
 def test_in_training_the_gate_is_neutral_whatever_its_calibration():
@@ -288,9 +290,8 @@ def test_budgets_by_name_in_order_or_as_budgets():
         [0.5, 0.5]
     )
     head.set_budgets({"audio": 0.0, "lip video": 0.5})
-    assert head.log_prior.exp().tolist() == pytest.approx(
-        [1e-3 / 1.001, 1 / 1.001]
-    )  # floored: no modality is ruled out for good
+    # Floored: no modality is ruled out for good
+    assert head.log_prior.exp().tolist() == pytest.approx([1e-3 / 1.001, 1 / 1.001])
 
 
 @pytest.mark.parametrize(
@@ -340,7 +341,8 @@ def test_budgets_that_cannot_be_used(budgets, message):
         ),
         (
             lambda z: {**z, "audio": z["audio"][:, None]},
-            r"embeddings: audio has shape \(8, 1, 6\), expected \[B, 6\]; the encoder must return one vector",
+            r"embeddings: audio has shape \(8, 1, 6\), expected \[B, 6\]; "
+            "the encoder must return one vector",
         ),
     ],
 )
@@ -411,9 +413,8 @@ def test_predict_is_the_softmax_of_forward_on_standardised_inputs(toy, trained):
     )
     torch.testing.assert_close(got.weights, out.weights.detach())
     torch.testing.assert_close(got.uncertainty, out.uncertainty.detach(), atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(
-        got.probabilities, trained(toy.inputs).logits.softmax(-1), atol=0.1
-    )  # standardising matters here
+    # Standardising matters here
+    assert not torch.allclose(got.probabilities, trained(toy.inputs).logits.softmax(-1), atol=0.1)
     assert got.probabilities.max() > 0.9
 
 
@@ -484,7 +485,7 @@ def test_masked_rows_may_hold_anything(toy, trained, fill):
 
 
 def test_encoders_never_meet_what_stands_in_a_masked_row():
-    """Some modules raise on NaN, or mix samples; there need not be a standardizer to stand in between."""
+    """Some modules raise on NaN, or mix samples; there need not be a standardizer in between."""
     met = []
 
     class Witness(nn.Linear):
@@ -501,9 +502,8 @@ def test_encoders_never_meet_what_stands_in_a_masked_row():
 
 
 def test_a_modality_left_out_is_missing_everywhere(toy, trained):
-    alone = trained.predict(
-        {"image": toy.inputs["image"]}, np.ones((400, 2))
-    )  # its column of the mask is ignored
+    # Its column of the mask is ignored
+    alone = trained.predict({"image": toy.inputs["image"]}, np.ones((400, 2)))
     masked = trained.predict(toy.inputs, torch.tensor([[False, True]] * 400))
     for a, b in zip(alone, masked):
         assert torch.equal(a, b)

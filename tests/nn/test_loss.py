@@ -1,4 +1,4 @@
-"""The objective against section 3 and 5 of the method written out with torch operations, sample by sample."""
+"""The objective against its equations, sample by sample: method page, section 3 and section 5."""
 
 import math
 
@@ -43,7 +43,7 @@ def log_posterior(z, prototypes, temperature):
 
 
 def by_hand(logits, embeddings, prototypes, targets, mask, budgets, gate, temperature):
-    """(fused, unimodal [M], contrastive [M], alignment [M]), each the mean over the samples that count for it."""
+    """(fused, unimodal [M], contrastive [M], alignment [M]): means over what counts for each."""
     fused, unimodal, contrastive, alignment = (
         [],
         [[] for _ in SIZES],
@@ -106,9 +106,8 @@ def test_total_is_the_weighted_sum_of_parts_computed_by_hand(seed, masked):
     hand = by_hand(logits, embeddings, prototypes, targets, mask, budgets, gate, 0.5)
     for got, expected in zip(loss[1:], hand):
         torch.testing.assert_close(got.double(), expected, atol=1e-6, rtol=1e-6)
-    assert (
-        (hand[2] > 0).all() and hand[3][1] == 0 and hand[3][[0, 2]].min() > 0
-    )  # the case shows every part
+    # The case shows every part
+    assert (hand[2] > 0).all() and hand[3][1] == 0 and hand[3][[0, 2]].min() > 0
     expected = (
         0.7 * hand[0] + 1.3 * hand[1].sum() + 0.75 * (0.4 * hand[2].sum() + 2.5 * hand[3].sum())
     )
@@ -205,19 +204,20 @@ def test_no_gradient_into_prototypes_budgets_gate_and_the_anchor():
     loss.total.backward()
     assert gate.grad is None  # the gate cannot starve an encoder, nor learn from training data
     assert not prototypes[0].requires_grad and not budgets.requires_grad
-    assert (
-        embeddings[1].grad is None or not embeddings[1].grad.any()
-    )  # the anchor is nobody's pupil
+    # The anchor is nobody's pupil
+    assert embeddings[1].grad is None or not embeddings[1].grad.any()
     assert embeddings[0].grad.any() and embeddings[2].grad.any()
 
 
 def test_alignment_acts_only_below_the_budgeted_share():
-    """One sample, two classes; prototypes on the axes, so q(y) is a function of the embedding's angle that can be written down."""
+    """One sample, two classes, prototypes on the axes.
+
+    So q(y) is a function of the embedding's angle that can be written down.
+    """
     prototypes, targets, temperature = [torch.eye(2)] * 2, torch.tensor([0]), 0.5
 
-    def embedding(
-        q,
-    ):  # (-d2 / tau) differs between the classes by 2 (cos a - sin a) / tau, which is to be logit(q)
+    def embedding(q):
+        # -d^2 / tau differs between the classes by 2 (cos a - sin a) / tau, which is to be logit(q)
         difference = math.log(q / (1 - q)) * temperature / 2
         angle = math.acos(difference / math.sqrt(2)) - math.pi / 4
         return torch.tensor([[math.cos(angle), math.sin(angle)]], dtype=torch.float64)
@@ -235,15 +235,13 @@ def test_alignment_acts_only_below_the_budgeted_share():
         )
         return loss.alignment[1].item()
 
-    budgets = torch.tensor(
-        [0.8, 0.4], dtype=torch.float64
-    )  # the weak modality owes half of the anchor's evidence
+    # The weak modality owes half of the anchor's evidence
+    budgets = torch.tensor([0.8, 0.4], dtype=torch.float64)
     assert align(0.9, 0.46, budgets) == 0.0  # above 0.45: left alone, though far below the anchor
     expected = 0.05 * (0.9 * math.log(0.9 / 0.4) + 0.1 * math.log(0.1 / 0.6))
     assert align(0.9, 0.4, budgets) == pytest.approx(expected, rel=1e-4)
-    assert (
-        align(0.9, 0.46, torch.tensor([0.8, 0.8], dtype=torch.float64)) > 0.1
-    )  # with an equal budget it owes everything
+    # With an equal budget it owes everything
+    assert align(0.9, 0.46, torch.tensor([0.8, 0.8], dtype=torch.float64)) > 0.1
     assert align(0.3, 0.2, budgets) == 0.0  # an anchor that is itself wrong is no teacher
 
 

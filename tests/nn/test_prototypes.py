@@ -22,9 +22,10 @@ def batches(count=4, size=12, classes=4, seed=0):
         embeddings = {
             name: torch.randn(size, dim, generator=generator) * 3 for name, dim in DIMS.items()
         }
+        # The last class never occurs
         targets = torch.randint(
             0, 2 if number < count // 2 else classes - 1, (size,), generator=generator
-        )  # the last class never occurs
+        )
         targets[torch.rand(size, generator=generator) < 0.2] = -100
         result.append((embeddings, targets, torch.rand(size, 2, generator=generator) < 0.7))
     return result
@@ -62,9 +63,10 @@ def assert_same(bank, prototypes, counts):
             expected = (
                 torch.zeros(DIMS[name], dtype=torch.float64) if expected is None else expected
             )
+            # A mean near 0 magnifies float32's rounding
             torch.testing.assert_close(
                 bank.prototypes[index][k].double(), expected, atol=2e-5, rtol=1e-5
-            )  # a mean near 0 magnifies float32
+            )
 
 
 @pytest.mark.parametrize("metric", ["cosine", "sqeuclidean"])
@@ -162,9 +164,8 @@ def test_prototypes_stay_float32_under_half_precision(dtype):
     expected.update({name: values.float() for name, values in half.items()}, targets, mask)
     for a, b in zip(bank.prototypes, expected.prototypes):
         assert a.dtype == torch.float32
-        torch.testing.assert_close(
-            a, b, atol=1e-6, rtol=1e-5
-        )  # the sums are not taken in half precision
+        # The sums are not taken in half precision
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 def test_the_update_takes_no_part_in_the_gradient():

@@ -41,7 +41,8 @@ class TestEvaluate:
 
     def test_a_useless_modality_has_no_shapley_value_and_a_good_one_has_it_all(self):
         split = split_of({"good": votes(self.targets), "mute": torch.zeros(400, 4)}, self.targets)
-        # "mute" votes for nothing; by itself argmax of zeros is class 0, as is the prediction for the empty set
+        # "mute" votes for nothing; by itself argmax of zeros is class 0, as is the prediction for
+        # the empty set
         metrics, *_ = evaluate(one_hot_model(["good", "mute"]), split, majority=0)
         assert metrics["accuracy"] == 1.0
         assert metrics["shapley"] == pytest.approx({"good": 0.75, "mute": 0.0}, abs=1e-12)
@@ -58,12 +59,9 @@ class TestEvaluate:
         assert abs(metrics["shapley"]["noise"]) < 0.03 and metrics["shapley"]["good"] > 0.7
 
     def test_shapley_by_hand_for_two_modalities(self):
-        a = torch.where(
-            torch.arange(400) < 240, self.targets, (self.targets + 1) % 4
-        )  # right in 240
-        b = torch.where(
-            torch.arange(400) >= 200, self.targets, (self.targets + 2) % 4
-        )  # right in 200
+        # a is right in 240 samples, b in 200
+        a = torch.where(torch.arange(400) < 240, self.targets, (self.targets + 1) % 4)
+        b = torch.where(torch.arange(400) >= 200, self.targets, (self.targets + 2) % 4)
         model = one_hot_model(["a", "b"])
         model.head.classifiers[1].weight.data.mul_(1.5)  # b wins where they differ
         metrics, *_ = evaluate(
@@ -74,9 +72,8 @@ class TestEvaluate:
         assert metrics["shapley"]["a"] == pytest.approx(((only_a - empty) + (both - only_b)) / 2)
         assert metrics["shapley"]["b"] == pytest.approx(((only_b - empty) + (both - only_a)) / 2)
         without, *_ = evaluate(model, split_of({"a": votes(a), "b": votes(b)}, self.targets))
-        assert sum(without["shapley"].values()) == pytest.approx(
-            both
-        )  # nothing known, nothing right
+        # Nothing known, nothing right
+        assert sum(without["shapley"].values()) == pytest.approx(both)
 
     def test_every_number_of_the_fused_and_of_each_modalitys_prediction(self):
         generator = torch.Generator().manual_seed(0)
@@ -201,9 +198,8 @@ def test_degrade_touches_its_modality_in_its_share_of_the_samples(kind, fraction
         degrade(split, "a", kind, fraction=fraction, seed=4),
     )
     changed = (got.inputs["a"] != split.inputs["a"]).any(1)
-    assert (
-        changed.sum() == round(fraction * 180) and not changed[:20].any()
-    )  # of those that have it
+    # Of those that have it
+    assert changed.sum() == round(fraction * 180) and not changed[:20].any()
     assert (
         torch.equal(got.inputs["b"], split.inputs["b"])
         and torch.equal(got.targets, split.targets)
@@ -220,9 +216,8 @@ def test_degrade_touches_its_modality_in_its_share_of_the_samples(kind, fraction
         or kind == "missing"
         and fraction == 1
     )
-    assert all(
-        torch.equal(split.inputs[name], values) for name, values in before.items()
-    )  # the original stays
+    # The original stays
+    assert all(torch.equal(split.inputs[name], values) for name, values in before.items())
 
 
 def test_degrade_means_the_same_rows_whatever_the_kind_and_noise_of_its_strength():

@@ -1,4 +1,7 @@
-"""The report page: that it shows the numbers it was given, legibly, and leaves the importing program's matplotlib alone."""
+"""The report page: that it shows the numbers it was given, and legibly.
+
+It also leaves the importing program's matplotlib alone.
+"""
 
 import itertools
 import math
@@ -140,9 +143,10 @@ def test_accuracy_panel():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["fused", "audio", "visual"]
     assert legend == ["trained alone", "its head in the joint model"]
     places = [patch.get_y() + patch.get_height() / 2 for patch in axes.patches]
+    # A name stands at its own bars
     assert list(axes.get_yticks()) == pytest.approx(
         [places[0], sum(places[1:3]) / 2, sum(places[3:]) / 2]
-    )  # a name stands at its own bars
+    )
 
 
 def test_budget_panel():
@@ -221,12 +225,12 @@ def test_one_colour_per_modality_in_every_panel():
     heads = {line.get_xydata().tobytes(): line.get_color() for line in reliability.lines}
     curves = page(names)["reliability"]
     assert [heads[np.stack(curves[name][:2], 1).tobytes()] for name in names] == list(PALETTE)
+    # The tints
     assert [to_hex(line.get_color()) for line in training.lines[:6]] == [
         colour.lower() for _, colour in bars(accuracy)[1::2]
-    ]  # the tints
-    assert (
-        len({line.get_marker() for line in reliability.lines[1:7]}) == 6
-    )  # and in black and white
+    ]
+    # And in black and white
+    assert len({line.get_marker() for line in reliability.lines[1:7]}) == 6
 
 
 def test_headline_and_title():
@@ -240,7 +244,7 @@ def test_headline_and_title():
 
 # Legible.
 def visible_texts(figure):
-    """Every text that is drawn, with its bounding box in pixels; tick labels outside the view are not."""
+    """Every text that is drawn, with its box in pixels; tick labels outside the view are not."""
     figure.draw_without_rendering()
     labels = {}
     for axes in figure.findobj(matplotlib.axes.Axes):
@@ -290,7 +294,8 @@ def apart(first, second, slack=0.5):
 def test_no_text_overlaps_or_leaves_the_page(names, options):
     arguments = page(names, **options)
     arguments["title"] = (
-        "iibalance on a data set with quite a long name, five seeds, encoders of width 64, budgets from unimodal trainings"
+        "iibalance on a data set with quite a long name, five seeds, encoders of width 64, "
+        "budgets from unimodal trainings"
     )
     if options["budgets"]:  # the widest labels: full budgets, all the weight on one modality
         arguments["budgets"]["values"][0] = 1.0
@@ -402,9 +407,10 @@ def test_rc_params_neither_leak_out_nor_in(tmp_path):
     with matplotlib.rc_context(style):
 
         def parameters():
+            # Reading that one would choose it
             return {
                 key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != "backend"
-            }  # reading that one would choose it
+            }
 
         before = parameters()
         write_report(tmp_path / "styled.png", **page(["audio"]))
@@ -421,8 +427,10 @@ def test_backend_is_not_chosen_and_no_display_needed(tmp_path):
         import sys, matplotlib
         from iibalance.training.report import write_report
         before = dict.__getitem__(matplotlib.rcParams, "backend")  # plain access would choose one
-        write_report(sys.argv[1], history=[{"epoch": 1, "train.loss": 2.0}], metrics={}, budgets=None, reliability={}, title="t")
-        assert dict.__getitem__(matplotlib.rcParams, "backend") is before and not isinstance(before, str), "the backend was resolved"
+        empty = dict(metrics={}, budgets=None, reliability={}, title="t")
+        write_report(sys.argv[1], history=[{"epoch": 1, "train.loss": 2.0}], **empty)
+        backend = dict.__getitem__(matplotlib.rcParams, "backend")
+        assert backend is before and not isinstance(before, str), "the backend was resolved"
         assert "matplotlib.pyplot" not in sys.modules
     """
     environment = {

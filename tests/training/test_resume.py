@@ -1,4 +1,4 @@
-"""A training run may be killed at any moment: resumed, it ends with the same metrics, bit for bit."""
+"""A run may be killed at any moment: resumed, it ends with the same metrics, bit for bit."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ import torch
 
 from iibalance import cli
 
-# Forks a training and its resumptions, each killed by a SIGKILL of its own just before or after a named file or folder is renamed into place (None: not
-# killed): those are the steps at which the state on disk changes. Forking saves importing torch for each.
+# Forks a training and its resumptions, each killed by a SIGKILL of its own just before or after a
+# named file or folder is renamed into place (None: not killed): those are the steps at which the
+# state on disk changes. Forking saves importing torch for each.
 KILLER = """
 import json, os, signal, sys
-import matplotlib.pyplot, sklearn.linear_model, sklearn.model_selection, torch._dynamo, torchmetrics.classification
+import matplotlib.pyplot, sklearn.linear_model, sklearn.model_selection, torch._dynamo
 try:
     import torch.utils.tensorboard
 except ImportError:
@@ -51,7 +52,8 @@ for arguments, moments in json.loads(sys.argv[1]):
                 arm(moment)
             os._exit(cli.run(arguments))
         runs[-1].append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-        arguments = ["train", "--resume", arguments[arguments.index("--output") + 1]] if "--output" in arguments else arguments
+        if "--output" in arguments:
+            arguments = ["train", "--resume", arguments[arguments.index("--output") + 1]]
 print(json.dumps(runs))
 """
 
@@ -81,7 +83,10 @@ def train(data: Path, output: Path, *more) -> list[str]:
 
 
 def kill_at(*runs: tuple[list[str], list[str | None]]) -> list[list[int]]:
-    """For each (command line, moments): the exit codes of that training, killed at the first moment, and of its resumptions, killed at the others."""
+    """For each (command line, moments): the exit codes of that training and of its resumptions.
+
+    The training is killed at the first moment, its resumptions at the others.
+    """
     done = subprocess.run(
         [sys.executable, "-c", KILLER, json.dumps(runs)],
         capture_output=True,
@@ -186,7 +191,7 @@ def test_early_stopping_is_resumed_too(tmp_path, data):
 
 @pytest.mark.slow
 def test_online_budgets_are_resumed_too(tmp_path, data):
-    """They live in the history: each epoch's are a moving average that starts from the one before."""
+    """They live in the history: each epoch's moving average starts from the one before."""
     options = [
         "--budgets.source",
         "online",
@@ -286,6 +291,7 @@ def refused(capsys, *arguments) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is(capsys, whole):
     before = contents(whole)
     assert cli.run(["train", "--resume", str(whole)]) == 0

@@ -1,4 +1,7 @@
-"""Training with the Triton kernels on real data: the same losses, prototypes and predictions as with plain PyTorch."""
+"""Training with the Triton kernels on real data.
+
+The same losses, prototypes and predictions as with plain PyTorch.
+"""
 
 import contextlib
 
@@ -6,8 +9,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from iibalance.config import TrainingConfig
-from iibalance.data import DataConfig, load_data
+from iibalance.config import DataConfig, TrainingConfig
+from iibalance.data import load_data
 from iibalance.methods import Method
 from iibalance.nn.encoders import build_encoder
 from iibalance.nn.head import IIBalanceHead
@@ -26,7 +29,7 @@ class Enough(Exception):
 
 
 class Recorder(Method):
-    """A method that leaves the model's loss as it is, keeps its parts, and ends the training after ``STEPS``."""
+    """Leaves the model's loss as it is, keeps its parts, and ends the training after ``STEPS``."""
 
     name = "recorder"
 
@@ -49,7 +52,10 @@ class Recorder(Method):
 
 
 def begun(impl, dropout):
-    """(losses of each step, prototypes, predictions) of the first steps of a run on the digits' three views; ``dropout`` hides modalities at random."""
+    """(losses of each step, prototypes, predictions) of a run's first steps on the digits' views.
+
+    ``dropout`` hides modalities at random.
+    """
     data = load_data(DataConfig())
     torch.manual_seed(0)
     encoders = {
@@ -107,6 +113,7 @@ def test_twenty_steps_on_digits_give_the_losses_of_plain_pytorch(dropout):
             and names.count("fusion_backward") == STEPS
             and names.count("prototype_update") == 3 * STEPS
         )
+        # lambda is 0 in the very first step
         assert (
             names.count("alignment_forward") == names.count("alignment_backward_block") == STEPS - 1
-        )  # lambda is 0 in the very first
+        )
