@@ -1,39 +1,40 @@
-"""iib_kernels: the operations under IIBalance, each one function on tensors. Depends on torch (and triton, for the kernels) only.
+"""iib_kernels: the operations under IIBalance, each a function on tensors.
 
     prototype_distance     squared distances of embeddings to class prototypes
     alignment_loss         prototype contrast and budget-conditioned alignment of all modalities
     nearest_prototype      distance to the nearest prototype, for the gate's surprise
     gated_fusion           weights and fused logits by prior, uncertainty and gate
     fusion_cross_entropy   the same with all its cross-entropies
-    update_prototypes      moving average of the prototypes (class_sums and ema_from_sums are its halves;
-                           snapshot keeps the old ones for a loss in the same compiled forward)
+    update_prototypes      moving average of the prototypes; class_sums and ema_from_sums are its
+                           two halves, for training on several processes
+    snapshot               a copy of prototypes for a loss in a compiled forward that moves them
 
-Each runs as Triton kernels or as plain PyTorch (``impl=``); the kernels' autograd Functions are exported beside it.
+Each runs as Triton kernels or as plain PyTorch (``impl=``). ``cpu`` holds a third implementation:
+a whole training step in one batched pass, for small models on a CPU.
+
+What lives here, from the equations up to the functions:
+
+    reference.py                            the equations as they stand, which everything is
+                                            tested against
+    _kernels/                               Triton kernels
+    _ops/                                   launchers, operators (torch.ops.iib), autograd Functions
+    alignment, fusion, prototype, update    the public functions: checks, dtypes, bounded memory
+    cpu.py                                  the training step for a CPU
+    _runtime, _registration, _tuning, ...   what they share
+
+What may come in: torch, and triton where a kernel runs (importing this package does not import it).
+Nothing of the packages above.
 """
 
-from iib_kernels.alignment import AlignmentLossFunction, AlignmentOutput, alignment_loss
-from iib_kernels.fusion import (
-    FusionCrossEntropyFunction,
-    FusionLossOutput,
-    FusionOutput,
-    GatedFusionFunction,
-    fusion_cross_entropy,
-    gated_fusion,
-)
-from iib_kernels.prototype import (
-    NearestOutput,
-    NearestPrototypeFunction,
-    PrototypeDistanceFunction,
-    nearest_prototype,
-    prototype_distance,
-)
-from iib_kernels.update import (
-    UpdatePrototypesFunction,
-    class_sums,
-    ema_from_sums,
-    snapshot,
-    update_prototypes,
-)
+from iib_kernels._ops.alignment import AlignmentLossFunction
+from iib_kernels._ops.distance import PrototypeDistanceFunction
+from iib_kernels._ops.fusion import FusionCrossEntropyFunction, GatedFusionFunction
+from iib_kernels._ops.nearest import NearestPrototypeFunction
+from iib_kernels._ops.update import UpdatePrototypesFunction
+from iib_kernels.alignment import AlignmentOutput, alignment_loss
+from iib_kernels.fusion import FusionLossOutput, FusionOutput, fusion_cross_entropy, gated_fusion
+from iib_kernels.prototype import NearestOutput, nearest_prototype, prototype_distance
+from iib_kernels.update import class_sums, ema_from_sums, snapshot, update_prototypes
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,4 +1,7 @@
-"""Argument checks shared by the public functions: every message names the argument, what it is and what was expected."""
+"""Argument checks shared by the public functions.
+
+Every message names the argument, what it is and what was expected.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,14 @@ from torch import Tensor
 from iib_kernels._runtime import eager_on_cpu
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 def describe(value: object) -> str:
     """A tensor's dtype and shape, or what else it is."""
-    return (
-        f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-        if isinstance(value, Tensor)
-        else type(value).__name__
-    )
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
 def check_float(value: object, name: str) -> Tensor:
@@ -28,13 +30,17 @@ def check_float(value: object, name: str) -> Tensor:
         raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
     if value.dtype not in FLOATS:
         raise TypeError(
-            f"{name}: expected float16, bfloat16, float32 or float64, got {describe(value)}; convert it with .float()"
+            f"{name}: expected float16, bfloat16, float32 or float64, got {describe(value)}; "
+            "convert it with .float()"
         )
     return value
 
 
 def check_shape(value: Tensor, shape: Sequence[int | None], name: str, letters: str) -> Tensor:
-    """ValueError unless ``value`` has ``shape`` (None = any size); ``letters`` says it for the message, as in ``"[B, D]"``."""
+    """ValueError unless ``value`` has ``shape`` (None = any size).
+
+    ``letters`` says it for the message, as in ``"[B, D]"``.
+    """
     if value.dim() != len(shape) or any(
         size is not None and size != actual for size, actual in zip(shape, value.shape)
     ):
@@ -50,7 +56,10 @@ def check_choice(value: object, options: Sequence[str], name: str) -> None:
 
 
 def check_number(value: object, name: str) -> None:
-    """TypeError unless ``value`` is a real number; a tensor, which would have to be read on the host, is not."""
+    """TypeError unless ``value`` is a real number.
+
+    A tensor is none: it would have to be read on the host.
+    """
     if isinstance(value, bool) or not isinstance(
         value, (numbers.Real, torch.SymInt, torch.SymFloat)
     ):
@@ -66,15 +75,18 @@ def check_integer(value: object, name: str) -> None:
 
 
 def tensor_list(values: object, name: str, count: int | None = None) -> list[Tensor]:
-    """A non-empty sequence of floating-point tensors as a list, of ``count`` if given; TypeError or ValueError naming the entry."""
+    """A non-empty sequence of floating-point tensors as a list, of ``count`` if given.
+
+    TypeError or ValueError naming the entry otherwise.
+    """
     if isinstance(values, Tensor) or not isinstance(values, Sequence):
         raise TypeError(
-            f"{name}: expected a sequence with one tensor a modality, got {describe(values)}; wrap a single one in a list"
+            f"{name}: expected a sequence with one tensor a modality, got {describe(values)}; "
+            "wrap a single one in a list"
         )
     if not len(values) or (count is not None and len(values) != count):
-        raise ValueError(
-            f"{name}: expected {'at least one tensor' if count is None else f'{count} tensors, one a modality'}, got {len(values)}"
-        )
+        expected = "at least one tensor" if count is None else f"{count} tensors, one a modality"
+        raise ValueError(f"{name}: expected {expected}, got {len(values)}")
     return [check_float(value, f"{name}[{index}]") for index, value in enumerate(values)]
 
 
@@ -83,14 +95,18 @@ def check_device(reference: Tensor, **others: Tensor | None) -> None:
     for name, value in others.items():
         if value is not None and value.device != reference.device:
             raise ValueError(
-                f"{name}: is on {value.device}, the other arguments on {reference.device}; move it there"
+                f"{name}: is on {value.device}, the other arguments on {reference.device}; "
+                "move it there"
             )
 
 
 def check_mask(
     mask: object, shape: Sequence[int], name: str = "mask", *, rows_need_one: bool = False
 ) -> Tensor | None:
-    """A bool tensor of ``shape`` [..., M] or None. With ``rows_need_one``, a row without any True is a ValueError where values may be looked at."""
+    """A bool tensor of ``shape`` [..., M] or None.
+
+    With ``rows_need_one``, a row without any True is a ValueError where values may be looked at.
+    """
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -104,7 +120,8 @@ def check_mask(
         if empty.any():
             row = int(empty.flatten().nonzero()[0])
             raise ValueError(
-                f"{name}: row {row} has no modality present; leave such samples out, there is nothing to fuse"
+                f"{name}: row {row} has no modality present; leave such samples out, there is "
+                "nothing to fuse"
             )
     return mask
 
@@ -117,24 +134,20 @@ def check_targets(
     *,
     replace: bool = True,
 ) -> Tensor:
-    """Class indices of ``shape`` as int64, with ``ignore_index`` in place of any that is out of range; without ``replace`` as they are, for kernels that
-    look at each themselves.
+    """Class indices of ``shape`` as int64, with ``ignore_index`` in place of any out of range.
 
-    Where values may be looked at (eager, on the CPU) one out of range is a ValueError naming its row. Elsewhere, without synchronising, it counts as
-    ignored: it is never used as an index.
+    Without ``replace`` they stay as they are, for kernels that look at each themselves.
+
+    Where values may be looked at (eager, on the CPU) one out of range is a ValueError naming its
+    row. Elsewhere, without synchronising, it counts as ignored: it is never used as an index.
     """
     check_integer(ignore_index, "ignore_index")
-    if not isinstance(targets, Tensor) or targets.dtype not in (
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.uint8,
-        torch.int8,
-    ):
+    if not isinstance(targets, Tensor) or targets.dtype not in INTEGERS:
         raise TypeError(f"targets: expected int64 class indices, got {describe(targets)}")
     if tuple(targets.shape) != tuple(shape):
         raise ValueError(
-            f"targets: expected shape {list(shape)}, one class index a sample, got {list(targets.shape)}"
+            f"targets: expected shape {list(shape)}, one class index a sample, "
+            f"got {list(targets.shape)}"
         )
     if not replace and not eager_on_cpu(targets):
         return targets
@@ -143,7 +156,8 @@ def check_targets(
     if eager_on_cpu(targets) and bad.any():
         row = int(bad.flatten().nonzero()[0])
         raise ValueError(
-            f"targets: row {row} holds {int(targets.flatten()[row])}, outside 0..{num_classes - 1}; use ignore_index ({ignore_index}) to leave a row out"
+            f"targets: row {row} holds {int(targets.flatten()[row])}, outside "
+            f"0..{num_classes - 1}; use ignore_index ({ignore_index}) to leave a row out"
         )
     return torch.where(bad, ignore_index, targets) if replace else targets
 

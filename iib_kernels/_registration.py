@@ -10,9 +10,10 @@ LIBRARY = torch.library.Library("iib", "FRAGMENT")
 
 
 def register(schema: str, implementation: Callable, fake: Callable) -> Callable:
-    """The operator ``iib::<schema>`` with one implementation for CPU (the interpreter) and GPU tensors, opaque to torch.compile.
+    """The operator ``iib::<schema>``, opaque to torch.compile.
 
-    Gradients are not registered here: each operator is called from the autograd Function beside it.
+    One implementation serves CPU tensors (in the interpreter) and GPU tensors. Gradients are not
+    registered here: each operator is called from the autograd Function beside it.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

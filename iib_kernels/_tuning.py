@@ -1,4 +1,7 @@
-"""Block sizes and warps, by the sizes of a call: small static tables. IIB_KERNELS_AUTOTUNE=1 times a few alternatives on the first call of each size."""
+"""Block sizes and warps, by the sizes of a call: small static tables.
+
+IIB_KERNELS_AUTOTUNE=1 times a few alternatives on the first call of each size.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +26,22 @@ class Launch(NamedTuple):
     num_stages: int = 2
 
     def options(self) -> dict[str, int | bool]:
-        """Keyword arguments of the launch. On NVIDIA all registers may be used: left alone, ptxas spills a few to fit one more block."""
+        """Keyword arguments of the launch."""
         options = {
             **self.blocks,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,
         }
+        # On NVIDIA all registers may be used: left alone, ptxas spills a few to fit one more block
         return options if hip() else {**options, "maxnreg": 255}
 
 
 def hip() -> bool:
-    """Whether this PyTorch is for AMD GPUs, whose waves are twice as wide and whose register file is twice as deep."""
+    """Whether this PyTorch is for AMD GPUs.
+
+    Their waves are twice as wide and their register file is twice as deep; they have no TF32.
+    """
     return torch.version.hip is not None
 
 
@@ -44,7 +51,7 @@ def power_of_two(value: int) -> int:
 
 
 def tile(size: int, most: int) -> int:
-    """A power of two that holds ``size``, between 16 (the least that products take) and ``most``."""
+    """A power of two that holds ``size``, between 16, the least products take, and ``most``."""
     return max(16, min(most, power_of_two(size)))
 
 
@@ -69,59 +76,41 @@ def fusion(classes: int, modalities: int, wide: bool) -> list[Launch]:
 def alignment(classes: int, width: int, modalities: int, itemsize: int) -> list[Launch]:
     """Rows, classes and components of a tile of scores; all modalities' tiles are held at once."""
     columns = tile(classes, ALIGNMENT_CLASSES if classes <= ALIGNMENT_CLASSES else 64)
-    warps = (
-        8
-        if (modalities > 3 or columns > 64 or (columns > 32 and itemsize > 2)) and not hip()
-        else 4
-    )
+    many = modalities > 3 or columns > 64 or (columns > 32 and itemsize > 2)
+    warps = 8 if many and not hip() else 4
     return [Launch({"BLOCK_B": 16, "BLOCK_K": columns, "BLOCK_D": depth(width, itemsize)}, warps)]
 
 
 def alignment_tiled(width: int, itemsize: int) -> list[Launch]:
     """The same, with CHUNK components of a gradient kept over all classes."""
-    return [
-        Launch(
-            {
-                "BLOCK_B": 16,
-                "BLOCK_K": 32,
-                "BLOCK_D": depth(width, itemsize),
-                "CHUNK": tile(width, 256 if itemsize <= 4 else 64),
-            },
-            8,
-        )
-    ]
+    blocks = {
+        "BLOCK_B": 16,
+        "BLOCK_K": 32,
+        "BLOCK_D": depth(width, itemsize),
+        "CHUNK": tile(width, 256 if itemsize <= 4 else 64),
+    }
+    return [Launch(blocks, 8)]
 
 
 def distance(batch: int, classes: int, width: int, itemsize: int) -> list[Launch]:
     """Tile of distances."""
-    columns, rows = (
-        tile(classes, 128 if itemsize <= 4 else 32),
-        tile(batch, 64 if batch >= 1024 and itemsize <= 4 else 16),
-    )
-    return [
-        Launch(
-            {"BLOCK_B": rows, "BLOCK_K": columns, "BLOCK_D": depth(width, itemsize)},
-            8 if itemsize > 2 else 4,
-        )
-    ]
+    blocks = {
+        "BLOCK_B": tile(batch, 64 if batch >= 1024 and itemsize <= 4 else 16),
+        "BLOCK_K": tile(classes, 128 if itemsize <= 4 else 32),
+        "BLOCK_D": depth(width, itemsize),
+    }
+    return [Launch(blocks, 8 if itemsize > 2 else 4)]
 
 
 def distance_backward(batch: int, classes: int, width: int, itemsize: int) -> list[Launch]:
     """Tile of the distances' gradient, and CHUNK components at a time."""
-    columns, rows = (
-        tile(classes, 32 if itemsize > 4 else 64 if hip() else 128),
-        tile(batch, 32 if itemsize <= 4 else 16),
-    )
-    return [
-        Launch(
-            {
-                "BLOCK_B": rows,
-                "BLOCK_K": columns,
-                "CHUNK": tile(width, 64 if itemsize <= 4 else 32),
-            },
-            8,
-        )
-    ]
+    wide = itemsize > 4
+    blocks = {
+        "BLOCK_B": tile(batch, 16 if wide else 32),
+        "BLOCK_K": tile(classes, 32 if wide else 64 if hip() else 128),
+        "CHUNK": tile(width, 32 if wide else 64),
+    }
+    return [Launch(blocks, 8)]
 
 
 def nearest_backward(width: int) -> list[Launch]:
@@ -133,30 +122,28 @@ def nearest_backward(width: int) -> list[Launch]:
 def update(width: int) -> list[Launch]:
     """Rows of one class at a time, found among SEARCH targets."""
     components = tile(width, COMPONENTS)
-    return [
-        Launch(
-            {"SEARCH": 256, "BLOCK_B": max(1, min(64, 8192 // components)), "BLOCK_D": components}
-        )
-    ]
+    rows = max(1, min(64, 8192 // components))
+    return [Launch({"SEARCH": 256, "BLOCK_B": rows, "BLOCK_D": components})]
 
 
 _best: dict[tuple, Launch] = {}
 
 
 def autotuning() -> bool:
-    """Whether IIB_KERNELS_AUTOTUNE asks for timing (never when interpreted, where timings mean nothing)."""
+    """Whether IIB_KERNELS_AUTOTUNE asks for timing; never when interpreted, where it is void."""
     return os.environ.get("IIB_KERNELS_AUTOTUNE", "0") not in ("", "0") and not interpreting()
 
 
 def run(key: tuple, candidates: list[Launch], launch: Callable[[Launch], object]) -> object:
-    """``launch`` with the first candidate, or with the fastest of them where autotuning is asked for; ``key`` says for which sizes."""
+    """``launch`` with the first candidate, or, where autotuning is asked for, with the fastest.
+
+    ``key`` says for which sizes.
+    """
     if not autotuning() or len(candidates) == 1:
         return launch(candidates[0])
     if key not in _best:
         from triton.testing import do_bench
 
-        _best[key] = min(
-            candidates,
-            key=lambda candidate: do_bench(lambda: launch(candidate), return_mode="median"),
-        )
+        time = lambda candidate: do_bench(lambda: launch(candidate), return_mode="median")
+        _best[key] = min(candidates, key=time)
     return launch(_best[key])

@@ -1,8 +1,18 @@
-"""A training step of :class:`~iibalance.nn.head.IIBalanceHead` for all modalities in one batched pass: the CPU's fast path.
+"""A training step on a CPU: heads, objective and prototypes of all modalities in one batched pass.
 
-On a CPU with small encoders most of a step is the cost of calling operations, not of computing them: heads, losses, gradients and the prototypes' update take a fraction
-here of what they take one by one. Same equations, same results to rounding. The general path takes whatever this one does not: a GPU, embeddings of different sizes, missing
-modalities, ignored rows, classes not seen yet, other dtypes, metrics and objectives, hooks, ``torch.compile``, ``torch.func``.
+With small encoders most of a step on a CPU is the cost of calling operations, not of computing
+them. So everything is stacked over the modalities here, and heads, losses, gradients and the
+prototypes' update take a fraction of what they take one by one.
+
+It is one of three implementations of the same equations: ``reference`` states them, the Triton
+kernels compute them on a GPU, this computes a whole step on a CPU. Results are the same to
+rounding.
+
+:func:`takes` says where it applies. It leaves to the others whatever is not plain training of
+linear heads: a GPU, embeddings of different sizes, missing modalities, ignored rows, other dtypes,
+other metrics than the cosine, classes not seen yet, ``torch.compile`` and ``torch.func``.
+
+Shapes: B samples, K classes, M modalities, embeddings of D components.
 """
 
 from __future__ import annotations
@@ -15,44 +25,47 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_in_transform = getattr(
-    torch._C, "_are_functorch_transforms_active", lambda: False
-)  # torch.func.grad and the like
-EPS = 1e-12  # a shorter embedding has no direction, as in iib_kernels
+from iib_kernels.reference import EPS
+
+# Whether torch.func.grad or the like is around a call
+_in_transform = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _ZERO = torch.tensor(0.0)
 
 
 class Weights(NamedTuple):
-    """Of the terms of the objective, as in :class:`~iibalance.nn.loss.IIBalanceLoss`; alpha and beta already times lambda(t)."""
+    """Weights of the objective's terms (method page, section 5), as they are in this step.
 
-    fused: float
-    unimodal: float
-    alpha: float
-    beta: float
+    Schedules are already in them.
+    """
+
+    fused: float  #: of the cross-entropy of the summed logits
+    unimodal: float  #: of each modality's own cross-entropy
+    alpha: float  #: of the prototype contrast
+    beta: float  #: of the alignment
 
 
 class StepOutput(NamedTuple):
-    """What a step gives; gradients flow from all but the last."""
+    """What :func:`step` gives; gradients flow from all but the last."""
 
-    total: Tensor  #: []
-    fused: Tensor  #: []
-    unimodal: Tensor  #: [M]
-    contrastive: Tensor  #: [M]
+    total: Tensor  #: [] the objective
+    fused: Tensor  #: [] cross-entropy of the summed logits
+    unimodal: Tensor  #: [M] cross-entropies of the heads
+    contrastive: Tensor  #: [M] prototype contrast
     alignment: Tensor  #: [M]
-    logits: Tensor  #: [M, B, K]
-    summed: Tensor  #: [B, K] logits
+    logits: Tensor  #: [M, B, K] of the heads
+    summed: Tensor  #: [B, K] their sum
     rows: Tensor  #: [M, B, D] embeddings at unit length
 
 
 def takes(impl: str, targets: Tensor, classes: int, *groups: Sequence[Tensor]) -> bool:
-    """Whether the fast path applies: ``impl="auto"``, every target one of the ``classes`` and, within each group, float32 CPU tensors of one shape."""
-    if (
-        torch.compiler.is_compiling()
-        or impl != "auto"
-        or not targets.is_cpu
-        or targets.dtype is not torch.int64
-        or not len(targets)
-    ):
+    """Whether this implementation may take a call.
+
+    It may where ``impl`` is ``"auto"``, every target is one of the ``classes`` and, within each
+    group, tensors are float32, on the CPU and of one shape.
+    """
+    if torch.compiler.is_compiling() or impl != "auto":
+        return False
+    if not targets.is_cpu or targets.dtype is not torch.int64 or not len(targets):
         return False
     if torch.is_autocast_enabled("cpu") or _in_transform():
         return False
@@ -75,28 +88,26 @@ def step(
     temperature: float,
     terms: Weights,
 ) -> StepOutput:
-    """Heads and objective (method page, section 3; neutral gate, cosine metric): embeddings M of [B, D], weights M of [K, D], biases M of [K], targets [B] in
-    [0, K), prototypes M of [K, D], budgets [M].
+    """Linear heads and the objective over them (method page, section 3 and section 5).
 
-    Gradients to embeddings, weights and biases, once: asked for a graph of them (``create_graph=True``) it raises RuntimeError; give ``impl="reference"``.
+    The gate is neutral (the fused logits are the sum of the heads'), the metric is the cosine.
+
+    Args:
+        embeddings: M of [B, D].
+        weights: M of [K, D], of the heads.
+        biases: M of [K], of the heads.
+        targets: [B] in [0, K).
+        prototypes: M of [K, D], at unit length.
+        budgets: [M].
+        temperature: tau > 0.
+        terms: weights of the objective's terms.
+
+    Gradients reach embeddings, weights and biases, once. Asked for a graph of them
+    (``create_graph=True``), backward raises RuntimeError.
     """
-    fixed = targets, prototypes, 2 / temperature, terms, *_relative(tuple(budgets.tolist()))
+    anchor, relative = _anchor_and_relative(tuple(budgets.tolist()))
+    fixed = _Fixed(targets, prototypes, 2 / temperature, terms, anchor, relative)
     return StepOutput(*_Step.apply(fixed, *embeddings, *weights, *biases))
-
-
-@lru_cache(64)
-def _relative(budgets: tuple[float, ...]) -> tuple[int, Tensor]:
-    anchor = max(range(len(budgets)), key=budgets.__getitem__)
-    return anchor, torch.tensor(
-        [[value / budgets[anchor] if budgets[anchor] > 0 else 1.0] for value in budgets]
-    )
-
-
-@lru_cache(64)
-def _shares(terms: Weights, count: int) -> Tensor:
-    return torch.tensor(
-        [terms.unimodal] * count + [terms.alpha] * count + [terms.fused] + [terms.beta] * count
-    )
 
 
 @torch.no_grad()
@@ -108,86 +119,132 @@ def update(
     momentum: float,
     complete: bool,
 ) -> None:
-    """Move the prototypes (M of [K, D]) and counts (M of [K]) in place towards the batch (section 2; cosine metric).
+    """Move prototypes and counts in place towards the batch (method page, section 2).
 
-    ``rows`` [M, B, D] are the embeddings at unit length (:func:`unit`); ``complete``: all classes have been seen.
+    The metric is the cosine.
+
+    Args:
+        prototypes: M of [K, D].
+        counts: M of [K], how many samples of each class have been seen.
+        rows: [M, B, D] embeddings at unit length (:func:`unit`).
+        targets: [B] in [0, K).
+        momentum: mu in [0, 1).
+        complete: whether all classes have been seen before.
     """
     old = torch.stack(prototypes)  # [M, K, D]
-    fresh = torch.bincount(targets, minlength=old.shape[1])
-    # Momentum times what was and the rest times the batch's mean, both times the count: only the direction counts
+    fresh = torch.bincount(targets, minlength=old.shape[1])  # [K]
+    # mu times the old one and (1 - mu) times the batch's mean, both times the class's count: only
+    # the direction matters, so the sum of the rows will do for their mean
     moved = old * (momentum * fresh).unsqueeze(1)
-    if not complete:
+    if not complete:  # a class seen for the first time takes the mean itself
         moved = moved.where((torch.stack(counts) > 0)[..., None], 0.0)
     moved = unit(moved.index_add_(1, targets, rows, alpha=1 - momentum))[0]
-    if not int(fresh.min()):
+    if not int(fresh.min()):  # a class absent from the batch keeps its prototype
         moved = moved.where((fresh > 0)[:, None], old)
     torch._foreach_copy_(prototypes, moved.unbind())
     torch._foreach_add_(counts, [fresh] * len(counts))
 
 
 def unit(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows at unit length and the inverses of their lengths; a zero row stays zero and has inverse 0."""
+    """Rows [..., D] at unit length and the inverses of their lengths [..., 1].
+
+    A zero row stays zero and has inverse 0.
+    """
     length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     inverse = torch.threshold_(length, EPS, math.inf).reciprocal_()
     return rows * inverse, inverse
 
 
+class _Fixed(NamedTuple):
+    """Arguments of a step that get no gradient."""
+
+    targets: Tensor  # [B]
+    prototypes: Sequence[Tensor]  # M of [K, D]
+    scale: float  # 2 / tau: scores are 2 / tau times the cosine, up to a constant
+    terms: Weights
+    anchor: int  # the modality with the largest budget
+    relative: Tensor  # [M, 1] rho, budgets by the anchor's
+
+
+@lru_cache(64)
+def _anchor_and_relative(budgets: tuple[float, ...]) -> tuple[int, Tensor]:
+    """The anchor and rho [M, 1]; all 1 where no budget is above 0."""
+    anchor = max(range(len(budgets)), key=budgets.__getitem__)
+    top = budgets[anchor]
+    return anchor, torch.tensor([[value / top if top > 0 else 1.0] for value in budgets])
+
+
+@lru_cache(64)
+def _shares(terms: Weights, count: int) -> Tensor:
+    """The weight of each of the step's mean losses [3 M + 1], in the order of ``parts``."""
+    return torch.tensor(
+        [terms.unimodal] * count + [terms.alpha] * count + [terms.fused] + [terms.beta] * count
+    )
+
+
 class _Step(torch.autograd.Function):
-    # Heads and prototypes are one table [M, 2K, D], so that one product gives both kinds of scores, and one softmax all distributions:
-    # M heads, M prototype posteriors and the fused one. What counts here is the number of operations, not their size.
+    """:func:`step` for autograd: (fixed, M embeddings, M weights, M biases) -> StepOutput's fields.
+
+    What counts here is the number of operations, not their size. Heads and prototypes are one table
+    [M, 2K, D], so that one product gives both kinds of scores; one softmax then gives all 2 M + 1
+    distributions: M heads, M prototype posteriors and the fused one, in this order.
+
+    Classes stand in the middle dimension, as softmax is many times faster along it than along a
+    short last one.
+    """
+
     @staticmethod
-    def forward(ctx, fixed, *tensors):
+    def forward(ctx, fixed: _Fixed, *tensors):
         targets, prototypes, scale, terms, anchor, relative = fixed
         count = len(prototypes)
-        inputs, weights, biases = (
-            torch.stack(tensors[:count]),
-            tensors[count : 2 * count],
-            tensors[2 * count :],
-        )
+        weights, biases = tensors[count : 2 * count], tensors[2 * count :]
+        inputs = torch.stack(tensors[:count])  # [M, B, D]
         classes, size = weights[0].shape
-        table = torch.cat([part for pair in zip(weights, prototypes) for part in pair]).view(
-            count, 2 * classes, size
-        )
-        # [M, 2K, B], as softmax is many times faster along a middle dimension than along a short last one
-        logits, scores = torch.bmm(table, inputs.mT).chunk(2, 1)
+        table = torch.cat([part for pair in zip(weights, prototypes) for part in pair])
+        table = table.view(count, 2 * classes, size)
+
+        # Scores and their 2 M + 1 distributions
+        logits, scores = torch.bmm(table, inputs.mT).chunk(2, 1)  # [M, K, B] each
         rows, inverse = unit(inputs)
         logits = logits + torch.stack(biases).unsqueeze(2)
-        summed = logits.sum(0, keepdim=True)
-        log_p = torch.cat(
-            [logits, torch.addcmul(_ZERO, scores, inverse.mT, value=scale), summed]
-        ).log_softmax(1)  # [2M + 1, K, B]
-        error = log_p.exp()  # p, and in the end p less the target's one: the gradient of a cross-entropy by its scores
+        scores = torch.addcmul(_ZERO, scores, inverse.mT, value=scale)
+        summed = logits.sum(0, keepdim=True)  # [1, K, B]
+        log_p = torch.cat([logits, scores, summed]).log_softmax(1)  # [2M + 1, K, B]
+        p = log_p.exp()
+
+        # Cross-entropies, and the alignment of the posteriors q with the anchor's
         index = targets.expand(2 * count + 1, 1, -1)
         log_true = log_p.gather(1, index).squeeze(1)  # [2M + 1, B]
-        confidence = log_true[count : 2 * count].exp()
+        confidence = log_true[count : 2 * count].exp()  # [M, B] q_m(i, y_i)
         deviation = (relative * confidence[anchor]).sub_(confidence).clamp_min_(0)  # [M, B]
         log_q = log_p[count : 2 * count]
-        divergence = (log_q[anchor] - log_q).mul_(error[count + anchor]).sum(1)
-        parts = torch.cat([log_true.neg_(), divergence.mul_(deviation)]).mean(1)
+        divergence = (log_q[anchor] - log_q).mul_(p[count + anchor]).sum(1)  # [M, B]
+        parts = torch.cat([log_true.neg_(), divergence.mul_(deviation)]).mean(1)  # [3M + 1]
         share = _shares(terms, count)
         total = torch.dot(parts, share)
-        error.scatter_(1, index, -1.0, reduce="add")
+
+        error = p.scatter_(1, index, -1.0, reduce="add")  # a cross-entropy's gradient by scores
         ctx.anchor, ctx.scale, ctx.terms, ctx.count, ctx.share = anchor, scale, terms, count, share
         ctx.set_materialize_grads(False)
-        summed = summed.squeeze(0).mT
         ctx.mark_non_differentiable(rows)
         ctx.save_for_backward(table, inputs, rows, inverse, log_p, error, deviation)
         unimodal, contrastive, fused, alignment = parts.split_with_sizes([count, count, 1, count])
-        return total, fused.squeeze(0), unimodal, contrastive, alignment, logits.mT, summed, rows
+        fused, summed = fused.squeeze(0), summed.squeeze(0).mT
+        return total, fused, unimodal, contrastive, alignment, logits.mT, summed, rows
 
     @staticmethod
     def backward(ctx, total, fused, unimodal, contrastive, alignment, by_logits, by_summed, _):
-        if (
-            torch.is_grad_enabled()
-        ):  # create_graph=True: without this the second-order terms would be missing silently
+        # With create_graph=True second-order terms would be missing silently
+        if torch.is_grad_enabled():
             raise RuntimeError(
-                'IIBalanceHead: its fast path on the CPU has first derivatives only; for second ones give impl="reference"'
+                "the CPU's fast training step has first derivatives only; for second ones give "
+                'impl="reference"'
             )
         table, inputs, rows, inverse, log_p, error, deviation = ctx.saved_tensors
-        count, batch = ctx.count, error.shape[2]
-        upstream = ctx.share * (
-            0.0 if total is None else float(total) / batch
-        )  # of the entropies, then of the alignment
+        count, batch, anchor = ctx.count, error.shape[2], ctx.anchor
+
+        # What each sample's losses weigh: 2 M + 1 cross-entropies, then M alignments
+        upstream = ctx.share * (0.0 if total is None else float(total) / batch)
         for gradient, start, stop in (
             (unimodal, 0, count),
             (contrastive, count, 2 * count),
@@ -197,26 +254,26 @@ class _Step(torch.autograd.Function):
             if gradient is not None:
                 upstream[start:stop].add_(gradient / batch)
         cross, pulled = upstream.split_with_sizes([2 * count + 1, count])
-        by_heads, by_distances, by_fused = (error * cross.view(-1, 1, 1)).split_with_sizes(
-            [count, count, 1]
-        )
+
+        # By the scores of the heads and of the prototypes, [M, K, B] each
+        weighted = error * cross.view(-1, 1, 1)
+        by_heads, by_distances, by_fused = weighted.split_with_sizes([count, count, 1])
         by_heads.add_(by_fused)
         if ctx.terms.beta or alignment is not None:
+            # KL(q_a || q) by the scores is q - q_a; the targets' ones in error cancel
             off = error[count : 2 * count]
-            by_distances.addcmul_(
-                off - off[ctx.anchor], (deviation * pulled.unsqueeze(1)).unsqueeze(1)
-            )  # KL(q_a || q) by the scores: q - q_a
+            strength = (deviation * pulled.unsqueeze(1)).unsqueeze(1)
+            by_distances.addcmul_(off - off[anchor], strength)
         if by_logits is not None:
             by_heads.add_(by_logits.mT)
         if by_summed is not None:
             by_heads.add_(by_summed.mT)
-        # Through the unit length: less the part along the row. by_distances sums to 0 over the classes, so log_q serves for the scores
-        along = (
-            (by_distances * log_p[count : 2 * count]).sum(1).unsqueeze(2).mul_(inverse)
-        )  # [M, B, 1]
-        joined = torch.cat(
-            [by_heads, torch.addcmul(_ZERO, by_distances, inverse.mT, value=ctx.scale)], 1
-        )
-        by_inputs = torch.bmm(joined.mT, table).addcmul_(rows, along, value=-1)
+
+        # By the embeddings. The prototypes' scores see them at unit length: less the part along the
+        # row. by_distances sums to 0 over the classes, so log_q serves for the scores
+        along = (by_distances * log_p[count : 2 * count]).sum(1).unsqueeze(2).mul_(inverse)
+        by_cosines = torch.addcmul(_ZERO, by_distances, inverse.mT, value=ctx.scale)
+        by_products = torch.cat([by_heads, by_cosines], 1)  # [M, 2K, B]
+        by_inputs = torch.bmm(by_products.mT, table).addcmul_(rows, along, value=-1)  # [M, B, D]
         by_weights, by_biases = torch.bmm(by_heads, inputs), by_heads.sum(2)
         return None, *by_inputs.unbind(), *by_weights.unbind(), *by_biases.unbind()

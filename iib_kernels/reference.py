@@ -1,9 +1,13 @@
-"""The method page's sections 2 to 4 in plain PyTorch: what every faster implementation is tested against.
+"""The equations in plain PyTorch: what every faster implementation is tested against.
 
-Functions here check nothing and process everything at once, in the dtype of their inputs; the public functions of this package add argument checks, dtype
-rules and bounded memory. The equations are this project's own formulation of arXiv 2603.17347.
+They are those of the method page, section 2 to section 4, this project's own formulation of arXiv
+2603.17347.
 
-Shapes: B samples, K classes, M modalities; features[m] is [B, D_m], prototypes[m] [K, D_m], logits[m] [..., K].
+Functions here check nothing and process everything at once, in the dtype of their inputs; the
+public functions of this package add argument checks, dtype rules and bounded memory.
+
+Shapes: B samples, K classes, M modalities; features[m] is [B, D_m], prototypes[m] [K, D_m] and
+logits[m] [..., K].
 """
 
 from __future__ import annotations
@@ -19,14 +23,20 @@ NEVER = -torch.inf
 
 
 def normalize(rows: Tensor) -> Tensor:
-    """Rows [..., D] at unit length; a zero row stays zero and gets no gradient (that of ``F.normalize`` there is 1e12 times the upstream one)."""
+    """Rows [..., D] at unit length; a zero row stays zero and gets no gradient.
+
+    ``F.normalize`` gives such a row 1e12 times the upstream gradient.
+    """
     squares = rows.square().sum(-1, keepdim=True)
     short = squares <= EPS**2  # false for NaN, which stays NaN
     return torch.where(short, 0.0, rows / torch.where(short, 1.0, squares).sqrt())
 
 
 def prototype_distance(features: Tensor, prototypes: Tensor, metric: str = "cosine") -> Tensor:
-    """d2(i, k) = |z_i|^2 + |p_k|^2 - 2 z_i . p_k, clamped at 0; [B, K]. Rows are normalised first for ``"cosine"`` (section 2)."""
+    """d2(i, k) = |z_i|^2 + |p_k|^2 - 2 z_i . p_k, clamped at 0; [B, K] (method page, section 2).
+
+    Rows are normalised first for ``"cosine"``.
+    """
     if metric == "cosine":
         features, prototypes = normalize(features), normalize(prototypes)
     squares = features.square().sum(-1, keepdim=True) + prototypes.square().sum(-1)
@@ -40,19 +50,24 @@ def prototype_log_posterior(
     metric: str = "cosine",
     seen: Tensor | None = None,
 ) -> Tensor:
-    """log q(i, .) = log_softmax_k(-d2(i, k) / tau) over the seen classes, [B, K]; -inf for classes not seen (section 2)."""
+    """log q(i, .) = log_softmax_k(-d2(i, k) / tau) over the seen classes, [B, K]; -inf elsewhere.
+
+    See method page, section 2.
+    """
     scores = -prototype_distance(features, prototypes, metric) / temperature
     if seen is not None:
-        scores = scores.masked_fill(
-            ~seen & seen.any(), NEVER
-        )  # with no class seen the rows do not count: any finite numbers will do
+        # With no class seen the rows do not count: any finite numbers will do
+        scores = scores.masked_fill(~seen & seen.any(), NEVER)
     return scores.log_softmax(-1)
 
 
 def nearest_prototype(
     features: Tensor, prototypes: Tensor, metric: str = "cosine", seen: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Squared distance to the nearest seen prototype and its class, [B] and [B]; 0 and -1 where no class has been seen."""
+    """Squared distance to the nearest seen prototype and its class, [B] and [B].
+
+    0 and -1 where no class has been seen.
+    """
     distance = prototype_distance(features, prototypes, metric)
     if seen is None:
         return distance.min(-1)
@@ -71,10 +86,11 @@ def alignment_loss(
     mask: Tensor | None = None,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Section 3, per sample: contrastive C_m(i), alignment A_m(i), confidence q_m(i, y_i), each [B, M], and which of them count, [B, M] bool.
+    """Contrastive C_m(i), alignment A_m(i) and confidence q_m(i, y_i), each [B, M], per sample; and
+    which of them count, [B, M] bool (method page, section 3).
 
-    A row counts for modality m where its target is not ignored, the modality is present and the target's class has been seen by it; alignment counts where
-    the row counts for the anchor as well.
+    A row counts for modality m where its target is not ignored, the modality is present and the
+    target's class has been seen by it; alignment counts where the row counts for the anchor too.
     """
     count = len(features)
     anchor, relative = anchor_and_relative(budgets)
@@ -89,15 +105,13 @@ def alignment_loss(
     counts = valid[:, None].expand(-1, count) if mask is None else valid[:, None] & mask
     if seen is not None:
         counts = counts & torch.stack([s[y] for s in seen], 1)
-    log_true = torch.where(
-        counts, log_q.gather(2, y.expand(count, -1)[..., None]).squeeze(2).T, 0.0
-    )  # [B, M]
+    log_true = log_q.gather(2, y.expand(count, -1)[..., None]).squeeze(2).T
+    log_true = torch.where(counts, log_true, 0.0)  # [B, M]
     confidence = torch.where(counts, log_true.exp(), 0.0)
-    log_anchor = (
-        log_q.index_select(0, anchor[None]).squeeze(0).detach()
-    )  # log_q[anchor] would read the anchor on the host
+    # log_q[anchor] would read the anchor on the host
+    log_anchor = log_q.index_select(0, anchor[None]).squeeze(0).detach()  # [B, K]
     q_anchor = log_anchor.exp()
-    # A class that either of the two has not seen carries no evidence to compare: left out of the sum
+    # A class that either of the two has not seen carries no evidence to compare: it is left out
     both = (log_q > NEVER) & (log_anchor > NEVER)
     difference = torch.where(both, log_anchor, 0.0) - torch.where(both, log_q, 0.0)
     divergence = (torch.where(both, q_anchor, 0.0) * difference).sum(-1).T  # KL(q_a || q_m), [B, M]
@@ -108,7 +122,7 @@ def alignment_loss(
 
 
 def anchor_and_relative(budgets: Tensor) -> tuple[Tensor, Tensor]:
-    """The anchor argmax_m b_m, [] int64, and rho_m = b_m / b_a, [M]; all 1 where no budget is above 0."""
+    """The anchor argmax_m b_m, [] int64, and rho_m = b_m / b_a, [M]; all 1 if all budgets are 0."""
     top = budgets.max()
     return budgets.argmax(), torch.where(top > 0, budgets / torch.where(top > 0, top, 1), 1.0)
 
@@ -122,7 +136,10 @@ def deviation(confidence: Tensor, relative: Tensor, anchor: Tensor) -> Tensor:
 
 
 def aligned(counts: Tensor, anchor: Tensor) -> Tensor:
-    """Which rows of which modality are drawn towards the anchor, [B, M]: where both count, and never the anchor itself."""
+    """Which rows of which modality are drawn towards the anchor, [B, M] bool.
+
+    Those where both count, and never the anchor's own.
+    """
     return (
         counts
         & counts.gather(1, anchor.expand(len(counts), 1))
@@ -139,17 +156,19 @@ def gated_fusion(
     scale: Tensor | float = 1.0,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Section 4: fused logits f [..., K], weights w [..., M], uncertainty u [..., M] and the scaled logits t [..., M, K]."""
+    """Fused logits f [..., K], weights w [..., M], uncertainty u [..., M] and scaled logits t
+    [..., M, K] (method page, section 4).
+    """
     stacked = torch.stack(list(logits), -2)
-    if mask is not None:
-        stacked = torch.where(
-            mask[..., None], stacked, 0.0
-        )  # what stands in a missing modality's row is nobody's business
+    if mask is not None:  # a missing modality's row may hold anything
+        stacked = torch.where(mask[..., None], stacked, 0.0)
     count, classes = stacked.shape[-2:]
-    # new_full, not as_tensor, which on a GPU copies from the host: that synchronises and cannot be captured in a graph
-    per_modality = lambda value: (
-        value if isinstance(value, Tensor) else stacked.new_full((), value)
-    ).expand(count)
+
+    def per_modality(value: Tensor | float) -> Tensor:
+        # new_full, not as_tensor, which on a GPU copies from the host: that synchronises and
+        # cannot be captured in a graph
+        return (value if isinstance(value, Tensor) else stacked.new_full((), value)).expand(count)
+
     ruled_out = stacked == NEVER  # kept out of every product: 0 * inf would be NaN in a gradient
     finite = torch.where(ruled_out, 0.0, stacked) / per_modality(temperature)[:, None]
     t = torch.where(ruled_out, NEVER, finite)
@@ -163,18 +182,16 @@ def gated_fusion(
         score = score.masked_fill(~mask, NEVER)
     weights = score.softmax(-1)
     fused = scale * (weights[..., None] * finite).sum(-2)
-    fused = fused.masked_fill(
-        (ruled_out & (weights[..., None] > 0)).any(-2), NEVER
-    )  # by a modality with any say
+    # A class is ruled out by any modality that has a say
+    fused = fused.masked_fill((ruled_out & (weights[..., None] > 0)).any(-2), NEVER)
     return fused, weights, uncertainty, t
 
 
 def entropy(logits: Tensor) -> Tensor:
     """H(softmax(logits)) over the last dimension, nats; 0 log 0 = 0."""
     log_p = logits.log_softmax(-1)
-    return -torch.where(
-        log_p > NEVER, log_p.exp() * torch.where(log_p > NEVER, log_p, 0.0), 0.0
-    ).sum(-1)
+    possible = log_p > NEVER
+    return -torch.where(possible, log_p.exp() * torch.where(possible, log_p, 0.0), 0.0).sum(-1)
 
 
 def class_sums(
@@ -184,7 +201,7 @@ def class_sums(
     metric: str = "cosine",
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the embeddings (normalised for ``"cosine"``) of each class [K, D] and number of them [K] int64."""
+    """Sum of each class's embeddings [K, D], normalised for ``"cosine"``, and their number [K]."""
     member = targets == torch.arange(num_classes, device=targets.device)[:, None]  # [K, B]
     member = member & (targets != ignore_index)
     rows = normalize(features) if metric == "cosine" else features
@@ -200,7 +217,10 @@ def ema_from_sums(
     momentum: float = 0.9,
     metric: str = "cosine",
 ) -> tuple[Tensor, Tensor]:
-    """Section 2: p <- normalise(mu p + (1 - mu) mean) for classes in the batch; the mean itself the first time; new prototypes and counts."""
+    """New prototypes and counts (method page, section 2).
+
+    p <- normalise(mu p + (1 - mu) mean) for classes in the batch; the mean itself the first time.
+    """
     mean = sums / batch_counts.clamp_min(1)[:, None]
     moved = torch.where((counts > 0)[:, None], momentum * prototypes + (1 - momentum) * mean, mean)
     if metric == "cosine":

@@ -1,11 +1,14 @@
-"""The prototypes' moving average, and its two halves for data-parallel training (method page, section 2)."""
+"""The prototypes' moving average, and its two halves for data-parallel training.
+
+See method page, section 2.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from iib_kernels import _tuning, reference
+from iib_kernels import reference
 from iib_kernels._checks import (
     check_choice,
     check_device,
@@ -17,17 +20,8 @@ from iib_kernels._checks import (
     describe,
 )
 from iib_kernels._chunks import rows_per_chunk, spans
-from iib_kernels._registration import register
-from iib_kernels._runtime import (
-    accumulator,
-    apply,
-    choose,
-    compute_dtype,
-    distinct,
-    eager_on_cpu,
-    on_device,
-    scalar,
-)
+from iib_kernels._ops.update import CLASS_SUMS, SNAPSHOT, UpdatePrototypesFunction
+from iib_kernels._runtime import apply, choose, compute_dtype, distinct, eager_on_cpu
 from iib_kernels.prototype import METRICS
 
 
@@ -42,28 +36,38 @@ def update_prototypes(
     ignore_index: int = -100,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """New prototypes and counts after one batch: p <- normalise(mu p + (1 - mu) mean of its class's embeddings) (method page, section 2).
+    """New prototypes and counts after one batch (method page, section 2).
+
+    p <- normalise(mu p + (1 - mu) mean of its class's embeddings). A class takes the mean itself
+    the first time; classes absent from the batch keep theirs.
 
     Args:
-        prototypes: [K, D]; counts: [K] int64, how many samples of each class have been seen (0 = the prototype is not set yet).
-        features: [B, D]; targets: [B] class indices.
+        prototypes: [K, D].
+        counts: [K] int64, how many samples of each class have been seen (0 = the prototype is not
+            set yet).
+        features: [B, D].
+        targets: [B] class indices; rows with ``ignore_index`` count for nothing.
         momentum: mu in [0, 1).
-        metric: with ``"cosine"`` embeddings are normalised before they are averaged, and the prototypes after; with ``"sqeuclidean"`` neither.
+        metric: with ``"cosine"`` embeddings are normalised before they are averaged, and the
+            prototypes after; with ``"sqeuclidean"`` neither.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``.
 
-    A class takes the mean itself the first time; classes absent from the batch keep theirs. The inputs are untouched, nothing is differentiated, and the
-    result is bitwise repeatable. Returns ``(prototypes in their dtype, counts)``. It is :func:`class_sums` and :func:`ema_from_sums`: data-parallel callers
-    sum the former over processes in between.
+    Returns ``(prototypes in their dtype, counts)``. The inputs are untouched, nothing is
+    differentiated, and the result is bitwise repeatable. Errors name the argument.
+
+    It is :func:`class_sums` and :func:`ema_from_sums`: data-parallel callers sum the former over
+    processes in between.
 
     Source: arXiv 2603.17347; this project's own formulation.
 
-    >>> update_prototypes(torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64), torch.tensor([[2.0, 0.0]]), torch.tensor([1]))
+    >>> prototypes, counts = torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64)
+    >>> update_prototypes(prototypes, counts, torch.tensor([[2.0, 0.0]]), torch.tensor([1]))
     (tensor([[0., 0.],
             [1., 0.]]), tensor([0, 1]))
     """
     check_shape(check_float(prototypes, "prototypes"), (None, None), "prototypes", "[K, D]")
-    check_shape(
-        check_float(features, "features"), (None, prototypes.shape[1]), "features", "[B, D]"
-    )
+    size = (None, prototypes.shape[1])
+    check_shape(check_float(features, "features"), size, "features", "[B, D]")
     if choose(impl, features) == "triton":
         check_choice(metric, METRICS, "metric")
         _check_moving(prototypes, momentum, counts=counts)
@@ -71,13 +75,9 @@ def update_prototypes(
             targets, features.shape[:1], prototypes.shape[0], ignore_index, replace=False
         )
         check_device(prototypes, counts=counts, features=features, targets=targets)
-        return apply(
-            UpdatePrototypesFunction,
-            *distinct([prototypes, counts, features, targets]),
-            momentum,
-            metric == "cosine",
-            ignore_index,
-        )
+        tensors = distinct([prototypes, counts, features, targets])
+        constants = momentum, metric == "cosine", ignore_index
+        return apply(UpdatePrototypesFunction, *tensors, *constants)
     sums, batch_counts = class_sums(
         features,
         targets,
@@ -92,15 +92,18 @@ def update_prototypes(
 def snapshot(prototypes: Tensor) -> Tensor:
     """A copy [K, D] of prototypes for a loss, where the same compiled forward also moves them.
 
-    ``torch.compile`` with inductor (seen with torch 2.13, plain matrix products included) lets backward read a buffer in place of its ``clone()``, after the
-    forward has written new values into it: the gradients are wrong, silently. This copy is one that it cannot undo. No gradient; errors name the argument.
+    ``torch.compile`` with inductor (seen with torch 2.13, plain matrix products included) lets
+    backward read a buffer in place of its ``clone()``, after the forward has written new values
+    into it: the gradients are wrong, silently. This copy is one that it cannot undo.
+
+    No gradient; errors name the argument.
 
     >>> table = torch.eye(2)
     >>> kept = snapshot(table)
     >>> bool((table.zero_() == 0).all()), kept.trace()
     (True, tensor(2.))
     """
-    return _SNAPSHOT(check_float(prototypes, "prototypes").detach())
+    return SNAPSHOT(check_float(prototypes, "prototypes").detach())
 
 
 @torch.no_grad()
@@ -113,17 +116,20 @@ def class_sums(
     ignore_index: int = -100,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Sums of each class's embeddings in a batch, and how many there were: the half of :func:`update_prototypes` before the all-reduce (section 2).
+    """Sums of each class's embeddings in a batch, and how many there were.
+
+    The half of :func:`update_prototypes` before the all-reduce (method page, section 2).
 
     Args:
         features: [B, D], float16, bfloat16, float32 or float64.
-        targets: [B] class indices; rows with ``ignore_index`` count for nothing and may hold anything. Out of range: ValueError in eager mode on the
-            CPU, ignored elsewhere.
+        targets: [B] class indices; rows with ``ignore_index`` count for nothing and may hold
+            anything. Out of range: ValueError in eager mode on the CPU, ignored elsewhere.
         num_classes: K >= 1.
         metric: with ``"cosine"`` each embedding is normalised before it is added.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``.
 
-    Returns sums [K, D], float32 (float64 for float64 features), and counts [K] int64. No gradient; bitwise repeatable. Errors name the argument.
+    Returns sums [K, D], float32 (float64 for float64 features), and counts [K] int64. No gradient;
+    bitwise repeatable. Errors name the argument.
 
     Source: arXiv 2603.17347; this project's own formulation.
 
@@ -146,23 +152,21 @@ def class_sums(
     )
     check_device(features, targets=targets)
     if implementation == "triton":
-        return _CLASS_SUMS(
-            features.detach(), targets, num_classes, metric == "cosine", ignore_index
-        )
+        cosine = metric == "cosine"
+        return CLASS_SUMS(features.detach(), targets, num_classes, cosine, ignore_index)
     with torch.autocast(features.device.type, enabled=False):
         rows = features.detach().to(compute_dtype(features))
         rows = reference.normalize(rows) if metric == "cosine" else rows
         counts = targets != ignore_index
         rows = torch.where(counts[:, None], rows, 0.0)  # an ignored row may hold anything
-        place = torch.where(
-            counts, targets, num_classes
-        )  # ignored rows go to a row of their own, which is dropped
+        # Ignored rows go to a row of their own, which is dropped
+        place = torch.where(counts, targets, num_classes)
         if eager_on_cpu(features):
             sums = rows.new_zeros(num_classes + 1, rows.shape[1]).index_add_(0, place, rows)
-            return sums[:-1], place.new_zeros(num_classes + 1).index_add_(0, place, counts.long())[
-                :-1
-            ]
-        # On a GPU, and in compiled code, index_add_ is atomic and adds in any order; a matrix product does not. Classes in chunks: [classes, B] at a time
+            totals = place.new_zeros(num_classes + 1).index_add_(0, place, counts.long())
+            return sums[:-1], totals[:-1]
+        # On a GPU, and in compiled code, index_add_ is atomic and adds in any order; a matrix
+        # product does not. Classes in chunks: [classes, B] at a time
         sums, totals = [], []
         for start, stop in spans(num_classes, rows_per_chunk(len(rows), rows.dtype, 2)):
             member = place == torch.arange(start, stop, device=place.device)[:, None]
@@ -181,20 +185,28 @@ def ema_from_sums(
     momentum: float = 0.9,
     metric: str = "cosine",
 ) -> tuple[Tensor, Tensor]:
-    """The moving average of :func:`update_prototypes`, from class sums and counts (summed over processes where there are several) (section 2).
+    """The moving average of :func:`update_prototypes`, from class sums and counts.
+
+    Both are summed over processes first where there are several (method page, section 2).
 
     Args:
-        prototypes: [K, D]; counts: [K] int64, samples seen before (0 = the prototype is not set yet and takes the mean itself).
-        sums: [K, D] and batch_counts: [K] int64, of :func:`class_sums`. Classes with no sample keep their prototype, bit for bit.
+        prototypes: [K, D].
+        counts: [K] int64, samples seen before (0 = the prototype is not set yet and takes the mean
+            itself).
+        sums: [K, D], of :func:`class_sums`.
+        batch_counts: [K] int64, of :func:`class_sums`. Classes with no sample keep their prototype,
+            bit for bit.
         momentum: mu in [0, 1).
         metric: with ``"cosine"`` moved prototypes are normalised.
 
-    Returns new prototypes [K, D] in their dtype (half types are computed in float32) and counts + batch_counts. No gradient; inputs untouched; errors name
-    the argument.
+    Returns new prototypes [K, D] in their dtype (half types are computed in float32) and
+    ``counts + batch_counts``. No gradient; inputs untouched; errors name the argument.
 
     Source: arXiv 2603.17347; this project's own formulation.
 
-    >>> ema_from_sums(torch.eye(2), torch.ones(2, dtype=torch.int64), torch.tensor([[0.0, 4.0], [0.0, 0.0]]), torch.tensor([4, 0]), momentum=0.5)
+    >>> counts = torch.ones(2, dtype=torch.int64)
+    >>> sums, batch_counts = torch.tensor([[0.0, 4.0], [0.0, 0.0]]), torch.tensor([4, 0])
+    >>> ema_from_sums(torch.eye(2), counts, sums, batch_counts, momentum=0.5)
     (tensor([[0.7071, 0.7071],
             [0.0000, 1.0000]]), tensor([5, 1]))
     """
@@ -211,7 +223,7 @@ def ema_from_sums(
 
 
 def _check_moving(prototypes: Tensor, momentum: float, **counts: Tensor) -> None:
-    """TypeError or ValueError unless the momentum and the counts [K] are ones that a moving average can use."""
+    """TypeError or ValueError unless momentum and counts [K] are fit for a moving average."""
     check_number(momentum, "momentum")
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum: expected a number in [0, 1), got {momentum}")
@@ -219,114 +231,3 @@ def _check_moving(prototypes: Tensor, momentum: float, **counts: Tensor) -> None
         if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool:
             raise TypeError(f"{name}: expected an int64 tensor [K], got {describe(value)}")
         check_shape(value, prototypes.shape[:1], name, "[K]")
-
-
-# ----- Triton: launcher, operators, autograd Function
-
-
-def _gather(
-    prototypes,
-    counts,
-    features,
-    targets,
-    momentum,
-    cosine,
-    ignore_index,
-    prototypes_out,
-    counts_out,
-) -> None:
-    """Launch: class sums, or (prototypes given) the moving average."""
-    from iib_kernels._kernels.prototype import prototype_update
-
-    batch, width = features.shape
-    move = prototypes is not None
-    dtype = compute_dtype(features, prototypes) if move else compute_dtype(features)
-    if not counts_out.shape[0]:
-        return
-
-    def launch(config: _tuning.Launch) -> None:
-        prototype_update[(counts_out.shape[0],)](
-            prototypes,
-            *(prototypes.stride() if move else (0, 0)),
-            counts,
-            counts.stride(0) if move else 0,
-            features,
-            *features.stride(),
-            targets,
-            targets.stride(0),
-            ignore_index,
-            scalar(momentum, dtype, features.device),
-            prototypes_out,
-            counts_out,
-            batch,
-            width,
-            MOVE=move,
-            COSINE=cosine,
-            NUMBER_POINTER=dtype == torch.float64,
-            ACC=accumulator(dtype),
-            ONE_BLOCK=width <= config.blocks["BLOCK_D"],
-            **config.options(),
-        )
-
-    with on_device(features):
-        _tuning.run(
-            ("update", batch, width, counts_out.shape[0], features.dtype),
-            _tuning.update(width),
-            launch,
-        )
-
-
-def _update(prototypes, counts, features, targets, momentum, cosine, ignore_index):
-    outputs = _update_fake(prototypes, counts, features, targets, momentum, cosine, ignore_index)
-    _gather(prototypes, counts, features, targets, momentum, cosine, ignore_index, *outputs)
-    return outputs
-
-
-def _update_fake(prototypes, counts, features, targets, momentum, cosine, ignore_index):
-    return prototypes.new_empty(prototypes.shape), counts.new_empty(counts.shape, dtype=torch.int64)
-
-
-def _sums(features, targets, num_classes, cosine, ignore_index):
-    outputs = _sums_fake(features, targets, num_classes, cosine, ignore_index)
-    _gather(None, None, features, targets, 0.0, cosine, ignore_index, *outputs)
-    return outputs
-
-
-def _sums_fake(features, targets, num_classes, cosine, ignore_index):
-    like = features.new_empty
-    return like(num_classes, features.shape[1], dtype=compute_dtype(features)), like(
-        num_classes, dtype=torch.int64
-    )
-
-
-_SNAPSHOT = register(
-    "snapshot(Tensor values) -> Tensor", lambda values: values.clone(), torch.empty_like
-)
-_UPDATE = register(
-    "update_prototypes(Tensor prototypes, Tensor counts, Tensor features, Tensor targets, float momentum, bool cosine, int ignore_index) "
-    "-> (Tensor, Tensor)",
-    _update,
-    _update_fake,
-)
-_CLASS_SUMS = register(
-    "class_sums(Tensor features, Tensor targets, int num_classes, bool cosine, int ignore_index) -> (Tensor, Tensor)",
-    _sums,
-    _sums_fake,
-)
-
-
-class UpdatePrototypesFunction(torch.autograd.Function):
-    """(prototypes, counts, features, targets, momentum, cosine, ignore_index) -> new prototypes and counts, which carry no gradient.
-    See :func:`update_prototypes`, which checks."""
-
-    @staticmethod
-    def forward(prototypes, counts, features, targets, momentum, cosine, ignore_index):
-        return _UPDATE(prototypes, counts, features, targets, momentum, cosine, ignore_index)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.mark_non_differentiable(*output)
-
-    @staticmethod
-    def backward(ctx, *_):
-        return (None,) * 7

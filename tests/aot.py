@@ -1,7 +1,11 @@
-"""Compile what the launchers launch, for GPUs that are not here, and read what it uses: ``python tests/aot.py OUTPUT.json [--quick] [OPERATOR ...]``.
+"""Compile what the launchers launch, for GPUs that are not here, and read what it uses.
 
-The public operators run on CPU tensors with Triton's launch replaced by a recorder, so that each variant is compiled with the signature, constants and
-block sizes that a GPU would get. Needs TRITON_INTERPRET unset; the interpreter and the compiler cannot share a process.
+    python tests/aot.py OUTPUT.json [--quick] [OPERATOR ...]
+
+The public operators run on CPU tensors with Triton's launch replaced by a recorder, so that each
+variant is compiled with the signature, constants and block sizes that a GPU would get.
+
+Needs TRITON_INTERPRET unset; the interpreter and the compiler cannot share a process.
 """
 
 from __future__ import annotations
@@ -53,7 +57,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def recorded(call) -> list[tuple]:
-    """(kernel, arguments by name, launch options) of every launch in ``call``, none of which runs."""
+    """(kernel, arguments by name, launch options) of every launch in ``call``; none runs."""
     launches = []
 
     def record(self, *args, grid, warmup, **kwargs):
@@ -70,7 +74,10 @@ def recorded(call) -> list[tuple]:
 
 
 def _describe(value, path: tuple, constants: dict, attributes: dict):
-    """Type of one argument as the launcher would specialise it; constants and divisibility by 16 are added to their tables."""
+    """Type of one argument as the launcher would specialise it.
+
+    Constants and divisibility by 16 are added to their tables.
+    """
     if isinstance(value, tuple):
         return tuple(
             _describe(entry, (*path, index), constants, attributes)
@@ -126,7 +133,10 @@ def resources(compiled) -> dict:
 
 
 def _matrix(rows, columns, dtype, layout):
-    """An uninitialised matrix, ``"usual"`` or ``"transposed"``; ``"ones"`` is usual, and every size of the call is 1 (which Triton takes for a constant)."""
+    """An uninitialised matrix, ``"usual"`` or ``"transposed"``.
+
+    ``"ones"`` is usual, and every size of the call is 1, which Triton takes for a constant.
+    """
     return (
         torch.empty(columns, rows, dtype=dtype).T
         if layout == "transposed"
@@ -318,7 +328,10 @@ def compile_variant(variant: tuple[str, tuple], targets: tuple[str, ...]) -> lis
 
 
 def main() -> None:
-    """Compile every variant on two processes and write the rows; what the compiler prints about a failure is in its row."""
+    """Compile every variant on two processes and write the rows.
+
+    What the compiler prints about a failure is in its row.
+    """
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.nice(19)  # the test suite runs meanwhile
     output, quick = Path(sys.argv[1]), "--quick" in sys.argv

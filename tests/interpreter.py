@@ -1,12 +1,17 @@
-"""A sanitizer and byte counter for interpreted Triton kernels: what compute-sanitizer and a profiler tell on a GPU, without one.
+"""A sanitizer and byte counter for interpreted Triton kernels.
+
+It tells without a GPU what compute-sanitizer and a profiler tell on one::
 
     with interpreter.sanitized() as report:
         launch_the_kernels()
     assert report.loaded_by("features") == features.nbytes
 
-Inside, every pointer carries the number of the argument it was made from in its 16 high bits, which no address uses. So each access is known
-to belong to one argument, even where arguments overlap in memory, and straying from one tensor into its neighbour shows. Triton's interpreter
-is private: it was checked with 3.6.0 and 3.7.1, and nothing else in the tests touches it.
+Inside, every pointer carries the number of the argument it was made from in its 16 high bits, which
+no address uses. So each access is known to belong to one argument, even where arguments overlap in
+memory, and straying from one tensor into its neighbour shows.
+
+Triton's interpreter is private: it was checked with 3.6.0 and 3.7.1, and nothing else in the tests
+touches it.
 """
 
 from __future__ import annotations
@@ -32,12 +37,18 @@ _SEVERAL = -1  # in _Memory.reader: more than one program has loaded the element
 
 
 class MemoryAccessError(AssertionError):
-    """A kernel did what a GPU would not forgive; the message names the kernel, the program, the argument and the byte offset in it."""
+    """A kernel did what a GPU would not forgive.
+
+    The message names the kernel, the program, the argument and the byte offset in it.
+    """
 
 
 @dataclasses.dataclass
 class Launch:
-    """One launch: the bytes of unmasked lanes loaded and stored, by argument (the entries of a tuple are ``name[0]``, ``name[1]``, ...)."""
+    """One launch: the bytes of unmasked lanes loaded and stored, by argument.
+
+    The entries of a tuple are ``name[0]``, ``name[1]``, ...
+    """
 
     name: str
     loaded: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -79,7 +90,10 @@ def _of(counts: Counter[str], names: tuple[str, ...]) -> int:
 
 
 class _Memory:
-    """Who touched each unit of one storage: 0 nobody yet, else the number of the program, counted from 1."""
+    """Who touched each unit of one storage.
+
+    0: nobody yet; else the number of the program, counted from 1.
+    """
 
     def __init__(self, storage: torch.UntypedStorage, unit: int) -> None:
         self.unit = unit  # bytes: the smallest element of the arguments in this storage
@@ -87,7 +101,10 @@ class _Memory:
 
 
 class _Argument:
-    """A tensor as the kernel sees it: where its elements are, and the memory it shares with other arguments."""
+    """A tensor as the kernel sees it.
+
+    Where its elements are, and the memory it shares with other arguments.
+    """
 
     def __init__(self, name: str, tensor: torch.Tensor, memory: _Memory) -> None:
         self.name, self.memory, self.width = name, memory, tensor.element_size()
@@ -124,7 +141,10 @@ class _Running:
         self.launch, self.arguments, self.tags, self.programs = launch, [], {}, []
 
     def take(self, named: list[tuple[str, object]]) -> None:
-        """Learn the arguments: the host tensors whose addresses the kernel gets (copies, where the caller's are on a device)."""
+        """Learn the arguments: the host tensors whose addresses the kernel gets.
+
+        They are copies where the caller's are on a device.
+        """
         self.keep = named = [
             entry for name, value in named for entry in _tensors(name, value)
         ]  # kept: tags go by identity
@@ -154,26 +174,21 @@ class _Running:
     def access(
         self, pointers: internals.TensorHandle, mask: internals.TensorHandle, store: bool
     ) -> internals.TensorHandle:
-        """Check and count an access by the running program; return the pointers without their tags."""
+        """Check and count an access by the running program; the pointers without their tags."""
         lanes = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)]
-        width, tags = (
-            internals._get_np_dtype(pointers.get_element_ty()).itemsize,
-            lanes >> _TAG_SHIFT,
-        )
+        width = internals._get_np_dtype(pointers.get_element_ty()).itemsize
+        tags, verb = lanes >> _TAG_SHIFT, "store to" if store else "load from"
         for tag in np.unique(tags).tolist():
             addresses = (lanes[tags == tag] & _ADDRESS).astype(np.int64)
             if not 1 <= tag <= len(self.arguments):
-                self.fail(
-                    f"{'store to' if store else 'load from'} address {addresses[0]:#x}, outside every argument"
-                )
+                self.fail(f"{verb} address {addresses[0]:#x}, outside every argument")
             argument = self.arguments[tag - 1]
-            offsets, where = (
-                addresses - argument.address,
-                f"{'store to' if store else 'load from'} {argument.name} at byte offset",
-            )
+            offsets = addresses - argument.address
+            where = f"{verb} {argument.name} at byte offset"
             if width != argument.width:
                 self.fail(
-                    f"{where} {offsets[0]}: {width} bytes, but its elements have {argument.width} ({argument.layout})"
+                    f"{where} {offsets[0]}: {width} bytes, but its elements have "
+                    f"{argument.width} ({argument.layout})"
                 )
             if (outside := argument.outside(offsets)).size:
                 self.fail(f"{where} {outside[0]}: not an element of it ({argument.layout})")
@@ -187,27 +202,23 @@ class _Running:
         memory, number = argument.memory, len(self.programs)
         writers, readers = memory.writer[units], memory.reader[units]
         if (raced := (writers != 0) & (writers != number)).any():
-            self.fail(
-                f"{where} {argument.offset(units[raced][0])}: stored by {self.by(writers[raced][0])} in the same launch"
-            )
+            place, other = argument.offset(units[raced][0]), self.by(writers[raced][0])
+            self.fail(f"{where} {place}: stored by {other} in the same launch")
         memory.reader[units] = np.where((readers == 0) | (readers == number), number, _SEVERAL)
 
     def store(self, argument: _Argument, units: np.ndarray, where: str) -> None:
         memory, number = argument.memory, len(self.programs)
         writers, readers = memory.writer[units], memory.reader[units]
         if (again := writers != 0).any():
-            self.fail(
-                f"{where} {argument.offset(units[again][0])}: stored twice, first by {self.by(writers[again][0])}"
-            )
+            place, other = argument.offset(units[again][0]), self.by(writers[again][0])
+            self.fail(f"{where} {place}: stored twice, first by {other}")
         if (raced := (readers != 0) & (readers != number)).any():
-            self.fail(
-                f"{where} {argument.offset(units[raced][0])}: loaded by {self.by(readers[raced][0])} in the same launch"
-            )
+            place, other = argument.offset(units[raced][0]), self.by(readers[raced][0])
+            self.fail(f"{where} {place}: loaded by {other} in the same launch")
         unique, counts = np.unique(units, return_counts=True)
         if unique.size < units.size:
-            self.fail(
-                f"{where} {argument.offset(unique[counts > 1][0])}: stored twice, by two lanes of one store"
-            )
+            place = argument.offset(unique[counts > 1][0])
+            self.fail(f"{where} {place}: stored twice, by two lanes of one store")
         memory.writer[units] = number
 
 
@@ -233,7 +244,10 @@ def interpreted() -> bool:
 
 @contextlib.contextmanager
 def sanitized() -> Iterator[Report]:
-    """Check and count every access of the kernels launched inside, and make int32 overflow raise. Does not nest."""
+    """Check and count every access of the kernels launched inside; int32 overflow raises.
+
+    Does not nest.
+    """
     builder, executor, report = internals.interpreter_builder, internals.GridExecutor, Report()
     if not interpreted():
         raise RuntimeError(

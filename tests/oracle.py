@@ -1,4 +1,8 @@
-"""The method page's sections 2 to 4 once more, in loops over float64 numbers: slow, and written apart from iib_kernels.reference on purpose."""
+"""The equations once more, in loops over float64 numbers.
+
+Those of method page, section 2 to section 4: slow, and written apart from iib_kernels.reference on
+purpose.
+"""
 
 import math
 
@@ -57,7 +61,10 @@ def alignment(features, prototypes, targets, budgets, tau, metric, seen, mask, i
 
 
 def fusion(logits, log_prior, gate_logits, temperature, kappa, scale, mask):
-    """Fused logits [N, K], weights and uncertainty [N, M], scaled logits [N, M, K] for logits [M, N, K]."""
+    """Fused logits [N, K], weights and uncertainty [N, M], scaled logits [N, M, K].
+
+    The logits are [M, N, K].
+    """
     M, N, K = logits.shape
     fused, weights, uncertainty, scaled = (
         np.zeros((N, K)),

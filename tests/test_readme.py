@@ -1,7 +1,6 @@
 """What the texts show is what runs and what is there: commands, examples, names, links, figures."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest

@@ -1,136 +1,138 @@
 """Prototype contrast and relative alignment of all modalities (method page, section 3).
 
-Scores are s_m(i, k) = -d2_m(i, k) / tau. Tiles of [BLOCK_B, BLOCK_K] scores of all modalities live in registers; nothing of size [B, K] is stored.
+The score of class k for row i in modality m is s_m(i, k) = -d2_m(i, k) / tau, and q_m is its
+softmax over the classes that the modality has seen. With the anchor a, the modality of the largest
+budget, and the relative budgets rho_m = b_m / b_a:
+
+    contrast     C_m = -log q_m(y)
+    alignment    A_m = max(0, rho_m q_a(y) - q_m(y)) sum_k q_a(k) (log q_a(k) - log q_m(k))
+
+The sum in A_m, the divergence, runs over the classes that both have seen; A_a is 0. The first
+factor of A_m, the deviation, is a constant for the gradient.
+
+Tiles [BLOCK_B, BLOCK_K] of the scores of all modalities live in registers: nothing of size [B, K]
+is stored.
+
+This file holds the forward kernel and what backward shares with it; alignment_backward.py holds
+backward.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from iib_kernels._kernels.tiles import (
-    inverse_length,
-    load_tile,
-    multiply,
-    number,
-    pick,
-    products,
+    FLOOR,
+    Matrix,
+    Product,
+    inner_products,
+    load_scalar,
     seen_classes,
+    select,
     squared_distance,
     valid_targets,
 )
 
-FLOOR = tl.constexpr(-1e38)  # where a running maximum begins: finite, so that differences of it are
+
+class Budgets(NamedTuple):
+    """The modalities' budgets, and which modality leads."""
+
+    ptr: tl.tensor
+    stride: tl.tensor
+    anchor: tl.tensor  # the modality of the largest budget, the first of equals
+    largest: tl.tensor  # its budget
 
 
 @triton.jit
-def _anchor(budgets, budget_stride, M: tl.constexpr, ACC: tl.constexpr):
-    """The anchor, its budget: argmax of the budgets, the first of equals."""
+def read_budgets(ptr, stride, M: tl.constexpr, ACC: tl.constexpr):
+    """Find the anchor."""
     anchor = tl.full((), 0, tl.int32)
-    top = tl.load(budgets).to(ACC)
+    largest = tl.load(ptr).to(ACC)
     for m in tl.static_range(1, M):
-        value = tl.load(budgets + m * budget_stride).to(ACC)
-        anchor = tl.where(value > top, m, anchor)
-        top = tl.where(value > top, value, top)
-    return anchor, top
+        budget = tl.load(ptr + m * stride).to(ACC)
+        anchor = tl.where(budget > largest, m, anchor)
+        largest = tl.where(budget > largest, budget, largest)
+    return Budgets(ptr, stride, anchor, largest)
 
 
 @triton.jit
-def _relative(budgets, budget_stride, m, top, ACC: tl.constexpr):
-    """rho_m = b_m / b_a, 1 where no budget is above 0."""
-    return tl.where(
-        top > 0, tl.load(budgets + m * budget_stride).to(ACC) / tl.where(top > 0, top, 1.0), 1.0
-    )
+def shortfall(q, anchor_q, budgets, m, ACC: tl.constexpr):
+    """The deviation max(0, rho_m q_a(y) - q_m(y)), [B]. Where no budget is above 0, rho_m is 1."""
+    positive = budgets.largest > 0
+    budget = tl.load(budgets.ptr + m * budgets.stride).to(ACC)
+    rho = tl.where(positive, budget / tl.where(positive, budgets.largest, 1.0), 1.0)
+    deviation = rho * anchor_q - q
+    # Not tl.maximum, which on a GPU drops NaN
+    return tl.where(deviation < 0.0, 0.0, deviation)
 
 
 @triton.jit
-def _apart(row, anchor, m):
-    """Whether modality m is not the anchor, for each row (a block: some interpreters lose the type of a block of bools combined with one)."""
-    return row * 0 + anchor != m
+def is_aligned(counted, anchor_counted, anchor, m, offs_b):
+    """The rows [B] in which modality m is compared with the anchor."""
+    # As a block: some interpreters lose the type of a block of bools combined with a single one
+    return counted & anchor_counted & (offs_b * 0 + anchor != m)
 
 
 @triton.jit
-def _counted(target, valid, mask, mask_stride, mask_step, seen, row, inside, m):
-    """In which rows of a valid target the modality is present, and which of them count for it: those whose class it has seen."""
+def count_rows(targets, valid, modality_mask, seen_ptr, offs_b, mask_b, m):
+    """The rows [B] with a valid target in which modality m is present, and which of them count.
+
+    Those count whose class the modality has seen.
+    """
     present = valid
-    if mask is not None:
-        present = valid & (
-            tl.load(mask + row * mask_stride + m * mask_step, mask=inside, other=0) != 0
-        )
-    counts = present
-    if seen is not None:
-        counts = present & (tl.load(seen + target, mask=present, other=0) != 0)
-    return present, counts
+    if modality_mask.ptr is not None:
+        ptrs = modality_mask.ptr + offs_b * modality_mask.stride_row + m * modality_mask.stride_col
+        present = valid & (tl.load(ptrs, mask=mask_b, other=0) != 0)
+    counted = present
+    if seen_ptr is not None:
+        counted = present & (tl.load(seen_ptr + targets, mask=present, other=0) != 0)
+    return present, counted
 
 
 @triton.jit
-def _scores(
-    features,
-    feature_stride,
-    feature_step,
-    row,
-    present,
-    prototypes,
-    prototype_stride,
-    prototype_step,
-    column,
-    known,
+def score_tile(
+    z,
+    offs_b,
+    mask_b,
+    p,
+    offs_k,
+    mask_k,
     width,
-    sharpness,
+    inverse_temperature,
     COSINE: tl.constexpr,
-    ACC: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    HOW: tl.constexpr,
 ):
-    """-d2 / tau [rows, columns], -inf for classes not seen; |z|^2 [rows] and |p|^2 [columns]."""
-    dots, zz, pp = products(
-        features,
-        feature_stride,
-        feature_step,
-        row,
-        present,
-        prototypes,
-        prototype_stride,
-        prototype_step,
-        column,
-        known,
-        width,
-        ACC,
-        UPCAST,
-        PRECISION,
-        BLOCK_B,
-        BLOCK_K,
-        BLOCK_D,
-    )
-    scores = -squared_distance(dots, zz, pp, COSINE) * sharpness
-    return tl.where(known[None, :], scores, float("-inf")), zz, pp
+    """-d2 / tau [B, K], -inf where `mask_k` is False; |z|^2 [B] and |p|^2 [K]. HOW: a Product."""
+    dots, zz, pp = inner_products(z, offs_b, mask_b, p, offs_k, mask_k, width, HOW)
+    scores = -squared_distance(dots, zz, pp, COSINE) * inverse_temperature
+    return tl.where(mask_k[None, :], scores, float("-inf")), zz, pp
 
 
 @triton.jit
 def alignment_forward(
-    features,
-    feature_strides,
-    feature_steps,
-    prototypes,
-    prototype_strides,
-    prototype_steps,
+    features_ptrs,
+    features_strides_b,
+    features_strides_d,
+    prototypes_ptrs,
+    prototypes_strides_k,
+    prototypes_strides_d,
     widths,
-    targets,
-    target_stride,
-    ignored,
-    budgets,
-    budget_stride,
+    targets_ptr,
+    targets_stride,
+    ignore_index,
+    budgets_ptr,
+    budgets_stride,
     temperature,
-    seen,
-    mask,
-    mask_stride,
-    mask_step,
-    contrastive_out,
-    alignment_out,
-    confidence_out,
-    counts_out,
-    statistics_out,
+    seen_ptrs,
+    mask_ptr,
+    mask_stride_b,
+    mask_stride_m,
+    contrastive_out_ptr,
+    alignment_out_ptr,
+    confidence_out_ptr,
+    counts_out_ptr,
+    statistics_out_ptr,
     batch,
     classes,
     M: tl.constexpr,
@@ -144,593 +146,119 @@ def alignment_forward(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """C, A, q(y) and which rows count, each [B, M], of BLOCK_B rows: one sweep over the classes, with running maxima and sums.
+    """C, A, q(y) and which rows count, each [B, M]: BLOCK_B rows a program.
 
-    `statistics_out` [B, 2 M], if given, keeps for backward each modality's log-sum-exp of the scores and the share of q_a on classes that it has seen.
+    One sweep over the classes keeps running maxima and sums, from which all four follow.
+
+    `statistics_out_ptr` [B, 2 M], if given, keeps for backward each modality's lse (the log of the
+    sum of the exp of its scores) and the share of q_a on classes that the modality has seen.
     """
-    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    inside = row < batch
-    sharpness = 1.0 / number(temperature, NUMBER_POINTER, ACC)
-    anchor, top_budget = _anchor(budgets, budget_stride, M, ACC)
+    offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    mask_b = offs_b < batch
+    inverse_temperature = 1.0 / load_scalar(temperature, NUMBER_POINTER, ACC)
+    modality_mask = Matrix(mask_ptr, mask_stride_b, mask_stride_m)
+    HOW: tl.constexpr = Product(ACC, UPCAST, PRECISION, BLOCK_D)
+    budgets = read_budgets(budgets_ptr, budgets_stride, M, ACC)
+    anchor = budgets.anchor
+    targets, valid = valid_targets(
+        targets_ptr, targets_stride, ignore_index, offs_b, mask_b, classes
+    )
 
-    presents = ()
-    counts = ()
-    tops = ()
-    totals = ()
-    owns = ()
-    moments = ()
-    shares = ()
-    target, valid = valid_targets(targets, target_stride, ignored, row, inside, classes)
+    present = ()
+    counted = ()
+    maxima = ()  # of the scores so far
+    sums = ()  # of exp(score - maximum)
+    target_scores = ()
+    shares = ()  # sum of exp(s_a - max_a) over the classes that both m and the anchor have seen
+    moments = ()  # the same, times s_a - s_m
     for m in tl.static_range(M):
-        present, counted = _counted(
-            target, valid, mask, mask_stride, mask_step, seen[m] if SEEN else None, row, inside, m
+        seen_ptr = seen_ptrs[m] if SEEN else None
+        present_m, counted_m = count_rows(
+            targets, valid, modality_mask, seen_ptr, offs_b, mask_b, m
         )
-        presents = presents + (present,)
-        counts = counts + (counted,)
-        tops = tops + (tl.full((BLOCK_B,), FLOOR, ACC),)
-        totals = totals + (tl.zeros((BLOCK_B,), ACC),)
-        owns = owns + (tl.zeros((BLOCK_B,), ACC),)
-        moments = moments + (tl.zeros((BLOCK_B,), ACC),)
+        present = present + (present_m,)
+        counted = counted + (counted_m,)
+        maxima = maxima + (tl.full((BLOCK_B,), FLOOR, ACC),)
+        sums = sums + (tl.zeros((BLOCK_B,), ACC),)
+        target_scores = target_scores + (tl.zeros((BLOCK_B,), ACC),)
         shares = shares + (tl.zeros((BLOCK_B,), ACC),)
+        moments = moments + (tl.zeros((BLOCK_B,), ACC),)
 
     for start in range(0, classes, BLOCK_K):
-        column = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
+        offs_k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
+        is_target = offs_k[None, :] == targets[:, None]  # [B, K]
         scores = ()
         for m in tl.static_range(M):
-            known = seen_classes(seen[m] if SEEN else None, column, column < classes)
-            score, zz, pp = _scores(
-                features[m],
-                feature_strides[m],
-                feature_steps[m],
-                row,
-                presents[m],
-                prototypes[m],
-                prototype_strides[m],
-                prototype_steps[m],
-                column,
-                known,
+            mask_k = seen_classes(seen_ptrs[m] if SEEN else None, offs_k, offs_k < classes)
+            z = Matrix(features_ptrs[m], features_strides_b[m], features_strides_d[m])
+            p = Matrix(prototypes_ptrs[m], prototypes_strides_k[m], prototypes_strides_d[m])
+            scores_m, zz, pp = score_tile(
+                z,
+                offs_b,
+                present[m],
+                p,
+                offs_k,
+                mask_k,
                 widths[m],
-                sharpness,
+                inverse_temperature,
                 COSINE,
-                ACC,
-                UPCAST,
-                PRECISION,
-                BLOCK_B,
-                BLOCK_K,
-                BLOCK_D,
+                HOW,
             )
-            scores = scores + (score,)
-        of_anchor = scores[0]
-        old_top = tops[0]
-        for m in tl.static_range(1, M):
-            of_anchor = tl.where(anchor == m, scores[m], of_anchor)
-            old_top = tl.where(anchor == m, tops[m], old_top)
-        new_top = tl.maximum(old_top, tl.max(of_anchor, 1))
-        evidence = tl.exp(of_anchor - new_top[:, None])
-        keep = tl.exp(old_top - new_top)
-        new_tops = ()
-        new_totals = ()
-        new_owns = ()
-        new_moments = ()
+            scores = scores + (scores_m,)
+
+        anchor_scores = select(scores, anchor, M)
+        old_maximum = select(maxima, anchor, M)
+        new_maximum = tl.maximum(old_maximum, tl.max(anchor_scores, 1))
+        anchor_exp = tl.exp(anchor_scores - new_maximum[:, None])
+        rescale = tl.exp(old_maximum - new_maximum)
+
+        # A tuple has no item assignment: each running value is gathered anew
+        new_maxima = ()
+        new_sums = ()
+        new_target_scores = ()
         new_shares = ()
+        new_moments = ()
         for m in tl.static_range(M):
-            top = tl.maximum(tops[m], tl.max(scores[m], 1))
-            new_tops = new_tops + (top,)
-            new_totals = new_totals + (
-                totals[m] * tl.exp(tops[m] - top) + tl.sum(tl.exp(scores[m] - top[:, None]), 1),
-            )
-            new_owns = new_owns + (
-                owns[m] + tl.sum(tl.where(column[None, :] == target[:, None], scores[m], 0.0), 1),
-            )
-            both = (scores[m] > float("-inf")) & (of_anchor > float("-inf"))
-            difference = tl.where(both, of_anchor - scores[m], 0.0)
-            new_moments = new_moments + (
-                moments[m] * keep + tl.sum(tl.where(both, evidence, 0.0) * difference, 1),
-            )
-            new_shares = new_shares + (shares[m] * keep + tl.sum(tl.where(both, evidence, 0.0), 1),)
-        tops = new_tops
-        totals = new_totals
-        owns = new_owns
-        moments = new_moments
+            maximum = tl.maximum(maxima[m], tl.max(scores[m], 1))
+            block_sum = tl.sum(tl.exp(scores[m] - maximum[:, None]), 1)
+            target_score = tl.sum(tl.where(is_target, scores[m], 0.0), 1)
+            both = (scores[m] > float("-inf")) & (anchor_scores > float("-inf"))
+            difference = tl.where(both, anchor_scores - scores[m], 0.0)
+            mass = tl.where(both, anchor_exp, 0.0)
+            new_maxima = new_maxima + (maximum,)
+            new_sums = new_sums + (sums[m] * tl.exp(maxima[m] - maximum) + block_sum,)
+            new_target_scores = new_target_scores + (target_scores[m] + target_score,)
+            new_shares = new_shares + (shares[m] * rescale + tl.sum(mass, 1),)
+            new_moments = new_moments + (moments[m] * rescale + tl.sum(mass * difference, 1),)
+        maxima = new_maxima
+        sums = new_sums
+        target_scores = new_target_scores
         shares = new_shares
+        moments = new_moments
 
-    log_totals = ()
-    confidences = ()
+    lse = ()
+    confidences = ()  # q_m(y)
     for m in tl.static_range(M):
-        log_total = tl.log(totals[m]) + tops[m]
-        log_totals = log_totals + (log_total,)
-        confidences = confidences + (tl.where(counts[m], tl.exp(owns[m] - log_total), 0.0),)
-    anchor_total = totals[0]
-    anchor_log_total = log_totals[0]
-    anchor_confidence = confidences[0]
-    anchor_counts = counts[0]
-    for m in tl.static_range(1, M):
-        anchor_total = tl.where(anchor == m, totals[m], anchor_total)
-        anchor_log_total = tl.where(anchor == m, log_totals[m], anchor_log_total)
-        anchor_confidence = tl.where(anchor == m, confidences[m], anchor_confidence)
-        anchor_counts = tl.where(anchor == m, counts[m], anchor_counts)
-    for m in tl.static_range(M):
-        share = shares[m] / anchor_total
-        divergence = moments[m] / anchor_total + share * (log_totals[m] - anchor_log_total)
-        deviation = (
-            _relative(budgets, budget_stride, m, top_budget, ACC) * anchor_confidence
-            - confidences[m]
-        )
-        deviation = tl.where(deviation < 0.0, 0.0, deviation)
-        aligned = counts[m] & anchor_counts & _apart(row, anchor, m)
-        place = row * M + m
-        tl.store(
-            contrastive_out + place, tl.where(counts[m], log_totals[m] - owns[m], 0.0), mask=inside
-        )
-        tl.store(alignment_out + place, tl.where(aligned, deviation * divergence, 0.0), mask=inside)
-        tl.store(confidence_out + place, confidences[m], mask=inside)
-        tl.store(counts_out + place, counts[m], mask=inside)
-        if statistics_out is not None:
-            tl.store(statistics_out + row * (2 * M) + m, log_totals[m], mask=inside)
-            tl.store(statistics_out + row * (2 * M) + M + m, share, mask=inside)
-
-
-@triton.jit
-def _slope(
-    scores, log_total, anchor_scores, anchor_log_total, share, contrast, align, target, column
-):
-    """Gradient of the loss by one modality's scores, [rows, columns]: q (c + a sum q_a) - a q_a - c 1_y, with q_a on the classes it has seen."""
-    posterior = tl.exp(scores - log_total[:, None])
-    evidence = tl.where(
-        (scores > float("-inf")) & (align != 0.0)[:, None],
-        tl.exp(anchor_scores - anchor_log_total[:, None]),
-        0.0,
-    )
-    share = tl.where(align == 0.0, 0.0, share)
-    slope = posterior * (contrast + align * share)[:, None] - align[:, None] * evidence
-    slope -= tl.where(column[None, :] == target[:, None], contrast[:, None], 0.0)
-    idle = (contrast == 0.0) & (
-        align == 0.0
-    )  # what stands in a row that does not count must not become NaN
-    return tl.where(idle[:, None], 0.0, slope)
-
-
-@triton.jit
-def _row_slopes(
-    m,
-    anchor,
-    top_budget,
-    budgets,
-    budget_stride,
-    confidence,
-    anchor_confidence,
-    counted,
-    anchor_counted,
-    grad_contrastive,
-    contrastive_stride,
-    contrastive_step,
-    grad_alignment,
-    alignment_stride,
-    alignment_step,
-    row,
-    ACC: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
-    """Upstream gradients of one modality's rows: of C, and of its divergence (with the deviation), 0 where they do not count."""
-    contrast = tl.zeros((BLOCK_B,), ACC)
-    align = tl.zeros((BLOCK_B,), ACC)
-    if grad_contrastive is not None:
-        contrast = tl.load(
-            grad_contrastive + row * contrastive_stride + m * contrastive_step,
-            mask=counted,
-            other=0.0,
-        ).to(ACC)
-    if grad_alignment is not None:
-        aligned = counted & anchor_counted & _apart(row, anchor, m)
-        deviation = (
-            _relative(budgets, budget_stride, m, top_budget, ACC) * anchor_confidence - confidence
-        )
-        deviation = tl.where(deviation < 0.0, 0.0, deviation)
-        align = (
-            tl.load(
-                grad_alignment + row * alignment_stride + m * alignment_step,
-                mask=aligned,
-                other=0.0,
-            ).to(ACC)
-            * deviation
-        )
-        align = tl.where(aligned, align, 0.0)
-    return contrast, align
-
-
-@triton.jit
-def _finish(accumulated, values, along, zz, sharpness, COSINE: tl.constexpr):
-    """Gradient of rows from sum_k slope_k p_k: d2's share of -2, and for the cosine the part across the row, over its length."""
-    if COSINE:
-        inverse = inverse_length(zz)
-        return (
-            2.0 * sharpness * inverse[:, None] * (accumulated - values * (inverse * along)[:, None])
-        )
-    else:
-        return 2.0 * sharpness * accumulated
-
-
-@triton.jit
-def alignment_backward_block(
-    features,
-    feature_strides,
-    feature_steps,
-    prototypes,
-    prototype_strides,
-    prototype_steps,
-    widths,
-    targets,
-    target_stride,
-    ignored,
-    budgets,
-    budget_stride,
-    temperature,
-    seen,
-    mask,
-    mask_stride,
-    mask_step,
-    grad_contrastive,
-    contrastive_stride,
-    contrastive_step,
-    grad_alignment,
-    alignment_stride,
-    alignment_step,
-    grad_features,
-    batch,
-    classes,
-    M: tl.constexpr,
-    COSINE: tl.constexpr,
-    SEEN: tl.constexpr,
-    NUMBER_POINTER: tl.constexpr,
-    ACC: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SLOPE_PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Gradients of the features where all classes fit one block: scores of all modalities once, then each gradient block by block of its components."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    inside = row < batch
-    column = tl.arange(0, BLOCK_K).to(tl.int64)
-    sharpness = 1.0 / number(temperature, NUMBER_POINTER, ACC)
-    anchor, top_budget = _anchor(budgets, budget_stride, M, ACC)
-
-    scores = ()
-    squares = ()
-    prototype_squares = ()
-    presents = ()
-    counts = ()
-    log_totals = ()
-    confidences = ()
-    target, valid = valid_targets(targets, target_stride, ignored, row, inside, classes)
-    for m in tl.static_range(M):
-        present, counted = _counted(
-            target, valid, mask, mask_stride, mask_step, seen[m] if SEEN else None, row, inside, m
-        )
-        known = seen_classes(seen[m] if SEEN else None, column, column < classes)
-        score, zz, pp = _scores(
-            features[m],
-            feature_strides[m],
-            feature_steps[m],
-            row,
-            present,
-            prototypes[m],
-            prototype_strides[m],
-            prototype_steps[m],
-            column,
-            known,
-            widths[m],
-            sharpness,
-            COSINE,
-            ACC,
-            UPCAST,
-            PRECISION,
-            BLOCK_B,
-            BLOCK_K,
-            BLOCK_D,
-        )
-        top = tl.max(score, 1)
-        top = tl.where(top < FLOOR, FLOOR, top)
-        log_total = tl.log(tl.sum(tl.exp(score - top[:, None]), 1)) + top
-        own = tl.sum(tl.where(column[None, :] == target[:, None], score, 0.0), 1)
-        scores = scores + (score,)
-        squares = squares + (zz,)
-        prototype_squares = prototype_squares + (pp,)
-        presents = presents + (present,)
-        counts = counts + (counted,)
-        log_totals = log_totals + (log_total,)
-        confidences = confidences + (tl.where(counted, tl.exp(own - log_total), 0.0),)
-    anchor_scores = scores[0]
-    anchor_log_total = log_totals[0]
-    anchor_confidence = confidences[0]
-    anchor_counts = counts[0]
-    for m in tl.static_range(1, M):
-        anchor_scores = tl.where(anchor == m, scores[m], anchor_scores)
-        anchor_log_total = tl.where(anchor == m, log_totals[m], anchor_log_total)
-        anchor_confidence = tl.where(anchor == m, confidences[m], anchor_confidence)
-        anchor_counts = tl.where(anchor == m, counts[m], anchor_counts)
+        lse = lse + (tl.log(sums[m]) + maxima[m],)
+        q = tl.where(counted[m], tl.exp(target_scores[m] - lse[m]), 0.0)
+        confidences = confidences + (q,)
+    anchor_sum = select(sums, anchor, M)
+    anchor_lse = select(lse, anchor, M)
+    anchor_q = select(confidences, anchor, M)
+    anchor_counted = select(counted, anchor, M)
 
     for m in tl.static_range(M):
-        contrast, align = _row_slopes(
-            m,
-            anchor,
-            top_budget,
-            budgets,
-            budget_stride,
-            confidences[m],
-            anchor_confidence,
-            counts[m],
-            anchor_counts,
-            grad_contrastive,
-            contrastive_stride,
-            contrastive_step,
-            grad_alignment,
-            alignment_stride,
-            alignment_step,
-            row,
-            ACC,
-            BLOCK_B,
-        )
-        share = tl.sum(
-            tl.where(
-                scores[m] > float("-inf"), tl.exp(anchor_scores - anchor_log_total[:, None]), 0.0
-            ),
-            1,
-        )
-        slope = _slope(
-            scores[m],
-            log_totals[m],
-            anchor_scores,
-            anchor_log_total,
-            share,
-            contrast,
-            align,
-            target,
-            column,
-        )
-        known = seen_classes(seen[m] if SEEN else None, column, column < classes)
-        along = tl.zeros((BLOCK_B,), ACC)
-        if COSINE:
-            lengths = (
-                tl.where(prototype_squares[m] <= 1e-24, 0.0, 1.0)[None, :]
-                + tl.where(squares[m] <= 1e-24, 0.0, 1.0)[:, None]
-            )
-            cosines = 0.5 * (lengths + tl.where(known[None, :], scores[m], 0.0) / sharpness)
-            along = tl.sum(slope * cosines, 1)
-            weights = slope * inverse_length(prototype_squares[m])[None, :]
-        else:
-            weights = slope
-            along = tl.sum(slope, 1)
-        for start in range(0, widths[m], BLOCK_D):
-            component = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
-            within = component < widths[m]
-            table = load_tile(
-                prototypes[m],
-                column,
-                prototype_strides[m],
-                known,
-                component,
-                prototype_steps[m],
-                within,
-            )
-            change = multiply(
-                weights, table.to(ACC), tl.zeros((BLOCK_B, BLOCK_D), ACC), SLOPE_PRECISION, ACC
-            )
-            if COSINE:
-                values = load_tile(
-                    features[m],
-                    row,
-                    feature_strides[m],
-                    counts[m],
-                    component,
-                    feature_steps[m],
-                    within,
-                ).to(ACC)
-                change = _finish(change, values, along, squares[m], sharpness, COSINE)
-            else:
-                change = _finish(change, change, along, squares[m], sharpness, COSINE)
-            tl.store(
-                grad_features[m] + row[:, None] * widths[m] + component[None, :],
-                change,
-                mask=inside[:, None] & within[None, :],
-            )
-
-
-@triton.jit
-def alignment_backward_tiled(
-    features,
-    feature_strides,
-    feature_steps,
-    prototypes,
-    prototype_strides,
-    prototype_steps,
-    widths,
-    targets,
-    target_stride,
-    ignored,
-    budgets,
-    budget_stride,
-    temperature,
-    seen,
-    mask,
-    mask_stride,
-    mask_step,
-    confidence,
-    statistics,
-    grad_contrastive,
-    contrastive_stride,
-    contrastive_step,
-    grad_alignment,
-    alignment_stride,
-    alignment_step,
-    grad_features,
-    batch,
-    classes,
-    M: tl.constexpr,
-    COSINE: tl.constexpr,
-    SEEN: tl.constexpr,
-    NUMBER_POINTER: tl.constexpr,
-    ACC: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SLOPE_PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Gradients of BLOCK_B rows of one modality in CHUNK components, over blocks of classes, from the sums that forward kept."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    inside = row < batch
-    m = tl.program_id(1)
-    component = (tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)).to(tl.int64)
-    sharpness = 1.0 / number(temperature, NUMBER_POINTER, ACC)
-    anchor, top_budget = _anchor(budgets, budget_stride, M, ACC)
-    width = pick(widths, m, M)
-    within = component < width
-    own_features = pick(features, m, M)
-    own_stride = pick(feature_strides, m, M)
-    own_step = pick(feature_steps, m, M)
-    own_prototypes = pick(prototypes, m, M)
-    own_prototype_stride = pick(prototype_strides, m, M)
-    own_prototype_step = pick(prototype_steps, m, M)
-    anchor_width = pick(widths, anchor, M)
-    anchor_features = pick(features, anchor, M)
-    anchor_stride = pick(feature_strides, anchor, M)
-    anchor_step = pick(feature_steps, anchor, M)
-    anchor_prototypes = pick(prototypes, anchor, M)
-    anchor_prototype_stride = pick(prototype_strides, anchor, M)
-    anchor_prototype_step = pick(prototype_steps, anchor, M)
-    if SEEN:
-        own_seen = pick(seen, m, M)
-        anchor_seen = pick(seen, anchor, M)
-    else:
-        own_seen = None
-        anchor_seen = None
-
-    target, valid = valid_targets(targets, target_stride, ignored, row, inside, classes)
-    present, counted = _counted(
-        target, valid, mask, mask_stride, mask_step, own_seen, row, inside, m
-    )
-    anchor_present, anchor_counted = _counted(
-        target, valid, mask, mask_stride, mask_step, anchor_seen, row, inside, anchor
-    )
-    contrast, align = _row_slopes(
-        m,
-        anchor,
-        top_budget,
-        budgets,
-        budget_stride,
-        tl.load(confidence + row * M + m, mask=inside, other=0.0),
-        tl.load(confidence + row * M + anchor, mask=inside, other=0.0),
-        counted,
-        anchor_counted,
-        grad_contrastive,
-        contrastive_stride,
-        contrastive_step,
-        grad_alignment,
-        alignment_stride,
-        alignment_step,
-        row,
-        ACC,
-        BLOCK_B,
-    )
-    log_total = tl.load(statistics + row * (2 * M) + m, mask=inside, other=0.0)
-    anchor_log_total = tl.load(statistics + row * (2 * M) + anchor, mask=inside, other=0.0)
-    share = tl.load(statistics + row * (2 * M) + M + m, mask=inside, other=0.0)
-
-    accumulated = tl.zeros((BLOCK_B, CHUNK), ACC)
-    along = tl.zeros((BLOCK_B,), ACC)
-    squares = tl.zeros((BLOCK_B,), ACC)
-    for start in range(0, classes, BLOCK_K):
-        column = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
-        known = seen_classes(own_seen, column, column < classes)
-        scores, squares, prototype_squares = _scores(
-            own_features,
-            own_stride,
-            own_step,
-            row,
-            present,
-            own_prototypes,
-            own_prototype_stride,
-            own_prototype_step,
-            column,
-            known,
-            width,
-            sharpness,
-            COSINE,
-            ACC,
-            UPCAST,
-            PRECISION,
-            BLOCK_B,
-            BLOCK_K,
-            BLOCK_D,
-        )
-        anchor_scores = scores
-        if m != anchor:
-            anchor_known = seen_classes(anchor_seen, column, column < classes)
-            anchor_scores, unused, unused_too = _scores(
-                anchor_features,
-                anchor_stride,
-                anchor_step,
-                row,
-                anchor_present,
-                anchor_prototypes,
-                anchor_prototype_stride,
-                anchor_prototype_step,
-                column,
-                anchor_known,
-                anchor_width,
-                sharpness,
-                COSINE,
-                ACC,
-                UPCAST,
-                PRECISION,
-                BLOCK_B,
-                BLOCK_K,
-                BLOCK_D,
-            )
-        slope = _slope(
-            scores,
-            log_total,
-            anchor_scores,
-            anchor_log_total,
-            share,
-            contrast,
-            align,
-            target,
-            column,
-        )
-        if COSINE:
-            lengths = (
-                tl.where(prototype_squares <= 1e-24, 0.0, 1.0)[None, :]
-                + tl.where(squares <= 1e-24, 0.0, 1.0)[:, None]
-            )
-            along += tl.sum(
-                slope * 0.5 * (lengths + tl.where(known[None, :], scores, 0.0) / sharpness), 1
-            )
-            slope = slope * inverse_length(prototype_squares)[None, :]
-        table = load_tile(
-            own_prototypes,
-            column,
-            own_prototype_stride,
-            known,
-            component,
-            own_prototype_step,
-            within,
-        )
-        accumulated = multiply(slope, table.to(ACC), accumulated, SLOPE_PRECISION, ACC)
-    values = accumulated
-    if COSINE:
-        values = load_tile(own_features, row, own_stride, counted, component, own_step, within).to(
-            ACC
-        )
-    change = _finish(accumulated, values, along, squares, sharpness, COSINE)
-    output = pick(grad_features, m, M)
-    tl.store(
-        output + row[:, None] * width + component[None, :],
-        change,
-        mask=inside[:, None] & within[None, :],
-    )
+        share = shares[m] / anchor_sum
+        divergence = moments[m] / anchor_sum + share * (lse[m] - anchor_lse)
+        deviation = shortfall(confidences[m], anchor_q, budgets, m, ACC)
+        aligned = is_aligned(counted[m], anchor_counted, anchor, m, offs_b)
+        contrastive = tl.where(counted[m], lse[m] - target_scores[m], 0.0)
+        alignment = tl.where(aligned, deviation * divergence, 0.0)
+        offsets = offs_b * M + m
+        tl.store(contrastive_out_ptr + offsets, contrastive, mask=mask_b)
+        tl.store(alignment_out_ptr + offsets, alignment, mask=mask_b)
+        tl.store(confidence_out_ptr + offsets, confidences[m], mask=mask_b)
+        tl.store(counts_out_ptr + offsets, counted[m], mask=mask_b)
+        if statistics_out_ptr is not None:
+            tl.store(statistics_out_ptr + offs_b * (2 * M) + m, lse[m], mask=mask_b)
+            tl.store(statistics_out_ptr + offs_b * (2 * M) + M + m, share, mask=mask_b)

@@ -1,105 +1,133 @@
-"""What the kernels share: tiles of inner products, and lengths of rows."""
+"""What the kernels share: matrices, tiles of them, inner products, and lengths of rows.
+
+Every name here works inside `@triton.jit` functions only. Indices of rows and columns (`offs_*`)
+are int64, so that an offset of a large matrix does not overflow; `mask_*` says which of them exist.
+"""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
+# Where a running maximum begins. Finite, because -inf - -inf would be NaN.
+FLOOR = tl.constexpr(-1e38)
+
+# |x|^2 of a row up to this length has no direction: the cosine treats it as the zero vector.
+NO_DIRECTION = tl.constexpr(1e-24)
+
+
+class Matrix(NamedTuple):
+    """A matrix in memory: its pointer (None where it was not given) and strides in elements."""
+
+    ptr: tl.tensor
+    stride_row: tl.tensor
+    stride_col: tl.tensor
+
+
+class Product(NamedTuple):
+    """How a product of tiles is computed; constants only."""
+
+    ACC: tl.constexpr  # type of the sums
+    UPCAST: tl.constexpr  # whether the factors are converted to ACC first
+    PRECISION: tl.constexpr  # of float32 factors: "ieee" or "tf32"
+    BLOCK_D: tl.constexpr  # components of one step
+
 
 @triton.jit
-def load_tile(pointer, row, row_stride, row_inside, column, column_stride, column_inside):
-    """[rows, columns] of a matrix with any strides; 0 outside. Row and column indices are int64, so that no offset overflows."""
-    offsets = row[:, None] * row_stride + column[None, :] * column_stride
-    return tl.load(pointer + offsets, mask=row_inside[:, None] & column_inside[None, :], other=0.0)
+def load_tile(x, offs_row, mask_row, offs_col, mask_col):
+    """[rows, columns] of a Matrix, 0 outside of the masks."""
+    offsets = offs_row[:, None] * x.stride_row + offs_col[None, :] * x.stride_col
+    return tl.load(x.ptr + offsets, mask=mask_row[:, None] & mask_col[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, width, offs_row, mask_row, offs_col, mask_col, values):
+    """Write [rows, columns] into a contiguous matrix of `width` columns."""
+    ptrs = ptr + offs_row[:, None] * width + offs_col[None, :]
+    tl.store(ptrs, values, mask=mask_row[:, None] & mask_col[None, :])
 
 
 @triton.jit
 def multiply(a, b, total, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """total + a @ b. In float64, which Triton's products compile for some GPUs only, by sums of products."""
+    """total + a @ b."""
     if ACC == tl.float64:
+        # Triton compiles a float64 dot for some GPUs only
         return total + tl.sum(a[:, :, None] * b[None, :, :], 1)
     else:
         return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=ACC)
 
 
 @triton.jit
-def products(
-    x,
-    x_stride,
-    x_step,
-    x_row,
-    x_inside,
-    y,
-    y_stride,
-    y_step,
-    y_row,
-    y_inside,
-    width,
-    ACC: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    BLOCK_Y: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """x . y [X, Y], |x|^2 [X] and |y|^2 [Y] of rows of two matrices, each component read once."""
-    dots = tl.zeros((BLOCK_X, BLOCK_Y), ACC)
-    xx = tl.zeros((BLOCK_X,), ACC)
-    yy = tl.zeros((BLOCK_Y,), ACC)
-    for start in range(0, width, BLOCK_D):
-        column = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
-        a = load_tile(x, x_row, x_stride, x_inside, column, x_step, column < width)
-        b = load_tile(y, y_row, y_stride, y_inside, column, y_step, column < width)
-        wide_a = a.to(ACC)
-        wide_b = b.to(ACC)
-        xx += tl.sum(wide_a * wide_a, 1)
-        yy += tl.sum(wide_b * wide_b, 1)
-        if UPCAST:
-            dots = multiply(wide_a, tl.trans(wide_b), dots, PRECISION, ACC)
+def inner_products(x, offs_x, mask_x, y, offs_y, mask_y, width, HOW: tl.constexpr):
+    """x . y [X, Y], |x|^2 [X] and |y|^2 [Y] of rows of two matrices. HOW: a Product.
+
+    Each component is read once, and serves the products and both lengths.
+    """
+    dots = tl.zeros((offs_x.shape[0], offs_y.shape[0]), HOW.ACC)
+    xx = tl.zeros((offs_x.shape[0],), HOW.ACC)
+    yy = tl.zeros((offs_y.shape[0],), HOW.ACC)
+    for start in range(0, width, HOW.BLOCK_D):
+        offs_d = (start + tl.arange(0, HOW.BLOCK_D)).to(tl.int64)
+        mask_d = offs_d < width
+        a = load_tile(x, offs_x, mask_x, offs_d, mask_d)  # [X, D]
+        b = load_tile(y, offs_y, mask_y, offs_d, mask_d)  # [Y, D]
+        a_acc = a.to(HOW.ACC)
+        b_acc = b.to(HOW.ACC)
+        xx += tl.sum(a_acc * a_acc, 1)
+        yy += tl.sum(b_acc * b_acc, 1)
+        if HOW.UPCAST:
+            dots = multiply(a_acc, tl.trans(b_acc), dots, HOW.PRECISION, HOW.ACC)
         else:
-            dots = multiply(a, tl.trans(b), dots, PRECISION, ACC)
+            dots = multiply(a, tl.trans(b), dots, HOW.PRECISION, HOW.ACC)
     return dots, xx, yy
 
 
 @triton.jit
 def inverse_length(squares):
-    """1 / |x| of a row from |x|^2, 0 for one without a direction (NaN stays NaN)."""
-    short = squares <= 1e-24
+    """1 / |x| from |x|^2; 0 for a row without a direction. NaN stays NaN."""
+    short = squares <= NO_DIRECTION
     return tl.where(short, 0.0, 1.0 / tl.sqrt(tl.where(short, 1.0, squares)))
 
 
 @triton.jit
+def unit_squares(squares):
+    """|x|^2 of the row at unit length: 1, or 0 for a row without a direction."""
+    return tl.where(squares <= NO_DIRECTION, 0.0, 1.0)
+
+
+@triton.jit
 def squared_distance(dots, xx, yy, COSINE: tl.constexpr):
-    """|x - y|^2 [X, Y], clamped at 0, of the rows or of the rows at unit length (zero rows stay zero)."""
+    """|x - y|^2 [X, Y], at least 0. With COSINE, of rows at unit length (zero rows stay zero)."""
     if COSINE:
-        distance = (
-            tl.where(xx <= 1e-24, 0.0, 1.0)[:, None] + tl.where(yy <= 1e-24, 0.0, 1.0)[None, :]
-        )
+        distance = unit_squares(xx)[:, None] + unit_squares(yy)[None, :]
         distance -= 2.0 * dots * inverse_length(xx)[:, None] * inverse_length(yy)[None, :]
     else:
         distance = xx[:, None] + yy[None, :] - 2.0 * dots
-    return tl.where(distance < 0.0, 0.0, distance)  # not maximum, which on a GPU drops NaN
+    # Not tl.maximum, which on a GPU drops NaN
+    return tl.where(distance < 0.0, 0.0, distance)
 
 
 @triton.jit
-def pick(values, index, COUNT: tl.constexpr):
-    """Entry `index`, known only on the device, of a tuple of scalars or pointers of one type."""
-    chosen = values[0]
+def select(values, index, COUNT: tl.constexpr):
+    """Entry `index`, known only on the device, of a tuple of scalars, pointers or blocks."""
+    selected = values[0]
     for i in tl.static_range(1, COUNT):
-        chosen = tl.where(index == i, values[i], chosen)
-    return chosen
+        selected = tl.where(index == i, values[i], selected)
+    return selected
 
 
 @triton.jit
-def seen_classes(seen, column, inside):
-    """Which classes a modality has seen, [columns] bool; with `seen` None, all there are."""
-    if seen is None:
-        return inside
+def seen_classes(seen_ptr, offs_k, mask_k):
+    """Which classes a modality has seen, [K] bool; with `seen_ptr` None, all there are."""
+    if seen_ptr is None:
+        return mask_k
     else:
-        return tl.load(seen + column, mask=inside, other=0) != 0
+        return tl.load(seen_ptr + offs_k, mask=mask_k, other=0) != 0
 
 
 @triton.jit
-def number(value, POINTER: tl.constexpr, ACC: tl.constexpr):
-    """A scalar argument: a number, or (for float64, which arguments do not carry) a pointer to one."""
+def load_scalar(value, POINTER: tl.constexpr, ACC: tl.constexpr):
+    """A scalar argument: a number, or a pointer to one where float32 would lose digits."""
     if POINTER:
         return tl.load(value).to(ACC)
     else:
@@ -107,13 +135,16 @@ def number(value, POINTER: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def valid_targets(targets, stride, ignored, row, inside, classes):
-    """Class indices [rows] (0 where they do not count) and which count: neither ignored nor out of range, which nothing is read by.
+def valid_targets(targets_ptr, stride, ignore_index, offs_b, mask_b, classes):
+    """Class indices [B], 0 where they do not count, and which count [B].
 
+    A target counts if it is neither ignored nor out of range; nothing is read by one that does not.
     Out of range is an error of the caller's: with TRITON_DEBUG=1 a device assertion says so.
     """
-    target = tl.load(targets + row * stride, mask=inside, other=0).to(tl.int64)
-    known = (target >= 0) & (target < classes)
-    tl.device_assert(known | (target == ignored), "targets: class index out of range", mask=inside)
-    counts = inside & known & (target != ignored)
-    return tl.where(counts, target, 0), counts
+    targets = tl.load(targets_ptr + offs_b * stride, mask=mask_b, other=0).to(tl.int64)
+    known = (targets >= 0) & (targets < classes)
+    tl.device_assert(
+        known | (targets == ignore_index), "targets: class index out of range", mask=mask_b
+    )
+    valid = mask_b & known & (targets != ignore_index)
+    return tl.where(valid, targets, 0), valid

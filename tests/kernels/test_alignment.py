@@ -1,4 +1,7 @@
-"""The alignment loss and prototype operations where they are easiest to get wrong: chunks, second derivatives, empty and zero rows, no host reads."""
+"""The alignment loss and prototype operations where they are easiest to get wrong.
+
+Chunks, second derivatives, empty and zero rows, no host reads.
+"""
 
 import math
 
@@ -23,7 +26,10 @@ from iib_kernels import (
 
 
 def case(M, B, K, seed):
-    """float64 features, prototypes, targets, budgets, seen and mask, with ignored targets, unseen classes and missing modalities."""
+    """float64 features, prototypes, targets, budgets, seen and mask.
+
+    With ignored targets, unseen classes and missing modalities.
+    """
     g = torch.Generator().manual_seed(seed)
     features, prototypes = (
         [torch.randn(n, 1 + (2 * m + seed) % 5, generator=g, dtype=torch.float64) for m in range(M)]
@@ -84,7 +90,10 @@ def test_gradient_written_out_is_that_of_autograd_through_the_reference(M, B, K,
 
 @pytest.mark.parametrize("metric", ["cosine", "sqeuclidean"])
 def test_second_derivative_in_chunks(monkeypatch, metric):
-    """Of the contrastive and of the alignment, whose deviation and anchor are constants: against autograd, which is told so by the reference's detach."""
+    """Of the contrastive and of the alignment, whose deviation and anchor are constants.
+
+    Against autograd, which is told so by the reference's detach.
+    """
     features, prototypes, targets, budgets, seen, mask = case(3, 7, 4, 8)
     monkeypatch.setattr(_chunks, "CHUNK_BYTES", 1)  # one row a chunk
     found = []
@@ -109,7 +118,10 @@ def test_second_derivative_in_chunks(monkeypatch, metric):
 
 
 def test_a_row_computed_by_hand():
-    """Two classes, unit vectors: d2 to the own prototype 0, to the other 2 - 2 cos; anchor at 0 degrees, the weak modality at 45."""
+    """Two classes, unit vectors: d2 to the own prototype 0, to the other 2 - 2 cos.
+
+    The anchor stands at 0 degrees, the weak modality at 45.
+    """
     tau, right = 0.5, torch.tensor([0])
     anchor, weak = torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0, 3.0]])
     q_a = 1 / (1 + math.exp(-2 / tau))  # distances 0 and 2
@@ -188,7 +200,10 @@ def test_near_duplicates_have_distances_that_are_not_negative():
 
 
 class NoHostReads(TorchDispatchMode):
-    """Fails where a value is read on the host or a shape depends on values: what synchronises a GPU and breaks graph capture."""
+    """Fails where a value is read on the host or a shape depends on values.
+
+    That is what synchronises a GPU and breaks graph capture.
+    """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert function not in (

@@ -1,4 +1,7 @@
-"""What every function of iib_kernels promises beside its values: no host copies, harmless garbage, derivatives of any order, named errors."""
+"""What every function of iib_kernels promises beside its values.
+
+No host copies, harmless garbage, derivatives of any order, named errors.
+"""
 
 import math
 
@@ -30,7 +33,11 @@ def case(seed=0, rows=6, classes=5):
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e200])
 @pytest.mark.parametrize("known", [True, False])
 def test_the_prototype_of_an_unseen_class_may_hold_anything(metric, garbage, known):
-    """Values and gradients; ``known=False``: no class has been seen at all, and an uninitialised table must still not spoil the features' gradient."""
+    """Values and gradients.
+
+    With ``known=False`` no class has been seen at all, and an uninitialised table must still not
+    spoil the features' gradient.
+    """
     features, prototypes, targets, budgets = case()
     seen = torch.tensor([known] * 4 + [False])
     results = []
@@ -73,7 +80,10 @@ def test_third_derivatives_are_right(metric):
 
 
 def test_numbers_reach_the_device_without_a_copy_from_the_host(monkeypatch):
-    """torch.tensor(0.5, device="cuda") copies from pageable memory: it synchronises, and a CUDA graph cannot capture it."""
+    """torch.tensor(0.5, device="cuda") copies from pageable memory.
+
+    It synchronises, and a CUDA graph cannot capture it.
+    """
 
     def refuse(*_, **__):
         raise AssertionError("a number was copied from the host")
@@ -211,7 +221,7 @@ def test_the_weights_pass_a_gradient_through_the_uncertainty():
 
 @pytest.mark.parametrize("garbage", [-math.inf, 1e4])
 def test_an_ignored_row_of_logits_contributes_nothing(garbage):
-    """Its gradient is 0, and what it shares with other rows (temperature, prior, gate) is not spoiled."""
+    """Its gradient is 0, and that of temperature, prior and gate is not spoiled."""
     targets, results = torch.tensor([0, -100, 2]), []
     for value in (0.0, garbage):
         logits = [torch.randn(3, 4, generator=torch.Generator().manual_seed(m)) for m in range(2)]

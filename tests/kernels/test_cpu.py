@@ -1,4 +1,7 @@
-"""The CPU's fast path computes what the general path computes, and steps aside where it does not apply."""
+"""The CPU's training step computes what the general path computes.
+
+It steps aside where it does not apply.
+"""
 
 import copy
 
@@ -20,7 +23,10 @@ SHAPES = [
 
 
 def draw(count, batch, classes, size, seed=0):
-    """Embeddings (the first has no direction), targets that hold every class, and a head that has seen them all."""
+    """A head, embeddings (the first has no direction) and targets.
+
+    The targets hold every class, and the head has seen them all.
+    """
     generator = torch.Generator().manual_seed(seed)
     embeddings = [torch.relu(torch.randn(batch, size, generator=generator)) for _ in range(count)]
     embeddings[0][0] = 0
@@ -56,7 +62,9 @@ def steps(monkeypatch):
 
 
 def run(head, embeddings, targets, scalar, progress=0.9):
-    """Outputs, gradients of a scalar of them by embeddings and parameters, and the prototypes after the step."""
+    """Outputs, gradients of a scalar of them by embeddings and parameters, and the prototypes after
+    the step.
+    """
     leaves = [value.clone().requires_grad_() for value in embeddings]
     out = head(leaves, targets, progress=progress)
     gradients = torch.autograd.grad(scalar(out), [*leaves, *head.classifiers.parameters()])

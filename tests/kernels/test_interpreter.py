@@ -1,4 +1,7 @@
-"""The sanitizer of tests/interpreter.py: kernels broken on purpose, one for each check, and a clean one whose bytes are known."""
+"""The sanitizer of tests/interpreter.py.
+
+Kernels broken on purpose, one for each check, and a clean one whose bytes are known.
+"""
 
 import os
 
@@ -8,9 +11,9 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-import interpreter
-import triton.language as tl
-from interpreter import MemoryAccessError, sanitized
+import interpreter  # noqa: E402, needs triton
+import triton.language as tl  # noqa: E402
+from interpreter import MemoryAccessError, sanitized  # noqa: E402
 
 if not interpreter.interpreted():
     pytest.skip(
@@ -201,7 +204,10 @@ def test_tensor_descriptors():
 
 
 def test_a_launch_on_copies_of_the_storages_is_checked_just_so(monkeypatch):
-    """What the interpreter does with tensors on a device: the kernel sees other addresses than the caller."""
+    """What the interpreter does with tensors on a device.
+
+    The kernel sees other addresses than the caller.
+    """
     monkeypatch.setattr(torch.UntypedStorage, "cpu", lambda storage: storage.clone())
     x, out = torch.randn(12), torch.zeros(6)
     with sanitized() as report:
@@ -299,19 +305,22 @@ def test_straying_from_one_argument_into_another_is_outside():
             one_place,
             1,
             (1, 2),
-            r"one_place, program \(0, 0, 0\): store to out at byte offset 0: stored twice, by two lanes of one store",
+            r"one_place, program \(0, 0, 0\): store to out at byte offset 0: "
+            r"stored twice, by two lanes of one store",
         ),
         (
             one_place,
             2,
             (0, 1),
-            r"one_place, program \(1, 0, 0\): store to out at byte offset 0: stored twice, first by program \(0, 0, 0\)",
+            r"one_place, program \(1, 0, 0\): store to out at byte offset 0: "
+            r"stored twice, first by program \(0, 0, 0\)",
         ),
         (
             twice,
             1,
             (),
-            r"twice, program \(0, 0, 0\): store to out at byte offset 0: stored twice, first by program \(0, 0, 0\)",
+            r"twice, program \(0, 0, 0\): store to out at byte offset 0: "
+            r"stored twice, first by program \(0, 0, 0\)",
         ),
     ],
 )
@@ -333,17 +342,20 @@ def test_stored_by_one_program_and_loaded_by_another():
     with sanitized():
         with pytest.raises(
             MemoryAccessError,
-            match=r"program \(1, 0, 0\): store to x at byte offset 0: loaded by program \(0, 0, 0\)",
+            match=r"program \(1, 0, 0\): store to x at byte offset 0: "
+            r"loaded by program \(0, 0, 0\)",
         ):
             move_between_programs[(2,)](x, out, 0)
         with pytest.raises(
             MemoryAccessError,
-            match=r"program \(1, 0, 0\): load from x at byte offset 0: stored by program \(0, 0, 0\)",
+            match=r"program \(1, 0, 0\): load from x at byte offset 0: "
+            r"stored by program \(0, 0, 0\)",
         ):
             move_between_programs[(2,)](x, out, 1)
         with pytest.raises(
             MemoryAccessError,
-            match=r"program \(1, 0, 0\): load from x at byte offset 0: stored by program \(0, 0, 0\)",
+            match=r"program \(1, 0, 0\): load from x at byte offset 0: "
+            r"stored by program \(0, 0, 0\)",
         ):
             load_all_store_own[(4,)](x)
         with pytest.raises(
@@ -354,17 +366,22 @@ def test_stored_by_one_program_and_loaded_by_another():
 
 
 def test_races_show_through_views_of_one_storage():
-    """Out is x moved by one element: program 0 stores what program 1 loads. Also where one views the other's memory as another type."""
+    """Out is x moved by one element: program 0 stores what program 1 loads.
+
+    Also where one views the other's memory as another type.
+    """
     x = torch.zeros(9)
     with sanitized():
         with pytest.raises(
             MemoryAccessError,
-            match=r"copy, program \(1, 0, 0\): load from x at byte offset 4: stored by program \(0, 0, 0\)",
+            match=r"copy, program \(1, 0, 0\): load from x at byte offset 4: "
+            r"stored by program \(0, 0, 0\)",
         ):
             copy[(8,)](x[:8], x[1:], 8, 1, BLOCK=1)
         with pytest.raises(
             MemoryAccessError,
-            match=r"program \(1, 0, 0\): load from x at byte offset 4: stored by program \(0, 0, 0\)",
+            match=r"program \(1, 0, 0\): load from x at byte offset 4: "
+            r"stored by program \(0, 0, 0\)",
         ):
             copy[(2,)](x[:8], x[:8].view(torch.float64), 2, 1, BLOCK=1)
 

@@ -1,4 +1,7 @@
-"""iib_kernels' prototype operations and the alignment loss against loops, gradcheck, bounded memory, half types, compile and wrong input."""
+"""The prototype operations and the alignment loss against loops.
+
+Also gradcheck, bounded memory, half types, compile and wrong input.
+"""
 
 import subprocess
 import sys
@@ -28,7 +31,10 @@ SHAPES = st.tuples(
 
 
 def case(M, B, K, seed, *, partial=False):
-    """Features and prototypes of differing sizes; with ``partial`` masks, unseen classes, ignored targets and near-duplicates."""
+    """Features and prototypes of differing sizes.
+
+    With ``partial`` masks, unseen classes, ignored targets and near-duplicates.
+    """
     g = torch.Generator().manual_seed(seed)
     sizes = [1 + (3 * m + seed) % 7 for m in range(M)]
     features = [torch.randn(B, d, generator=g, dtype=torch.float64) for d in sizes]
@@ -207,7 +213,7 @@ def test_chunks_do_not_show(monkeypatch, metric):
 
 @pytest.mark.slow
 def test_memory_stays_below_a_gigabyte():
-    """B = 4096, K = 32768, M = 2, D = 64, forward and backward; one [B, K] array would be 512 MiB."""
+    """B = 4096, K = 32768, M = 2, D = 64, forward and backward; one [B, K] array is 512 MiB."""
     script = """
 import resource, torch, iib_kernels
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

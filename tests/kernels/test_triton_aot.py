@@ -1,4 +1,7 @@
-"""Every kernel compiled ahead of time for GPUs that are not here: it compiles, does not spill, and addresses rows with 64 bits."""
+"""Every kernel compiled ahead of time for GPUs that are not here.
+
+It compiles, does not spill, and addresses rows with 64 bits.
+"""
 
 import collections
 import json
@@ -31,7 +34,10 @@ MOST_SPILLS = {
 
 @pytest.fixture(scope="module")
 def rows(compilation):
-    """What was compiled: one row a kernel, dtype, number of modalities, size and target; the table of them is written to build/aot.md."""
+    """What was compiled: one row a kernel, dtype, number of modalities, size and target.
+
+    The table of them is written to build/aot.md.
+    """
     process, output = compilation
     assert process.wait(timeout=1500) == 0
     content = json.loads(output.read_text())
@@ -41,10 +47,12 @@ def rows(compilation):
 
 
 def table(content) -> str:
-    """Registers, shared memory and spills of every kernel, the worst over its sizes, as Markdown."""
+    """Registers, shared memory and spills of every kernel, the worst over its sizes; Markdown."""
     lines = [
-        f"Compiled without a GPU by `python tests/aot.py`, torch {content['torch']}, triton {content['triton']}. Largest over the compiled sizes and",
-        "over M = 1, 2, 3, 6: registers a thread, shared memory in bytes a program, spilled words a thread.",
+        f"Compiled without a GPU by `python tests/aot.py`, torch {content['torch']}, triton "
+        f"{content['triton']}. Largest over the compiled sizes and",
+        "over M = 1, 2, 3, 6: registers a thread, shared memory in bytes a program, spilled words "
+        "a thread.",
         "",
     ]
     lines += [

@@ -1,4 +1,8 @@
-"""How the kernels live with torch: derivatives, opcheck, torch.compile, autocast, two processes, transforms, launches, and which implementation runs."""
+"""How the kernels live with torch.
+
+Derivatives, opcheck, torch.compile, autocast, two processes, transforms, launches, and which
+implementation runs.
+"""
 
 import contextlib
 import os
@@ -149,7 +153,8 @@ def test_float64_gradcheck_of_distances_and_alignment(metric, classes):
     arguments = dict(metric=metric, seen=seen, mask=mask, reduction="none", temperature=0.7)
     call = lambda *f: alignment_loss(f, prototypes, targets, budgets, impl="triton", **arguments)
     assert torch.autograd.gradcheck(lambda *f: call(*f).contrastive, features, fast_mode=fast)
-    # delta and q_a carry no gradient by definition, so numbers cannot be differences of the alignment term: the reference's derivative is
+    # delta and q_a carry no gradient by definition, so differences of the alignment term are not
+    # its derivative: the reference's is
     expected = alignment_loss(features, prototypes, targets, budgets, impl="reference", **arguments)
     for found, right in zip(
         torch.autograd.grad(call(*features).alignment.sum(), features),
@@ -175,7 +180,10 @@ SECOND = {
 
 @pytest.mark.parametrize("name", SECOND)
 def test_what_the_kernels_do_not_differentiate_raises(name):
-    """Never a silent zero: second derivatives, forward-mode derivatives and vmap say what to do; func.grad is right."""
+    """Never a silent zero: second derivatives, forward-mode derivatives and vmap say what to do.
+
+    func.grad is right.
+    """
     call, leaf = SECOND[name], draw(3, 4, grad=True)
     (first,) = torch.autograd.grad(call(leaf).square().sum(), leaf, create_graph=True)
     assert first.abs().sum() > 0  # create_graph by itself works
@@ -426,9 +434,9 @@ def results(model, batch, call=None, autocast=None):
 @pytest.mark.parametrize(
     "backend, dynamic",
     [
-        ("eager", False),
+        pytest.param("eager", False, marks=pytest.mark.slow),
         ("aot_eager", False),
-        ("aot_eager", True),
+        pytest.param("aot_eager", True, marks=pytest.mark.slow),
         pytest.param("inductor", False, marks=pytest.mark.slow),
         pytest.param("inductor", True, marks=pytest.mark.slow),
     ],
@@ -462,7 +470,10 @@ COMPILED = {
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_code_without_gradients_and_inside_func_grad(name):
-    """Evaluation, inputs that are new at each call, and ``torch.func.grad`` give what eager code gives; derivatives that are not there raise."""
+    """Evaluation, inputs new at each call, and ``torch.func.grad`` give what eager code gives.
+
+    Derivatives that are not there raise.
+    """
     torch._dynamo.reset()
     call = COMPILED[name]
     total = lambda x: call(x).square().sum()
@@ -496,7 +507,10 @@ def test_the_whole_module_equals_the_reference():
 
 @pytest.mark.parametrize("where", ["inside", "outside"])
 def test_autocast_changes_nothing_inside_the_kernels(where):
-    """Under autocast embeddings and logits are bfloat16, prototypes float32; backward inside the block gives the gradients of one outside."""
+    """Under autocast embeddings and logits are bfloat16, prototypes float32.
+
+    Backward inside the block gives the gradients of one outside.
+    """
     found, expected = (
         results(Model("triton"), 5, autocast=where),
         results(Model("reference"), 5, autocast="outside"),
@@ -529,7 +543,8 @@ import iib_kernels, test_triton_functions as T
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo")
 model = T.Model("triton")
-inputs, targets = [T.draw(8, 5, dtype=torch.float32), T.draw(8, 4, dtype=torch.float32)], torch.arange(8) % 3
+inputs = [T.draw(8, 5, dtype=torch.float32), T.draw(8, 4, dtype=torch.float32)]
+targets = torch.arange(8) % 3
 share = slice(4 * rank, 4 * rank + 4)
 parallel = DistributedDataParallel(model, broadcast_buffers=False)
 parallel([values[share] for values in inputs], targets[share]).backward()
@@ -543,11 +558,12 @@ for p, right in zip(model.parameters(), expected):
 sums = iib_kernels.class_sums(inputs[0][share], targets[share], 3, impl="triton")
 for value in sums:
     dist.all_reduce(value)
-moved, counts = iib_kernels.ema_from_sums(torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64), *sums)
+empty = torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64)
+moved, counts = iib_kernels.ema_from_sums(*empty, *sums)
 both = [torch.empty_like(moved) for _ in range(2)]
 dist.all_gather(both, moved)
 assert torch.equal(*both) and counts.sum() == 8
-whole, _ = iib_kernels.update_prototypes(torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64), inputs[0], targets, impl="triton")
+whole, _ = iib_kernels.update_prototypes(*empty, inputs[0], targets, impl="triton")
 torch.testing.assert_close(moved, whole)
 print("rank", rank, "done")
 """
@@ -683,7 +699,9 @@ def test_nothing_of_the_size_of_rows_times_classes_is_kept_or_made(classes, monk
 
 
 def test_narrow_targets_of_many_classes():
-    """A class whose number is all ones in the targets' type is no stand-in for rows beyond the batch."""
+    """A class whose number is all ones in the targets' type does not stand for rows beyond the
+    batch.
+    """
     features, targets = (
         draw(3, 4, dtype=torch.float32),
         torch.tensor([255, 7, 255], dtype=torch.uint8, device=DEVICE),
@@ -713,7 +731,8 @@ def test_triton_that_cannot_run_says_why(monkeypatch):
     monkeypatch.setattr(_runtime, "interpreting", lambda: False)
     with pytest.raises(
         RuntimeError,
-        match="impl='triton' cannot run: the tensors are on cpu; move them to a GPU, or set TRITON_INTERPRET=1",
+        match="impl='triton' cannot run: the tensors are on cpu; move them to a GPU, or set "
+        "TRITON_INTERPRET=1",
     ):
         gated_fusion(logits, impl="triton")
     monkeypatch.setattr(

@@ -1,10 +1,20 @@
-"""Values and gradients of the Triton kernels against plain PyTorch in float64, and against plain PyTorch of the same dtype.
+"""Values and gradients of the Triton kernels against plain PyTorch, in float64 and in their dtype.
 
-The rule, element by element: |kernel - truth| <= |eager - truth| + tolerance * scale. The truth is ``impl="reference"`` on the same values raised to
-float64, eager is ``impl="reference"`` on the inputs as they are. The tolerance goes by the dtype of the compared tensor, or by float32 where that is what
-the operator computes in; the scale is the largest |truth| in the element's row (last dimension), at least 1: a row of logits near 1e4 lends the other rows
-nothing. Gradients of the fusion's parameters are sums of products with logits, often small differences of large ones: their scale is at least the largest
-logit. Infinities and NaN must stand where they stand in the truth or in eager.
+The rule, element by element::
+
+    |kernel - truth| <= |eager - truth| + tolerance * scale
+
+The truth is ``impl="reference"`` on the same values raised to float64, eager is
+``impl="reference"`` on the inputs as they are.
+
+The tolerance goes by the dtype of the compared tensor, or by float32 where that is what the
+operator computes in.
+
+The scale is the largest |truth| in the element's row (last dimension), at least 1: a row of logits
+near 1e4 lends the other rows nothing. Gradients of the fusion's parameters are sums of products
+with logits, often small differences of large ones: their scale is at least the largest logit.
+
+Infinities and NaN must stand where they stand in the truth or in eager.
 """
 
 from __future__ import annotations
@@ -49,7 +59,10 @@ LAYOUTS = ("plain", "transposed", "sliced", "expanded")
 
 @pytest.fixture(autouse=True)
 def watched():
-    """Every kernel of this file runs in the sanitizer, and no test passes without one (on a GPU the kernels are compiled, and nobody watches)."""
+    """Every kernel of this file runs in the sanitizer, and no test passes without one.
+
+    On a GPU the kernels are compiled, and nobody watches.
+    """
     with (
         interpreter.sanitized() if interpreter.interpreted() else contextlib.nullcontext() as report
     ):
@@ -68,7 +81,10 @@ class Case(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the operator computes in: float64 if some of the features or logits are; of a single table of prototypes, if those are."""
+        """What the operator computes in: float64 if some of the features or logits are.
+
+        Of a single table of prototypes, if those are.
+        """
         return compute_dtype(
             *(
                 value
@@ -91,7 +107,10 @@ class Case(NamedTuple):
 def evaluate(
     case: Case, impl: str, upstream: dict[str, Tensor], *, wide: bool = False
 ) -> dict[str, Tensor]:
-    """Outputs and gradients; ``wide`` raises the inputs to float64. ``upstream`` takes the upstream gradients of the first call, and gives them to others."""
+    """Outputs and gradients; ``wide`` raises the inputs to float64.
+
+    ``upstream`` takes the upstream gradients of the first call, and gives them to others.
+    """
     given = {
         name: (value.double() if wide and value.is_floating_point() else value).detach()
         for name, value in case.inputs.items()
@@ -126,7 +145,10 @@ def error(found: Tensor, truth: Tensor) -> Tensor:
 
 
 def check(case: Case) -> dict[str, Tensor]:
-    """The rule, for all outputs and gradients (returned); their shapes and dtypes; and the inputs are as they were."""
+    """The rule, for all outputs and gradients (returned), and their shapes and dtypes.
+
+    Also that the inputs are as they were.
+    """
     before = {name: value.clone() for name, value in case.inputs.items()}
     upstream: dict[str, Tensor] = {}
     kernel, eager, truth = (
@@ -169,8 +191,9 @@ def close(
         worst = torch.where(bad, off / allowed, 0.0).flatten().argmax()
         at = tuple(int(i) for i in torch.unravel_index(worst, bad.shape))
         raise AssertionError(
-            f"{name}{list(at)}: kernel {found[at]:.9g}, eager {eager[at]:.9g}, truth {truth[at]:.9g}; off by {off[at]:.3g}, "
-            f"allowed {allowed[at]:.3g}; {int(bad.sum())} of {bad.numel()} elements"
+            f"{name}{list(at)}: kernel {found[at]:.9g}, eager {eager[at]:.9g}, truth "
+            f"{truth[at]:.9g}; off by {off[at]:.3g}, allowed {allowed[at]:.3g}; {int(bad.sum())} "
+            f"of {bad.numel()} elements"
         )
 
 
@@ -187,7 +210,10 @@ def bits(left: Tensor, right: Tensor) -> bool:
 
 
 def laid_out(values: Tensor, layout: str, dtype: torch.dtype | None = None) -> Tensor:
-    """The values on the device, in memory as ``layout`` says; sliced out of NaN (or what else would show); expanded: the first entry's, stride 0."""
+    """The values on the device, in memory as ``layout`` says.
+
+    Sliced: out of NaN, or what else would show. Expanded: the first entry's, stride 0.
+    """
     values = values.to(DEVICE, dtype or values.dtype)
     if layout == "transposed" and values.dim() > 1:
         return values.mT.contiguous().mT
@@ -226,7 +252,7 @@ def some(g: torch.Generator, names: list[str], all_of_them: bool) -> list[str]:
 def embeddings(
     g: torch.Generator, batch: int, classes: int, width: int, hard: bool
 ) -> tuple[Tensor, Tensor]:
-    """Features and prototypes; ``hard``: some features (nearly) are a prototype, some rows are 0."""
+    """Features and prototypes; ``hard``: some features (nearly) are a prototype, some are 0."""
     rows, table = (
         torch.randn(size, width, generator=g) / max(1, width) ** 0.5 for size in (batch, classes)
     )
@@ -295,7 +321,10 @@ def distance_case(
 def modal_inputs(
     g, batch, classes, modalities, widths, dtype, table_dtype, seen, layout, table_layout
 ):
-    """Features and prototypes of all modalities by name, and which classes each has seen (NaN in the prototypes of others)."""
+    """Features and prototypes of all modalities by name, and which classes each has seen.
+
+    The prototypes of the others are NaN.
+    """
     count = {"none": 0, "one": 1}.get(seen, modalities)
     known = [torch.rand(classes, generator=g) < 0.7 for _ in range(count)]
     if seen == "blind":
@@ -344,7 +373,10 @@ def nearest_case(
     winners = []
 
     def call(given, impl):
-        """Of several nearest any one will do: the reference's gradient is that of the kernel's choice, whose distance must be the least."""
+        """Of several nearest any one will do.
+
+        The reference's gradient is that of the kernel's choice, whose distance must be the least.
+        """
         features, prototypes, known = (
             series(given, "features", modalities),
             series(given, "prototypes", modalities),
@@ -655,7 +687,10 @@ def cases(build: Callable[..., Case], *drawn, **named) -> st.SearchStrategy[Case
 
 
 def interpretable(case: Case) -> bool:
-    """False for bfloat16 results of float64 arithmetic: Triton's interpreter stores garbage for them (see the last test)."""
+    """False for bfloat16 results of float64 arithmetic.
+
+    Triton's interpreter stores garbage for them (see the last test).
+    """
     return (
         DEVICE != "cpu"
         or case.dtype != torch.float64
@@ -673,79 +708,6 @@ def examples(count: int):
         phases=[Phase.generate],
         print_blob=False,
     )
-
-
-@examples(25)
-@given(
-    cases(
-        distance_case,
-        SEEDS,
-        LEADING,
-        CLASSES,
-        WIDTHS,
-        st.sampled_from(FLOATS),
-        st.sampled_from(FLOATS),
-        METRICS,
-        ORDERS,
-        ORDERS,
-        ORDERS,
-        FLAGS,
-    )
-)
-def test_distances_and_their_gradients(case):
-    check(case)
-
-
-@examples(20)
-@given(
-    cases(
-        nearest_case,
-        SEEDS,
-        BATCHES,
-        CLASSES,
-        st.integers(1, 6),
-        st.just((1, 3, 13, 33, 67)),
-        ANY,
-        st.sampled_from(FLOATS),
-        METRICS,
-        st.sampled_from(["none", "one", "each", "blind"]),
-        ORDERS,
-        ORDERS,
-        ORDERS,
-        FLAGS,
-    )
-)
-def test_nearest_prototypes_and_their_gradients(case):
-    check(case)
-
-
-@examples(25)
-@given(
-    cases(
-        alignment_case,
-        seed=SEEDS,
-        batch=BATCHES,
-        classes=CLASSES,
-        modalities=st.integers(1, 6),
-        widths=st.just((1, 3, 13, 33, 37)),
-        dtype=ANY,
-        table_dtype=st.sampled_from(FLOATS),
-        metric=METRICS,
-        seen=st.sampled_from(["none", "one", "each", "blind"]),
-        masked=FLAGS,
-        kind=KINDS,
-        ignored=IGNORED,
-        temperature=st.sampled_from([0.1, 0.5, 2.0]),
-        budgets=st.sampled_from(["tensor", "numbers", "zero", "equal"]),
-        reduction=REDUCTIONS,
-        layout=ORDERS,
-        table_layout=ORDERS,
-        upstream=ORDERS,
-        everything=FLAGS,
-    )
-)
-def test_alignment_and_its_gradients(case):
-    check(case)
 
 
 FUSION = dict(
@@ -768,45 +730,123 @@ FUSION = dict(
     upstream=ORDERS,
     everything=FLAGS,
 )
+GENERATED = {  # how many examples, and of what
+    "distances": (
+        25,
+        cases(
+            distance_case,
+            SEEDS,
+            LEADING,
+            CLASSES,
+            WIDTHS,
+            st.sampled_from(FLOATS),
+            st.sampled_from(FLOATS),
+            METRICS,
+            ORDERS,
+            ORDERS,
+            ORDERS,
+            FLAGS,
+        ),
+    ),
+    "nearest prototypes": (
+        20,
+        cases(
+            nearest_case,
+            SEEDS,
+            BATCHES,
+            CLASSES,
+            st.integers(1, 6),
+            st.just((1, 3, 13, 33, 67)),
+            ANY,
+            st.sampled_from(FLOATS),
+            METRICS,
+            st.sampled_from(["none", "one", "each", "blind"]),
+            ORDERS,
+            ORDERS,
+            ORDERS,
+            FLAGS,
+        ),
+    ),
+    "alignment": (
+        25,
+        cases(
+            alignment_case,
+            seed=SEEDS,
+            batch=BATCHES,
+            classes=CLASSES,
+            modalities=st.integers(1, 6),
+            widths=st.just((1, 3, 13, 33, 37)),
+            dtype=ANY,
+            table_dtype=st.sampled_from(FLOATS),
+            metric=METRICS,
+            seen=st.sampled_from(["none", "one", "each", "blind"]),
+            masked=FLAGS,
+            kind=KINDS,
+            ignored=IGNORED,
+            temperature=st.sampled_from([0.1, 0.5, 2.0]),
+            budgets=st.sampled_from(["tensor", "numbers", "zero", "equal"]),
+            reduction=REDUCTIONS,
+            layout=ORDERS,
+            table_layout=ORDERS,
+            upstream=ORDERS,
+            everything=FLAGS,
+        ),
+    ),
+    "fusion": (25, cases(fusion_case, **FUSION)),
+    "fusion cross-entropies": (
+        25,
+        cases(
+            fusion_case,
+            loss=st.just(True),
+            kind=KINDS,
+            ignored=IGNORED,
+            reduction=REDUCTIONS,
+            **FUSION,
+        ),
+    ),
+    "updates and sums": (
+        25,
+        cases(
+            update_case,
+            SEEDS,
+            BATCHES,
+            CLASSES,
+            WIDTHS,
+            st.sampled_from(FLOATS),
+            st.sampled_from(FLOATS),
+            METRICS,
+            st.sampled_from([0.0, 0.5, 0.9]),
+            KINDS,
+            IGNORED,
+            ORDERS,
+            ORDERS,
+            FLAGS,
+        ),
+    ),
+}
 
 
-@examples(25)
-@given(cases(fusion_case, **FUSION))
-def test_fusion_and_its_gradients(case):
-    check(case)
+def check_generated(what: str, share: float) -> None:
+    """The rule for generated cases of one kind, or for a share of them."""
+    count, strategy = GENERATED[what]
+
+    @examples(int(count * share))
+    @given(strategy)
+    def holds(case):
+        check(case)
+
+    holds()
 
 
-@examples(25)
-@given(
-    cases(
-        fusion_case, loss=st.just(True), kind=KINDS, ignored=IGNORED, reduction=REDUCTIONS, **FUSION
-    )
-)
-def test_fusion_cross_entropies_and_their_gradients(case):
-    check(case)
+@pytest.mark.parametrize("what", GENERATED)
+def test_values_and_gradients(what):
+    check_generated(what, 0.2)
 
 
-@examples(25)
-@given(
-    cases(
-        update_case,
-        SEEDS,
-        BATCHES,
-        CLASSES,
-        WIDTHS,
-        st.sampled_from(FLOATS),
-        st.sampled_from(FLOATS),
-        METRICS,
-        st.sampled_from([0.0, 0.5, 0.9]),
-        KINDS,
-        IGNORED,
-        ORDERS,
-        ORDERS,
-        FLAGS,
-    )
-)
-def test_prototype_updates_and_class_sums(case):
-    check(case)
+@pytest.mark.slow
+@pytest.mark.parametrize("what", GENERATED)
+def test_values_and_gradients_of_more_cases(what):
+    check_generated(what, 1)
 
 
 # ----- Chosen sizes: the other code paths
@@ -816,7 +856,7 @@ def test_prototype_updates_and_class_sums(case):
 @pytest.mark.parametrize(
     "leading, classes, width, dtype",
     [
-        ((67,), 309, 130, torch.float32),
+        pytest.param((67,), 309, 130, torch.float32, marks=pytest.mark.slow),
         ((1031,), 2, 5, torch.bfloat16),
         ((5,), 131, 300, torch.float16),
     ],
@@ -846,9 +886,9 @@ def test_distances_of_nothing(size):
     [
         ((1031,), 7, torch.float32, "plain"),
         ((1025, 2), 3, torch.bfloat16, "transposed"),
-        ((2500, 1024), 1, None, "sliced"),
+        pytest.param((2500, 1024), 1, None, "sliced", marks=pytest.mark.slow),
         ((37, 3), 309, torch.float16, "plain"),
-        ((1100, 33), 5, torch.float64, "expanded"),
+        pytest.param((1100, 33), 5, torch.float64, "expanded", marks=pytest.mark.slow),
     ],
 )
 def test_nearest_prototypes_of_wide_rows_and_many_classes(widths, classes, dtype, layout, metric):
@@ -947,7 +987,7 @@ def test_fusion_of_many_classes(classes, modalities, dtype, layout, loss):
         )
 
 
-@pytest.mark.parametrize("classes", [7, 1031])
+@pytest.mark.parametrize("classes", [7, pytest.param(1031, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("loss", [False, True])
 def test_each_gradient_of_fusion_alone(loss, classes):
     """One input asks for a gradient, one output has one."""
@@ -997,11 +1037,23 @@ def test_updates_of_wide_rows_and_large_batches(batch, width, dtype, layout, met
         )
 
 
-def test_updates_of_many_classes():
-    check(update_case(12, 67, 309, 3))
+@pytest.mark.parametrize("classes", [37, pytest.param(309, marks=pytest.mark.slow)])
+def test_updates_of_many_classes(classes):
+    check(update_case(12, 67, classes, 3))
 
 
 # ----- What the memory held, repetition, garbage
+
+
+LARGE = ("alignment tiled", "fusion two passes", "losses two passes", "update wide")
+
+
+def by_name(builds: dict[str, Callable[..., Case]]):
+    """The test for each of these cases; the large ones are slow in the interpreter."""
+    mark = lambda name: [pytest.mark.slow] if name in LARGE else []
+    return pytest.mark.parametrize(
+        "build", [pytest.param(build, id=name, marks=mark(name)) for name, build in builds.items()]
+    )
 
 
 ROUGH = {
@@ -1031,9 +1083,7 @@ ROUGH = {
     "update wide": lambda: update_case(25, 3, 2, 1031, torch.bfloat16),
     "sums": lambda: update_case(25, 17, 7, 33, torch.float16, sums=True),
 }
-rough = pytest.mark.parametrize(
-    "build", [pytest.param(build, id=name) for name, build in ROUGH.items()]
-)
+rough = by_name(ROUGH)
 
 
 @rough
@@ -1080,7 +1130,10 @@ def test_results_repeat_bit_for_bit(build):
 @pytest.mark.parametrize("metric", ["cosine", "sqeuclidean"])
 @pytest.mark.parametrize("classes", [5, 129])
 def test_a_nan_that_counts_is_not_lost(classes, metric):
-    """NaN in a feature or logit shows wherever it does in plain PyTorch (whose weights take a modality with NaN for a sure one: the kernels' are NaN)."""
+    """NaN in a feature or logit shows wherever it does in plain PyTorch.
+
+    Whose weights take a modality with NaN for a sure one: the kernels' are NaN.
+    """
     for case, names in (
         (distance_case(30, classes=classes, metric=metric), ["distance"]),
         (nearest_case(30, classes=classes, metric=metric), ["distance"]),
@@ -1122,13 +1175,14 @@ TARGETED = {
     "update": lambda **options: update_case(40, 9, 7, 3, **options),
     "sums": lambda **options: update_case(40, 9, 7, 3, sums=True, **options),
 }
-targeted = pytest.mark.parametrize(
-    "build", [pytest.param(build, id=name) for name, build in TARGETED.items()]
-)
+targeted = by_name(TARGETED)
 
 
 def without_assertions(monkeypatch) -> None:
-    """Device assertions off, as on a GPU without TRITON_DEBUG; the sanitizer's other checks stay."""
+    """Device assertions off, as on a GPU without TRITON_DEBUG.
+
+    The sanitizer's other checks stay.
+    """
     if interpreter.interpreted():
         builder = interpreter.internals.interpreter_builder
         monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=False))
@@ -1151,7 +1205,10 @@ def test_targets_of_any_integer_type(build):
 
 @targeted
 def test_targets_out_of_range_are_ignored_where_nobody_looks(build, monkeypatch):
-    """As on a GPU: no check of values on the host, no assertion on the device. The sanitizer would see an index made of them."""
+    """As on a GPU: no check of values on the host, no assertion on the device.
+
+    The sanitizer would see an index made of them.
+    """
     wild, tame = build(), build()
     for row, value in (
         (0, 10**9),
@@ -1213,7 +1270,8 @@ def test_targets_out_of_range_are_named_by_a_device_assertion(build, monkeypatch
     assert isinstance(error, AssertionError) and "targets: class index out of range" in str(error)
 
 
-# ----- bfloat16 results of float64 arithmetic: Triton's interpreter (3.7.1) stores garbage where float64 is cast to bfloat16 (float32 it casts right)
+# ----- bfloat16 results of float64 arithmetic: Triton's interpreter (3.7.1) stores garbage where
+# float64 is cast to bfloat16 (float32 it casts right)
 
 
 @pytest.mark.skipif(
