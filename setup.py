@@ -23,7 +23,7 @@ setup(
         "scikit-learn>=1.4",
         "accelerate>=1.10",
         "filelock>=4",
-        "joblib>=1.4",
+        "joblib>=1.5",
         "threadpoolctl",
         "jsonargparse[signatures]>=4.49",
         "PyYAML",

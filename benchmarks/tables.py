@@ -13,6 +13,7 @@ from statistics import fmean
 from iibalance.comparison.results import GROUPS, by_method, group_means, read_table
 from iibalance.comparison.statistics import ablation_names, ranks, summary
 from iibalance.comparison.tables import by_rank, pair_text, rank_text, spread_text, table
+from iibalance.methods import METHODS
 
 FOCUS = "iibalance"
 NEAREST = ("ensemble_gated", "ensemble")  # the rivals that the page's means set beside the focus
@@ -120,9 +121,10 @@ def head_table(results: Mapping) -> list[str]:
 def tables(path: str) -> list[list[str]]:
     """All that the comparison in this CSV has figures for, each a list of lines."""
     results = by_method(read_table(path))
-    methods = list(dict.fromkeys(method for entries in results.values() for method in entries))
+    methods = dict.fromkeys(method for entries in results.values() for method in entries)
+    known = [method for method in methods if method in METHODS]  # the CSV has labels, not classes
     everywhere = set.intersection(*(set(entries) for entries in results.values()))
-    found, parts = summary(results, FOCUS, methods), ablation_names(methods)
+    found, parts = summary(results, FOCUS, known), ablation_names(known)
     ordered = by_rank(found["ranks"])
     shown = [method for method in (FOCUS, *NEAREST) if method in everywhere]
     drawn = [rank_table(found["ranks"], ordered), mean_table(results, shown)]

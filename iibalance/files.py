@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -267,8 +268,11 @@ def versions() -> dict[str, str | None]:
 
 
 def recorded_command() -> list[str]:
-    """The command line of this process as a person would type it: no folder of this machine."""
+    """The command line of this process as a person would type it, without this machine's folders.
+
+    Absolute paths are shortened to the names of their files; ``config.yaml`` has them whole.
+    """
     program = Path(sys.argv[0])
     module = program.name == "__main__.py"
     start = ["python", "-m", program.parent.name] if module else [program.name]
-    return [*start, *sys.argv[1:]]
+    return [*start, *(re.sub(r"(^|[=,])/(?:[^/,=:]+/)*", r"\1", word) for word in sys.argv[1:])]

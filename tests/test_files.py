@@ -25,6 +25,7 @@ from iibalance.files import (
     locked,
     read_json,
     read_model,
+    recorded_command,
     write_bytes,
     write_json,
     write_model,
@@ -573,3 +574,21 @@ def test_killed_at_random_times(tmp_path):
         assert latest < 1 or len(folder.checkpoints()) >= 2
         reported = latest
     assert reported > 20
+
+
+@pytest.mark.parametrize(
+    ("argv", "recorded"),
+    [
+        (
+            ["/somewhere/iibalance/__main__.py", "train", "--data.path=/data/a/clips.npz"],
+            ["python", "-m", "iibalance", "train", "--data.path=clips.npz"],
+        ),
+        (
+            ["/usr/bin/iibalance", "compare", "--methods", "concat,/own/mine.py:Mine", "a/b.yaml"],
+            ["iibalance", "compare", "--methods", "concat,mine.py:Mine", "a/b.yaml"],
+        ),
+    ],
+)
+def test_a_recorded_command_has_no_folder_of_this_machine(monkeypatch, argv, recorded):
+    monkeypatch.setattr("sys.argv", argv)
+    assert recorded_command() == recorded
