@@ -181,8 +181,11 @@ def accumulator(dtype: torch.dtype):
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def _hip() -> bool:
-    """Whether this PyTorch is for AMD GPUs, which have no TF32."""
+def hip() -> bool:
+    """Whether this PyTorch is for AMD GPUs.
+
+    Their waves are twice as wide and their register file is twice as deep; they have no TF32.
+    """
     return torch.version.hip is not None
 
 
@@ -193,7 +196,7 @@ def dot_options(*tensors: Tensor) -> dict:
     PRECISION of float32 products: that of ``torch.get_float32_matmul_precision()``, IEEE for
     "highest", TF32 below (on NVIDIA).
     """
-    tf32 = torch.get_float32_matmul_precision() != "highest" and not _hip()
+    tf32 = torch.get_float32_matmul_precision() != "highest" and not hip()
     return {
         "UPCAST": interpreting() or len({tensor.dtype for tensor in tensors}) > 1,
         "PRECISION": "tf32" if tf32 else "ieee",
@@ -206,7 +209,7 @@ def slope_precision(*tensors: Tensor) -> str:
     Where the other side is of half precision, TF32 (on NVIDIA) loses less than the result's
     rounding.
     """
-    if all(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors) and not _hip():
+    if all(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors) and not hip():
         return "tf32"
     return dot_options(*tensors)["PRECISION"]
 

@@ -9,9 +9,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-
-from iib_kernels._runtime import interpreting
+from iib_kernels._runtime import hip, interpreting
 
 FUSION_CLASSES = 1024  # logits of up to this many classes stay in registers
 ALIGNMENT_CLASSES = 128  # up to this many classes one block of scores holds them all
@@ -35,14 +33,6 @@ class Launch(NamedTuple):
         }
         # On NVIDIA all registers may be used: left alone, ptxas spills a few to fit one more block
         return options if hip() else {**options, "maxnreg": 255}
-
-
-def hip() -> bool:
-    """Whether this PyTorch is for AMD GPUs.
-
-    Their waves are twice as wide and their register file is twice as deep; they have no TF32.
-    """
-    return torch.version.hip is not None
 
 
 def power_of_two(value: int) -> int:

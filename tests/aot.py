@@ -299,7 +299,7 @@ def compile_variant(variant: tuple[str, tuple], targets: tuple[str, ...]) -> lis
     rows = []
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     for target in targets:
-        _tuning.hip = _runtime._hip = lambda: TARGETS[target].backend == "hip"
+        _tuning.hip = _runtime.hip = lambda: TARGETS[target].backend == "hip"
         for kernel, named, options in recorded(
             lambda: CALLS[operator]({**DTYPES, **PAIRS}[dtype], *sizes)
         ):

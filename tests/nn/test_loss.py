@@ -1,4 +1,7 @@
-"""The objective against its equations, sample by sample: method page, section 3 and section 5."""
+"""The objective against its equations, written out with torch operations sample by sample.
+
+Prototype losses: method page, section 3. Their sum: method page, section 5.
+"""
 
 import math
 

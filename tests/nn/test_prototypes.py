@@ -32,7 +32,7 @@ def batches(count=4, size=12, classes=4, seed=0):
 
 
 def by_loop(steps, classes=4, momentum=0.9, cosine=True):
-    """Prototypes and counts of section 2, one class and one row at a time, in float64."""
+    """Prototypes and counts in float64, a class and a row at a time: method page, section 2."""
     unit = (lambda v: v / v.norm()) if cosine else (lambda v: v)
     prototypes = {name: [None] * classes for name in DIMS}
     counts = {name: [0] * classes for name in DIMS}
