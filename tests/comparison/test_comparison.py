@@ -231,6 +231,7 @@ def test_the_lowest_validation_nll_is_chosen_and_ablations_take_their_methods_se
     )
 
 
+@pytest.mark.slow
 def test_every_setting_is_tried_with_each_tuning_seed_and_the_mean_is_what_counts(npz, tmp_path):
     result = compare(
         config(
@@ -303,6 +304,7 @@ def test_going_on_trains_nothing_again(done, npz):
         compare(config(npz, folder, epochs=3))
 
 
+@pytest.mark.slow
 def test_going_on_takes_more_seeds_and_methods_and_says_what_it_was_started_with(
     npz, tmp_path, monkeypatch
 ):
@@ -398,6 +400,7 @@ def test_a_cell_that_was_lost_comes_back_the_same(done, npz):
     assert predictions.read_bytes() == kept
 
 
+@pytest.mark.slow
 def test_shared_trainings_are_made_once(npz, tmp_path):
     settings = config(npz, tmp_path)
     (tmp_path / "cells").mkdir()
@@ -458,6 +461,7 @@ def test_every_method_tries_the_same_learning_rates_and_decays(npz, tmp_path):
     ) == (0.1, 0.2, 0.3, {})
 
 
+@pytest.mark.slow
 def test_a_method_defined_for_two_modalities_is_left_out_of_three(tmp_path):
     result = compare(
         CompareConfig(
@@ -470,6 +474,7 @@ def test_a_method_defined_for_two_modalities_is_left_out_of_three(tmp_path):
     assert "low data" not in result["results"]["digits"]["concat"]["conditions"]
 
 
+@pytest.mark.slow
 def test_a_users_own_method(npz, tmp_path):
     """The method page's own, as it stands there."""
     text = next(
@@ -522,6 +527,7 @@ def _smoothed(amount, name):
     return out.logits.softmax(-1).amax(1).mean()
 
 
+@pytest.mark.slow
 def test_a_users_file_that_changed_is_trained_anew(npz, tmp_path):
     def write(text):
         (tmp_path / "mine.py").write_text(
