@@ -15,11 +15,9 @@ from iibalance.methods.gradients import clip_gradients
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from iibalance.methods.base import Method
-
 
 def training_step(
-    method: Method,
+    method,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
@@ -32,7 +30,7 @@ def training_step(
     """Loss, backward, clipping and the optimiser's step; returns (the model's output, the loss).
 
     Args:
-        method: whose hooks are called.
+        method: a :class:`~iibalance.methods.base.Method`, whose hooks are called.
         progress: share of the training that is done, in [0, 1].
         max_gradient_norm: gradients are clipped to it, each of ``clip_groups`` by itself; 0 = not.
         clip_groups: ``method.clip_groups(model)``, where it is at hand.
