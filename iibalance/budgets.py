@@ -206,8 +206,9 @@ def budgets_from_logits(
         losses = torch.nn.functional.cross_entropy(scaled, y, reduction="none")
         value = min(1.0, max(0.0, 1 - float(losses.mean()) / entropy))
         values.append(round(value, 12))  # what a CPU's rounding leaves of 0 is 0
-        spread = float(losses.std(correction=1)) / math.sqrt(len(y)) if len(y) > 1 else None
-        errors.append(1.0 if spread is None else spread / entropy)
+        errors.append(1.0)  # of one sample nothing is known
+        if len(y) > 1:
+            errors[-1] = float(losses.std(correction=1)) / math.sqrt(len(y)) / entropy
     return Budgets(tuple(logits), tuple(values), tuple(errors), entropy, source)
 
 

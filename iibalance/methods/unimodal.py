@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -34,10 +36,9 @@ class Unimodal(Ensemble):
         for index, logits in enumerate(model.head.heads(embed_split(model, validation))):
             present = validation.mask[:, index]
             logits, targets = logits.cpu()[present], validation.targets[present]
-            loss = (
-                float(F.cross_entropy(scaled(logits, targets), targets)) if len(targets) else None
-            )
-            losses.append(float("inf") if loss is None else loss)
+            losses.append(math.inf)
+            if len(targets):
+                losses[index] = float(F.cross_entropy(scaled(logits, targets), targets))
         ranks = torch.tensor(losses).argsort().argsort().to(model.head.log_prior)
         # A prior so strong that the best modality present takes all the weight.
         model.head.log_prior.copy_(-50.0 * ranks)
