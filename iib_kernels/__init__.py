@@ -16,23 +16,23 @@ What lives here, from the equations up to the functions:
 
     reference.py                            the equations as they stand, which everything is
                                             tested against
-    _kernels/                               Triton kernels
-    _ops/                                   launchers, operators (torch.ops.iib), autograd Functions
+    ops/                                    an operation a room: Triton kernels, launchers,
+                                            operators (torch.ops.iib), autograd Functions
     alignment, fusion, prototype, update    the public functions: checks, dtypes, bounded memory
-    cpu.py                                  the training step for a CPU
+    cpu/                                    the training step for a CPU
     _runtime, _registration, _tuning, ...   what they share
 
 What may come in: torch, and triton where a kernel runs (importing this package does not import it).
 Nothing of the packages above.
 """
 
-from iib_kernels._ops.alignment import AlignmentLossFunction
-from iib_kernels._ops.distance import PrototypeDistanceFunction
-from iib_kernels._ops.fusion import FusionCrossEntropyFunction, GatedFusionFunction
-from iib_kernels._ops.nearest import NearestPrototypeFunction
-from iib_kernels._ops.update import UpdatePrototypesFunction
 from iib_kernels.alignment import AlignmentOutput, alignment_loss
 from iib_kernels.fusion import FusionLossOutput, FusionOutput, fusion_cross_entropy, gated_fusion
+from iib_kernels.ops.alignment.autograd import AlignmentLossFunction
+from iib_kernels.ops.distance.autograd import PrototypeDistanceFunction
+from iib_kernels.ops.fusion.autograd import FusionCrossEntropyFunction, GatedFusionFunction
+from iib_kernels.ops.nearest.autograd import NearestPrototypeFunction
+from iib_kernels.ops.update.autograd import UpdatePrototypesFunction
 from iib_kernels.prototype import NearestOutput, nearest_prototype, prototype_distance
 from iib_kernels.update import class_sums, ema_from_sums, snapshot, update_prototypes
 

@@ -22,8 +22,8 @@ from iib_kernels._checks import (
     refuse_grad,
 )
 from iib_kernels._chunks import rows_per_chunk, spans
-from iib_kernels._ops.alignment import AlignmentLossFunction
 from iib_kernels._runtime import apply, choose, compute_dtype, distinct
+from iib_kernels.ops.alignment.autograd import AlignmentLossFunction
 from iib_kernels.prototype import check_modalities, without_unseen
 
 WORK_ARRAYS = 8  # [M, rows, K] arrays alive at once in one chunk, forward or backward

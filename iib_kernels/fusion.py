@@ -22,8 +22,8 @@ from iib_kernels._checks import (
     describe,
     tensor_list,
 )
-from iib_kernels._ops.fusion import FusionCrossEntropyFunction, GatedFusionFunction
 from iib_kernels._runtime import apply, choose, compute_dtype, distinct
+from iib_kernels.ops.fusion.autograd import FusionCrossEntropyFunction, GatedFusionFunction
 
 
 class FusionOutput(NamedTuple):

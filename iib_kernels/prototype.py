@@ -19,9 +19,9 @@ from iib_kernels._checks import (
     tensor_list,
 )
 from iib_kernels._chunks import rows_per_chunk, spans
-from iib_kernels._ops.distance import PrototypeDistanceFunction
-from iib_kernels._ops.nearest import NearestPrototypeFunction
 from iib_kernels._runtime import apply, choose, compute_dtype, distinct
+from iib_kernels.ops.distance.autograd import PrototypeDistanceFunction
+from iib_kernels.ops.nearest.autograd import NearestPrototypeFunction
 
 METRICS = ("cosine", "sqeuclidean")
 # [rows, K] arrays alive at once in the search for the nearest prototype: products, distances, and

@@ -20,8 +20,8 @@ from iib_kernels._checks import (
     describe,
 )
 from iib_kernels._chunks import rows_per_chunk, spans
-from iib_kernels._ops.update import CLASS_SUMS, SNAPSHOT, UpdatePrototypesFunction
 from iib_kernels._runtime import apply, choose, compute_dtype, distinct, eager_on_cpu
+from iib_kernels.ops.update.autograd import CLASS_SUMS, SNAPSHOT, UpdatePrototypesFunction
 from iib_kernels.prototype import METRICS
 
 

@@ -79,10 +79,12 @@ def _describe(value, path: tuple, constants: dict, attributes: dict):
     Constants and divisibility by 16 are added to their tables.
     """
     if isinstance(value, tuple):
-        return tuple(
+        entries = [
             _describe(entry, (*path, index), constants, attributes)
             for index, entry in enumerate(value)
-        )
+        ]
+        # A named tuple stays one: kernels ask for its fields
+        return type(value)(*entries) if hasattr(value, "_fields") else tuple(entries)
     if value is None or (isinstance(value, int) and value == 1):
         constants[path] = value
         return "constexpr"

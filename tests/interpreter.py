@@ -47,7 +47,7 @@ class MemoryAccessError(AssertionError):
 class Launch:
     """One launch: the bytes of unmasked lanes loaded and stored, by argument.
 
-    The entries of a tuple are ``name[0]``, ``name[1]``, ...
+    The entries of a tuple are ``name[0]``, ``name[1]``, ...; those of a named tuple ``name.field``.
     """
 
     name: str
@@ -225,8 +225,9 @@ class _Running:
 def _tensors(name: str, value: object) -> Iterator[tuple[str, object]]:
     """The tensors in an argument, with their names."""
     if isinstance(value, tuple):
+        fields = getattr(value, "_fields", None)
         for i, entry in enumerate(value):
-            yield from _tensors(f"{name}[{i}]", entry)
+            yield from _tensors(f"{name}.{fields[i]}" if fields else f"{name}[{i}]", entry)
     elif isinstance(value, TensorDescriptor):
         yield name, value.base
     elif hasattr(value, "data_ptr"):

@@ -100,7 +100,7 @@ def _forward(
     logits, log_prior, gate_logits, parameters: Parameters, targets: Targets, outputs
 ) -> None:
     """Fill fused, weights, uncertainty, nll, unimodal, counts (None: not wanted) and statistics."""
-    from iib_kernels._kernels.fusion import fusion_forward
+    from iib_kernels.ops.fusion.kernels import fusion_forward
 
     batch, classes, count = _sizes(logits)
     if not batch:
@@ -144,7 +144,7 @@ def _backward(
     The last is one tensor [3 M + 1]: log_prior, uncertainty_weight and temperature, M entries each,
     then the scale.
     """
-    from iib_kernels._kernels.fusion_backward import fusion_backward
+    from iib_kernels.ops.fusion.kernels_backward import fusion_backward
 
     batch, classes, count = _sizes(logits)
     dtype, device = compute_dtype(*logits), logits[0].device

@@ -25,7 +25,7 @@ def _launch(
     counts_out,
 ) -> None:
     """Fill both outputs: class sums and how many there are, or, given prototypes, the new ones."""
-    from iib_kernels._kernels.update import prototype_update
+    from iib_kernels.ops.update.kernels import prototype_update
 
     (batch, width), classes = features.shape, counts_out.shape[0]
     move = prototypes is not None

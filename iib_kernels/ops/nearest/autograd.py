@@ -44,7 +44,7 @@ def _widths(features: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def _nearest(features, prototypes, cosine, seen):
-    from iib_kernels._kernels.nearest import nearest_forward
+    from iib_kernels.ops.nearest.kernels import nearest_forward
 
     distance, index = outputs = _nearest_fake(features)
     batch, classes, count = features[0].shape[0], prototypes[0].shape[0], len(features)
@@ -82,7 +82,7 @@ def _nearest_fake(features, *_):
 
 
 def _nearest_backward(features, prototypes, cosine, index, grad):
-    from iib_kernels._kernels.nearest import nearest_backward
+    from iib_kernels.ops.nearest.kernels import nearest_backward
 
     kinds, batch, count = [values.dtype for values in features], features[0].shape[0], len(features)
     dtype, width = compute_dtype(*features), max(_widths(features))

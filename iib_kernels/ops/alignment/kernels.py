@@ -13,7 +13,7 @@ factor of A_m, the deviation, is a constant for the gradient.
 Tiles [BLOCK_B, BLOCK_K] of the scores of all modalities live in registers: nothing of size [B, K]
 is stored.
 
-This file holds the forward kernel and what backward shares with it; alignment_backward.py holds
+This file holds the forward kernel and what backward shares with it; kernels_backward.py holds
 backward.
 """
 
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from iib_kernels._kernels.tiles import (
+from iib_kernels.ops.tiles import (
     FLOOR,
     Matrix,
     Product,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from iib_kernels._kernels.tiles import Matrix, inverse_length, load_scalar, load_tile
+from iib_kernels.ops.tiles import Matrix, inverse_length, load_scalar, load_tile
 
 
 @triton.jit

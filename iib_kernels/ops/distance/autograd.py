@@ -27,7 +27,7 @@ def _blocks(size: int, block: int) -> int:
 
 
 def _distance(features, prototypes, cosine, keep):
-    from iib_kernels._kernels.distance import distance_forward
+    from iib_kernels.ops.distance.kernels import distance_forward
 
     distance, squares, prototype_squares, exact = outputs = _distance_fake(
         features, prototypes, cosine, keep
@@ -89,7 +89,7 @@ def _distance_backward(
     need_features,
     need_prototypes,
 ):
-    from iib_kernels._kernels.distance import distance_backward
+    from iib_kernels.ops.distance.kernels import distance_backward
 
     grad_features, grad_prototypes = outputs = _distance_gradients(
         features, prototypes, need_features, need_prototypes

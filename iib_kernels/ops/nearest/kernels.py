@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from iib_kernels._kernels.tiles import (
+from iib_kernels.ops.tiles import (
     Matrix,
     Product,
     inner_products,
@@ -93,7 +93,7 @@ def nearest_forward(
 def _nearest_gradient(z_tile, p_tile, upstream, z_inverse, p_inverse, along):
     """Gradient [B, D] of z, with one prototype p a row and `along` its cosine (1 without it).
 
-    It is the formula at the head of distance.py, where the sums have one term.
+    It is the formula at the head of distance/kernels.py, where the sums have one term.
     """
     return (2.0 * upstream * z_inverse)[:, None] * (
         z_tile * (along * z_inverse)[:, None] - p_tile * p_inverse[:, None]

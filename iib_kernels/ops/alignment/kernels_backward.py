@@ -1,6 +1,6 @@
 """Gradients of the alignment loss by the features (method page, section 3).
 
-The terms are those at the head of alignment.py.
+The terms are those at the head of kernels.py.
 
 With c the upstream gradient of C_m, and g that of A_m times its deviation (0 where a row does not
 count), the gradient by the score of class k is
@@ -17,14 +17,14 @@ computed once; `alignment_backward_tiled` where they need several, from the sums
 import triton
 import triton.language as tl
 
-from iib_kernels._kernels.alignment import (
+from iib_kernels.ops.alignment.kernels import (
     count_rows,
     is_aligned,
     read_budgets,
     score_tile,
     shortfall,
 )
-from iib_kernels._kernels.tiles import (
+from iib_kernels.ops.tiles import (
     FLOOR,
     Matrix,
     Product,

@@ -13,7 +13,7 @@ Both are `2 inverse (z_i inverse along - pulled)`: `inverse` is 1 / |z_i| (1 wit
 import triton
 import triton.language as tl
 
-from iib_kernels._kernels.tiles import (
+from iib_kernels.ops.tiles import (
     Matrix,
     Product,
     inner_products,

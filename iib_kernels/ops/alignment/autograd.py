@@ -116,7 +116,7 @@ def _block_launches(inputs: Inputs) -> list[_tuning.Launch]:
 
 
 def _forward(*arguments):
-    from iib_kernels._kernels.alignment import alignment_forward
+    from iib_kernels.ops.alignment.kernels import alignment_forward
 
     inputs = Inputs(*arguments)
     *results, statistics = outputs = _forward_fake(*arguments)
@@ -150,7 +150,7 @@ def _forward_fake(*arguments):
 
 
 def _backward(*arguments):
-    from iib_kernels._kernels.alignment_backward import (
+    from iib_kernels.ops.alignment.kernels_backward import (
         alignment_backward_block,
         alignment_backward_tiled,
     )

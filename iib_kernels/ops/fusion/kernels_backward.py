@@ -10,7 +10,7 @@ uncertainties. They go back in three steps:
 
 Steps 1 and 3 need the logits. With ONE_BLOCK they stay in registers and are read once; otherwise
 they are read once for each step, with the softmaxes' sums from the statistics that forward kept
-(their layout stands at the head of fusion.py).
+(their layout stands at the head of kernels.py).
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from iib_kernels._kernels.fusion import (
+from iib_kernels.ops.fusion.kernels import (
     Logits,
     Parameter,
     fuse,
@@ -28,7 +28,7 @@ from iib_kernels._kernels.fusion import (
     load_scaled,
     softmax_sums,
 )
-from iib_kernels._kernels.tiles import Matrix, load_tile, store_tile, valid_targets
+from iib_kernels.ops.tiles import Matrix, load_tile, store_tile, valid_targets
 
 
 class Rows(NamedTuple):

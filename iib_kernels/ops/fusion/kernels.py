@@ -12,7 +12,7 @@ softmax, which the weights need, and for the sum.
 A logit of -inf rules its class out. It is computed as 0 with a mask beside it, so that a weight of
 0 times -inf is not NaN.
 
-This file holds the forward kernel and what backward shares with it; fusion_backward.py holds
+This file holds the forward kernel and what backward shares with it; kernels_backward.py holds
 backward. What forward keeps for backward where the classes need several blocks stands in the
 columns of `statistics` [B, 3 M + 2]:
 
@@ -30,7 +30,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from iib_kernels._kernels.tiles import FLOOR, Matrix, load_tile, store_tile, valid_targets
+from iib_kernels.ops.tiles import FLOOR, Matrix, load_tile, store_tile, valid_targets
 
 
 class Parameter(NamedTuple):

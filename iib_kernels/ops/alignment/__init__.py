@@ -1,0 +1,1 @@
+"""Prototype contrast and relative alignment of all modalities (method page, section 3)."""

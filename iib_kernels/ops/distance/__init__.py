@@ -1,0 +1,1 @@
+"""The matrix of squared distances to class prototypes (method page, section 2)."""

@@ -1,0 +1,1 @@
+"""Gated fusion and its cross-entropies (method page, section 4 and section 5)."""

@@ -1,0 +1,1 @@
+"""The nearest prototype of every modality (method page, section 2)."""

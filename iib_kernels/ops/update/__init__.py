@@ -1,0 +1,1 @@
+"""The prototypes' moving average and its class sums (method page, section 2)."""
