@@ -9,30 +9,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from iib_kernels.compat import apply, check_transforms, constant, distinct, first_order  # noqa: F401
+
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 
-def _constant(function: Callable) -> Callable:
-    """The function cached, and for torch.compile a constant.
-
-    ``torch.compiler.assume_constant_result`` would import dynamo, which imports Triton.
-    """
-    cached = functools.cache(function)
-
-    @functools.wraps(function)
-    def call():
-        return cached()
-
-    call._dynamo_marked_constant = True
-    return call
-
-
-@_constant
+@constant
 def triton_missing() -> str | None:
     """Why Triton cannot be imported, or None."""
     try:
@@ -42,7 +29,7 @@ def triton_missing() -> str | None:
     return None
 
 
-@_constant
+@constant
 def interpreting() -> bool:
     """Whether Triton was imported with TRITON_INTERPRET=1: kernels then run on the CPU, slowly."""
     if triton_missing():
@@ -79,64 +66,8 @@ def choose(impl: str, *tensors: Tensor) -> str:
             )
         _warn_slow(reason)
         return "reference"
-    _check_transforms(tensors)
+    check_transforms(tensors)
     return "triton"
-
-
-def _unfollowed() -> str:
-    """The function transform around this call that opaque kernels cannot follow, or ""."""
-    kinds = torch._C._functorch.TransformType
-    for level in torch._C._functorch.get_interpreter_stack() or ():
-        if level.key() in (kinds.Vmap, kinds.Jvp):
-            return level.key().name.lower()
-    return ""
-
-
-def _gradients_asked() -> int:
-    """How many ``torch.func.grad`` are around this call."""
-    return sum(
-        level.key() == torch._C._functorch.TransformType.Grad
-        for level in torch._C._functorch.get_interpreter_stack() or ()
-    )
-
-
-# For torch.compile both are constants, as found while tracing
-_unfollowed._dynamo_marked_constant = _gradients_asked._dynamo_marked_constant = True
-
-
-def _check_transforms(tensors: Sequence[Tensor]) -> None:
-    """NotImplementedError where a transform or derivative is asked for that the kernels lack."""
-    dual = torch.autograd.forward_ad
-    name = _unfollowed()
-    if not name and not torch.compiler.is_compiling() and dual._current_level >= 0:
-        if any(dual.unpack_dual(tensor).tangent is not None for tensor in tensors):
-            name = "jvp"
-    if name:
-        raise NotImplementedError(
-            f"the Triton kernels have no {name} (batching rule or forward-mode derivative); "
-            "use impl='reference'"
-        )
-    if torch.compiler.is_compiling() and _gradients_asked() > 1:
-        raise NotImplementedError(
-            "the Triton kernels have no second derivative; use impl='reference'"
-        )
-
-
-def apply(function: type[torch.autograd.Function], *arguments):
-    """``function.apply(*arguments)``, in the forms that torch.compile follows.
-
-    Where nothing asks for a gradient it would inline ``forward`` and stumble over its variable
-    arguments; inside ``torch.func.grad`` it finds only intermediate tensors to ask for one.
-    """
-    if torch.compiler.is_compiling():
-        if _gradients_asked():
-            arguments = tuple(
-                value.view_as(value) if isinstance(value, Tensor) else value for value in arguments
-            )
-        needed = any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
-        if not (torch.is_grad_enabled() and needed):
-            return function.forward(*arguments)
-    return function.apply(*arguments)
 
 
 @functools.cache
@@ -231,47 +162,3 @@ def uniform_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
         return list(tensors)
     common = functools.reduce(torch.promote_types, dtypes)
     return [tensor.to(common) for tensor in tensors]
-
-
-def distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors, with a view in place of each that was there before.
-
-    torch.compile takes no tensor twice in one autograd Function.
-    """
-    found: list[Tensor] = []
-    for tensor in tensors:
-        # Not by id(), which compiled code would be bound to
-        repeated = any([tensor is other for other in found])
-        found.append(tensor.view_as(tensor) if repeated else tensor)
-    return found
-
-
-class FirstOrder(torch.autograd.Function):
-    """Runs a backward operator; its own backward says that there is no second derivative.
-
-    (name, call, arguments...) -> what ``call(*arguments)`` gives.
-    """
-
-    @staticmethod
-    def forward(name, call, *arguments):
-        return call(*arguments)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.name = inputs[0]
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError(
-            f"{ctx.name}: the Triton kernels have no second derivative; use impl='reference'"
-        )
-
-
-def first_order(name: str, call: Callable, *arguments) -> tuple[Tensor, ...]:
-    """``call(*arguments)``, a backward operator, which cannot be differentiated again.
-
-    The tensors must be arguments themselves, not within tuples: autograd sees no others.
-    """
-    if torch.compiler.is_compiling():  # compiled code refuses a second derivative by itself
-        return call(*arguments)
-    return FirstOrder.apply(name, call, *arguments)

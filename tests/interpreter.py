@@ -139,6 +139,8 @@ class _Running:
 
     def __init__(self, launch: Launch) -> None:
         self.launch, self.arguments, self.tags, self.programs = launch, [], {}, []
+        self.released: set[int] = set()  # programs that have drawn a ticket
+        self.acquired: set[int] = set()  # those whose stores the running program may load
 
     def take(self, named: list[tuple[str, object]]) -> None:
         """Learn the arguments: the host tensors whose addresses the kernel gets.
@@ -164,6 +166,7 @@ class _Running:
     def enter(self, *program: int) -> None:
         self.programs.append(program)
         self.launch.programs += 1
+        self.acquired = set()
 
     def fail(self, what: str) -> None:
         raise MemoryAccessError(f"{self.launch.name}, program {self.programs[-1]}: {what}")
@@ -198,10 +201,21 @@ class _Running:
             )
         return internals.TensorHandle(pointers.data & _ADDRESS, pointers.dtype)
 
+    def ticket(self, pointers: internals.TensorHandle) -> internals.TensorHandle:
+        """An atomic addition of integers, by which programs find out who comes last.
+
+        Its order does not show in the sum. What a program stored before it drew a ticket may be
+        loaded by those that draw theirs later.
+        """
+        self.acquired = set(self.released)
+        self.released.add(len(self.programs))
+        return internals.TensorHandle(pointers.data & _ADDRESS, pointers.dtype)
+
     def load(self, argument: _Argument, units: np.ndarray, where: str) -> None:
         memory, number = argument.memory, len(self.programs)
         writers, readers = memory.writer[units], memory.reader[units]
-        if (raced := (writers != 0) & (writers != number)).any():
+        known = np.array([0, number, *self.acquired])
+        if (raced := ~np.isin(writers, known)).any():
             place, other = argument.offset(units[raced][0]), self.by(writers[raced][0])
             self.fail(f"{where} {place}: stored by {other} in the same launch")
         memory.reader[units] = np.where((readers == 0) | (readers == number), number, _SEVERAL)
@@ -262,6 +276,7 @@ def sanitized() -> Iterator[Report]:
         builder.create_masked_store,
         builder.set_grid_idx,
     )
+    rmw = builder.create_atomic_rmw
     running: _Running
 
     def checked_call(self, *args, **kwargs):
@@ -301,6 +316,11 @@ def sanitized() -> Iterator[Report]:
         running.enter(*program)
         return enter(*program)
 
+    def ticket(kind, pointers, value, mask, sem, scope):
+        if kind != internals._ir.ATOMIC_OP.ADD or "ACQUIRE_RELEASE" not in str(sem):
+            refused()
+        return rmw(kind, running.ticket(pointers), value, mask, sem, scope)
+
     def refused(*_, **__):
         running.fail("atomic operation: its order, and so its sum, differs from run to run")
 
@@ -312,7 +332,7 @@ def sanitized() -> Iterator[Report]:
             create_masked_load=checked_load,
             create_masked_store=checked_store,
             set_grid_idx=checked_enter,
-            create_atomic_rmw=refused,
+            create_atomic_rmw=ticket,
             create_atomic_cas=refused,
             options=dataclasses.replace(builder.options, debug=True),
         ),

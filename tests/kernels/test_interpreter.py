@@ -105,6 +105,20 @@ def exchange_atomically(out):
 
 
 @triton.jit
+def last_adds_all(parts, out, tickets, COUNT: tl.constexpr, EARLY: tl.constexpr):
+    """Each program stores its part; who draws the last ticket adds them. EARLY: adds before."""
+    i = tl.arange(0, COUNT)
+    tl.store(parts + tl.program_id(0), 1.0)
+    if EARLY:
+        total = tl.sum(tl.load(parts + i))
+    ticket = tl.atomic_add(tickets, 1, sem="acq_rel")
+    if ticket == COUNT - 1:
+        if not EARLY:
+            total = tl.sum(tl.load(parts + i))
+        tl.store(out, total)
+
+
+@triton.jit
 def multiply(out, a, b):
     tl.store(out, a * b)
 
@@ -397,6 +411,19 @@ def test_atomic_operations(kernel, dtype):
         ),
     ):
         kernel[(1,)](torch.zeros(1, dtype=dtype))
+
+
+def test_who_draws_the_last_ticket_may_load_what_the_others_stored():
+    tickets = lambda: torch.zeros(1, dtype=torch.int32)
+    parts, out = torch.full((4,), torch.nan), torch.full((1,), torch.nan)
+    with sanitized():
+        last_adds_all[(4,)](parts, out, tickets(), COUNT=4, EARLY=False)
+    assert out.item() == 4
+    with (
+        sanitized(),
+        pytest.raises(MemoryAccessError, match="parts at byte offset 4: loaded by program"),
+    ):
+        last_adds_all[(4,)](torch.zeros(4), out, tickets(), COUNT=4, EARLY=True)
 
 
 def test_int32_overflow():
