@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch._functorch import config as functorch_config
 
@@ -11,12 +10,6 @@ from benchmarks import timing
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 functorch_config.donated_buffer = False  # compiled backwards are repeated on one output
 LEFT_OUT: list[str] = []
-
-
-@pytest.fixture(scope="session")
-def bandwidth() -> float | None:
-    """Bytes a second of a copy on this GPU, measured in this run."""
-    return timing.copy_bandwidth(DEVICE) if DEVICE == "cuda" else None
 
 
 def pytest_benchmark_update_machine_info(config, machine_info) -> None:

@@ -1,7 +1,8 @@
 """Saved measurements as a Markdown table and a picture.
 
-``python -m benchmarks.report SAVED.json [...] --output DIR`` reads what ``pytest benchmarks/
---benchmark-only --benchmark-json SAVED.json`` and ``python -m benchmarks.on_gpu`` wrote.
+``python -m benchmarks.report SAVED [...] --output DIR`` reads what ``pytest benchmarks/
+--benchmark-only --benchmark-json SAVED.json`` and ``python -m benchmarks.on_gpu`` (results.csv)
+wrote. The CSVs of several sessions become one, ``results.csv`` in DIR.
 """
 
 from __future__ import annotations
@@ -9,35 +10,40 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from benchmarks import gpu_session
+from benchmarks.picture import picture
+
 # What the report tells of the machine, where it is known.
-FACTS = ("device", "capability", "driver", "torch", "triton", "python", "date", "commit")
+FACTS = ("device", "capability", "driver", "torch", "triton", "cuda", "date", "commit", "sources")
 HEADER = (
-    "| shape | dtype | implementation "
-    "| time | graph | against eager | peak memory | GB/s | share |",
-    "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    "| shape | precision | implementation | time | p20 to p80 | host | eager / this "
+    "| compiled / this | peak memory | GB/s | of a copy | TFLOP/s | of a product |",
+    "|---|---|---|" + "---:|" * 10,
 )
 
 
-def read(path: Path) -> tuple[dict, list[dict]]:
-    """(machine, measurements) of one file; SystemExit, one line, for one that is not ours."""
+def read(path: Path) -> list[dict]:
+    """Measurements of one file; SystemExit, one line, for one that is not ours."""
     try:
+        if path.suffix == ".csv":
+            return gpu_session.read(path)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SystemExit(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise SystemExit(f"{path}: is not JSON ({error})") from None
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     content = content if isinstance(content, dict) else {}
     if "machine_info" in content and isinstance(content.get("benchmarks"), list):
-        rows = [
-            {"seconds": entry["stats"]["median"], **entry["extra_info"]}
+        machine = {name: content["machine_info"].get(name) for name in FACTS}
+        return [
+            {"p50": entry["stats"]["median"], **machine, **entry["extra_info"]}
             for entry in content["benchmarks"]
         ]
-        return content["machine_info"], rows
-    if "environment" in content and isinstance(content.get("measurements"), list):
-        return content["environment"], content["measurements"]
     raise SystemExit(
         f"{path}: holds neither pytest-benchmark's results nor those of benchmarks.on_gpu"
     )
@@ -57,122 +63,101 @@ def duration(seconds: float | None) -> str:
     return ""
 
 
-def table(environment: dict, rows: Sequence[dict]) -> str:
-    """One Markdown table for each operator and mode, with the machine above all."""
-    facts = [f"{name} {environment[name]}" for name in FACTS if environment.get(name)]
-    lines = ["# Benchmarks", "", ", ".join(facts) + ".", ""]
-    if environment.get("dry_run"):
+def machines(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
+    """Rows by device and code: times of two of them are not set beside each other."""
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        found.setdefault((row.get("device"), row.get("sources")), []).append(row)
+    return found
+
+
+def table(rows: Sequence[dict]) -> str:
+    """One Markdown table for each machine, operator and mode."""
+    lines = ["# Benchmarks", ""]
+    for chosen in machines(rows).values():
+        facts = [f"{name} {chosen[0][name]}" for name in FACTS if chosen[0].get(name)]
+        lines += [", ".join(facts) + ".", ""]
+        if chosen[0].get("dry_run"):
+            lines += [
+                "**A dry run on a CPU with tiny shapes: it shows that the program works, "
+                "and nothing about speed.**",
+                "",
+            ]
+        timers = dict.fromkeys(row["timer"] for row in chosen if row.get("timer"))
         lines += [
-            "**A dry run on a CPU with tiny shapes: it shows that the program works, "
-            "and nothing about speed.**",
+            f"Time is the median of one call ({'; '.join(timers)}), `host` the time until the host",
+            "is free again. GB/s are the operation's least bytes over the time, TFLOP/s its least",
+            "products; shares are of a copy of as many bytes and of a large product, measured in",
+            "the same run and in the same way.",
             "",
         ]
-    lines += [
-        "Medians. `graph` is the time of one call among several captured in a CUDA graph, without",
-        "launch gaps; GB/s are the least bytes of the operation over that time; share is of a",
-        "copy's bandwidth measured in the same run.",
-        "",
-    ]
-    for op, mode in dict.fromkeys((row["op"], row["mode"]) for row in rows):
-        chosen = [row for row in rows if (row["op"], row["mode"]) == (op, mode)]
-        lines += [f"## {op}, {mode}", "", *HEADER]
-        place = lambda row: (row["shape"], row.get("dtype"))
-        eager_rows = {
-            place(row): row
-            for row in reversed(chosen)  # the first of several files counts
-            if row["row"] == "reference" and row.get("seconds")
-        }
-        lines += [_line(row, eager_rows.get(place(row))) for row in chosen]
-        lines.append("")
+        for op, mode in dict.fromkeys((row["op"], row["mode"]) for row in chosen):
+            lines += [f"## {op}, {mode}", "", *HEADER]
+            lines += _lines([row for row in chosen if (row["op"], row["mode"]) == (op, mode)])
+            lines.append("")
     return "\n".join(lines)
 
 
-def _line(row: dict, eager: dict | None) -> str:
-    """One measurement, or what went wrong with it; ``eager`` is the reference's at its shape."""
-    about = f"| {row['shape']} | {row.get('dtype', '')} | {row['row']} |"
-    if not row.get("seconds"):
-        return f"{about} {row.get('error', 'not measured')[:80]} | | | | | |"
+def _lines(rows: Sequence[dict]) -> list[str]:
+    """The rows of one table."""
+    times = {
+        (row["shape"], row.get("precision"), row["row"]): row["p50"]
+        for row in reversed(rows)  # the first of several files counts
+        if row.get("p50")
+    }
+    return [_line(row, times) for row in rows]
+
+
+def _line(row: dict, times: dict) -> str:
+    """One measurement, or what went wrong with it."""
+    about = f"| {row['shape']} | {row.get('precision', '')} | {row['row']} |"
+    if not row.get("p50"):
+        return f"{about} {(row.get('error') or 'not measured')[:80]} |" + " |" * 9
+
+    def against(other: str) -> str:
+        seconds = times.get((row["shape"], row.get("precision"), other))
+        return f"{seconds / row['p50']:.2f} x" if seconds else ""
+
+    def number(name: str, factor: float, form: str) -> str:
+        return "" if row.get(name) is None else form.format(factor * row[name])
+
+    spread = f"{duration(row['p20'])} to {duration(row['p80'])}" if row.get("p20") else ""
     cells = (
-        duration(row["seconds"]),
-        duration(row.get("graph_seconds")),
-        f"{eager['seconds'] / row['seconds']:.2f} x" if eager else "",
-        f"{row['peak_bytes'] / 2**20:.1f} MiB" if "peak_bytes" in row else "",
-        f"{row['gigabytes_per_second']:.0f}" if "gigabytes_per_second" in row else "",
-        f"{100 * row['share_of_copy']:.0f} %" if "share_of_copy" in row else "",
+        duration(row["p50"]),
+        spread,
+        duration(row.get("host_seconds")),
+        against("reference"),
+        against("compiled"),
+        number("peak_bytes", 2**-20, "{:.1f} MiB"),
+        number("gigabytes_per_second", 1, "{:.0f}"),
+        number("share_of_copy", 100, "{:.0f} %"),
+        number("teraflops", 1, "{:.1f}"),
+        number("share_of_products", 100, "{:.0f} %"),
     )
     return f"{about} {' | '.join(cells)} |"
 
 
-def picture(rows: Sequence[dict], path: Path, title: str) -> bool:
-    """Time (upper) and peak memory (lower) by shape, one column an operator and mode.
+def write(output: Path, machine: dict, rows: Sequence[dict], extra: str = "") -> list[Path]:
+    """``benchmarks.md`` and ``benchmarks.png`` in ``output``; the paths written.
 
-    False where matplotlib is missing.
+    The picture is of ``machine`` alone.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in rows if row.get("seconds")]
-    groups = list(dict.fromkeys((row["op"], row["mode"]) for row in rows))
-    figure, axes = pyplot.subplots(
-        2, max(1, len(groups)), figsize=(max(6, 3.2 * len(groups)), 7.5), squeeze=False
-    )
-    names = list(dict.fromkeys((row["row"], row.get("dtype", "")) for row in rows))
-    for column, (op, mode) in enumerate(groups):
-        chosen = [row for row in rows if (row["op"], row["mode"]) == (op, mode)]
-        shapes = list(dict.fromkeys(row["shape"] for row in chosen))
-        for line, key, scale in ((0, "seconds", 1e3), (1, "peak_bytes", 2**-20)):
-            for index, name in enumerate(names):
-                points = [
-                    (shapes.index(row["shape"]), row[key] * scale)
-                    for row in chosen
-                    if (row["row"], row.get("dtype", "")) == name and row.get(key)
-                ]
-                if points:
-                    axes[line][column].plot(
-                        *zip(*points),
-                        marker="o",
-                        color=f"C{index}",
-                        label=" ".join(filter(None, name)),
-                    )
-            axes[line][column].set_xticks(
-                range(len(shapes)), shapes, rotation=30, ha="right", fontsize=6
-            )
-            if axes[line][column].lines:
-                axes[line][column].set_yscale("log")
-        axes[0][column].set_title(f"{op}\n{mode}", fontsize=8)
-    axes[0][0].set_ylabel("time, ms")
-    axes[1][0].set_ylabel("peak memory, MiB")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=max(1, len(labels)), fontsize=7)
-    figure.suptitle(title, fontsize=9)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return True
-
-
-def write(output: Path, environment: dict, rows: Sequence[dict], extra: str = "") -> list[Path]:
-    """``benchmarks.md`` and ``benchmarks.png`` in ``output``; the paths written."""
     output.mkdir(parents=True, exist_ok=True)
     written = [output / "benchmarks.md"]
-    note = ""
-    device, version, date = (environment.get(name, "") for name in ("device", "torch", "date"))
+    device, version, date = (machine.get(name) or "" for name in ("device", "torch", "date"))
     title = f"{device}, torch {version}, {date}"
-    if environment.get("dry_run"):
-        title += " (dry run: not a measurement)"
-    if picture(rows, output / "benchmarks.png", title):
+    if machine.get("dry_run"):
+        title = f"DRY RUN, NOT A MEASUREMENT ({title})"
+    drawn = machines(rows).get((machine.get("device"), machine.get("sources")), [])
+    if picture(drawn, output / "benchmarks.png", title):
         written.append(output / "benchmarks.png")
-        note = "\n![time and peak memory by shape](benchmarks.png)\n"
+        note = "\n![time by operator, mode, shape and precision](benchmarks.png)\n"
     else:
         note = (
-            "\nNo picture: matplotlib is not installed here; "
-            "`python -m benchmarks.report` makes it from the JSON file elsewhere.\n"
+            "\nNo picture: matplotlib is not installed here, or there is nothing to draw; "
+            "`python -m benchmarks.report` makes it from results.csv elsewhere.\n"
         )
-    written[0].write_text(table(environment, rows) + extra + note, encoding="utf-8")
+    gpu_session.write(written[0], table(rows) + extra + note)
     return written
 
 
@@ -182,22 +167,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.report", description=__doc__.partition("\n")[0]
     )
     parser.add_argument(
-        "saved", nargs="+", type=Path, help="JSON files of pytest-benchmark or benchmarks.on_gpu"
+        "saved",
+        nargs="+",
+        type=Path,
+        help="JSON of pytest-benchmark, or results.csv of benchmarks.on_gpu, the newest first",
     )
     parser.add_argument(
         "--output", type=Path, required=True, help="folder for benchmarks.md and benchmarks.png"
     )
     options = parser.parse_args(arguments)
-    read_files = [read(path) for path in options.saved]
-    devices = {environment.get("device") for environment, _ in read_files}
-    if len(devices) > 1:
-        raise SystemExit(
-            f"the files are from different machines ({', '.join(map(str, devices))}); "
-            "make one report for each"
-        )
-    for path in write(
-        options.output, read_files[0][0], [row for _, rows in read_files for row in rows]
-    ):
+    files = [read(path) for path in options.saved]
+    rows = [row for found in files for row in found]
+    if not rows:
+        raise SystemExit(f"{options.saved[0]}: holds no measurements")
+    if len({bool(row.get("dry_run")) for row in rows}) > 1:
+        raise SystemExit("some of the files are of a dry run, and others of a measurement")
+    if all(path.suffix == ".csv" for path in options.saved):
+        options.output.mkdir(parents=True, exist_ok=True)
+        rows = gpu_session.merged(rows)
+        gpu_session.write(options.output / "results.csv", gpu_session.text(rows))
+        print(options.output / "results.csv")
+    for path in write(options.output, rows[0], rows):
         print(path)
 
 

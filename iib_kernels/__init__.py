@@ -5,8 +5,9 @@
     nearest_prototype      distance to the nearest prototype, for the gate's surprise
     gated_fusion           weights and fused logits by prior, uncertainty and gate
     fusion_cross_entropy   the same with all its cross-entropies
-    update_prototypes      moving average of the prototypes; class_sums and ema_from_sums are its
-                           two halves, for training on several processes
+    update_prototypes_     moving average of all modalities' prototypes, in place;
+                           update_prototypes is its pure form for one, class_sums and ema_from_sums
+                           are its two halves, for training on several processes
     snapshot               a copy of prototypes for a loss in a compiled forward that moves them
 
 Each runs as Triton kernels or as plain PyTorch (``impl=``). ``cpu`` holds a third implementation:
@@ -28,24 +29,46 @@ Nothing of the packages above.
 
 from iib_kernels.alignment import AlignmentOutput, alignment_loss
 from iib_kernels.fusion import FusionLossOutput, FusionOutput, fusion_cross_entropy, gated_fusion
+from iib_kernels.modules import AlignmentLoss, GatedFusion, MultimodalObjective, PrototypeDistance
+from iib_kernels.objective import (
+    ObjectiveOutput,
+    ObjectiveParts,
+    ObjectiveWeights,
+    multimodal_objective,
+)
 from iib_kernels.ops.alignment.autograd import AlignmentLossFunction
 from iib_kernels.ops.distance.autograd import PrototypeDistanceFunction
 from iib_kernels.ops.fusion.autograd import FusionCrossEntropyFunction, GatedFusionFunction
 from iib_kernels.ops.nearest.autograd import NearestPrototypeFunction
+from iib_kernels.ops.objective.autograd import MultimodalObjectiveFunction
 from iib_kernels.ops.update.autograd import UpdatePrototypesFunction
 from iib_kernels.prototype import NearestOutput, nearest_prototype, prototype_distance
-from iib_kernels.update import class_sums, ema_from_sums, snapshot, update_prototypes
+from iib_kernels.update import (
+    class_sums,
+    ema_from_sums,
+    snapshot,
+    update_prototypes,
+    update_prototypes_,
+)
 
 __version__ = "0.1.0"
 __all__ = [
+    "AlignmentLoss",
     "AlignmentLossFunction",
     "AlignmentOutput",
     "FusionCrossEntropyFunction",
     "FusionLossOutput",
     "FusionOutput",
+    "GatedFusion",
     "GatedFusionFunction",
+    "MultimodalObjective",
+    "MultimodalObjectiveFunction",
     "NearestOutput",
     "NearestPrototypeFunction",
+    "ObjectiveOutput",
+    "ObjectiveParts",
+    "ObjectiveWeights",
+    "PrototypeDistance",
     "PrototypeDistanceFunction",
     "UpdatePrototypesFunction",
     "alignment_loss",
@@ -53,8 +76,10 @@ __all__ = [
     "ema_from_sums",
     "fusion_cross_entropy",
     "gated_fusion",
+    "multimodal_objective",
     "nearest_prototype",
     "prototype_distance",
     "snapshot",
     "update_prototypes",
+    "update_prototypes_",
 ]

@@ -5,15 +5,17 @@ IIB_KERNELS_AUTOTUNE=1 times a few alternatives on the first call of each size.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 from iib_kernels._runtime import hip, interpreting
 
-FUSION_CLASSES = 1024  # logits of up to this many classes stay in registers
 ALIGNMENT_CLASSES = 128  # up to this many classes one block of scores holds them all
-COMPONENTS = 1024  # rows of up to this many components stay in registers
+RESIDENT = 768  # rows of up to this many components of half precision stay in shared memory
 
 
 class Launch(NamedTuple):
@@ -50,70 +52,93 @@ def depth(width: int, itemsize: int) -> int:
     return tile(width, {2: 32, 4: 32}.get(itemsize, 16))
 
 
-def fusion(classes: int, modalities: int, wide: bool) -> list[Launch]:
-    """BLOCK_B rows and BLOCK_K classes of all modalities in registers."""
-    columns = power_of_two(min(classes, FUSION_CLASSES))
-    if classes > FUSION_CLASSES and modalities > 3:
-        columns //= 2
-    rows = max(1, min(32, (1024 if wide else 2048) // (columns * power_of_two(modalities))))
-    warps = 8 if columns * modalities >= (2048 if wide else 4096) else 4
-    return [
-        Launch({"BLOCK_B": count, "BLOCK_K": columns}, warps)
-        for count in dict.fromkeys((rows, max(1, rows // 2), rows * 2))
-    ]
-
-
 def alignment(classes: int, width: int, modalities: int, itemsize: int) -> list[Launch]:
     """Rows, classes and components of a tile of scores; all modalities' tiles are held at once."""
-    columns = tile(classes, ALIGNMENT_CLASSES if classes <= ALIGNMENT_CLASSES else 64)
+    columns = tile(classes, ALIGNMENT_CLASSES)
     many = modalities > 3 or columns > 64 or (columns > 32 and itemsize > 2)
     warps = 8 if many and not hip() else 4
     return [Launch({"BLOCK_B": 16, "BLOCK_K": columns, "BLOCK_D": depth(width, itemsize)}, warps)]
 
 
-def alignment_tiled(width: int, itemsize: int) -> list[Launch]:
-    """The same, with CHUNK components of a gradient kept over all classes."""
-    blocks = {
-        "BLOCK_B": 16,
-        "BLOCK_K": 32,
-        "BLOCK_D": depth(width, itemsize),
-        "CHUNK": tile(width, 256 if itemsize <= 4 else 64),
-    }
-    return [Launch(blocks, 8)]
+def padded(width: int) -> int:
+    """Components of the tables that attention over prototypes reads, for so many of a modality."""
+    if width <= 128:
+        return tile(width, 128)
+    return -(-width // 128) * 128 if width <= RESIDENT else -(-width // 256) * 256
 
 
-def distance(batch: int, classes: int, width: int, itemsize: int) -> list[Launch]:
-    """Tile of distances."""
-    blocks = {
-        "BLOCK_B": tile(batch, 64 if batch >= 1024 and itemsize <= 4 else 16),
-        "BLOCK_K": tile(classes, 128 if itemsize <= 4 else 32),
-        "BLOCK_D": depth(width, itemsize),
-    }
-    return [Launch(blocks, 8 if itemsize > 2 else 4)]
+def tables(width: int) -> Launch:
+    """Whole rows of a table."""
+    components = power_of_two(width)
+    return Launch({"BLOCK_K": max(1, 4096 // components), "BLOCK_D": components})
 
 
-def distance_backward(batch: int, classes: int, width: int, itemsize: int) -> list[Launch]:
-    """Tile of the distances' gradient, and CHUNK components at a time."""
-    wide = itemsize > 4
-    blocks = {
-        "BLOCK_B": tile(batch, 16 if wide else 32),
-        "BLOCK_K": tile(classes, 32 if wide else 64 if hip() else 128),
-        "CHUNK": tile(width, 32 if wide else 64),
-    }
-    return [Launch(blocks, 8)]
+def attention(
+    width: int, itemsize: int, tensor_cores: bool, device: torch.device, across: bool
+) -> Launch:
+    """Rows, classes and components of attention over prototypes of padded ``width``.
+
+    With CHUNK components of means in registers; without, where rows stay in shared memory, all of
+    them, and BLOCK_D divides the width. ``across``: with two modalities' prototypes in shared
+    memory at once.
+    """
+    if itemsize > 4:
+        return Launch({"BLOCK_B": 16, "BLOCK_K": 32, "BLOCK_D": 16, "CHUNK": min(64, width)}, 8)
+    warps = 8 if width > 128 else 4
+    if itemsize == 2 and width <= RESIDENT and hopper(device):
+        columns = 32 if width > 512 or (across and width > 256) else 64
+        stages = 1 if across and width > 512 else 2
+        blocks = {"BLOCK_B": 64, "BLOCK_K": columns, "BLOCK_D": min(128, width)}
+        return Launch(blocks, warps, stages)
+    chunk = next(size for size in (256, 128, 64, 32, 16) if width % size == 0)
+    blocks = {"BLOCK_B": 64, "BLOCK_K": 64, "BLOCK_D": depth(width, itemsize), "CHUNK": chunk}
+    if not tensor_cores:
+        blocks |= {"BLOCK_B": 32, "BLOCK_K": 32}
+    elif itemsize > 2 and not hopper(device):
+        blocks |= {"BLOCK_K": 32}
+    return Launch(blocks, warps)
 
 
-def nearest_backward(width: int) -> list[Launch]:
-    """Rows held whole, up to COMPONENTS of them."""
-    components = tile(width, COMPONENTS)
-    return [Launch({"BLOCK_B": max(1, 2048 // components), "BLOCK_D": components})]
+def evidence(width: int, itemsize: int) -> Launch:
+    """Tiles of all modalities' scores, over many classes."""
+    if itemsize > 4:
+        return Launch({"BLOCK_B": 16, "BLOCK_K": 32, "BLOCK_D": 16}, 8)
+    return Launch({"BLOCK_B": 64, "BLOCK_K": 64, "BLOCK_D": depth(width, itemsize)}, 8)
 
 
-def update(width: int) -> list[Launch]:
-    """Rows of one class at a time, found among SEARCH targets."""
-    components = tile(width, COMPONENTS)
-    rows = max(1, min(64, 8192 // components))
-    return [Launch({"SEARCH": 256, "BLOCK_B": rows, "BLOCK_D": components})]
+def gradients(width: int) -> Launch:
+    """Whole rows of gradients."""
+    components = power_of_two(width)
+    warps = 4 if components <= 4096 else 8
+    return Launch({"BLOCK_B": max(1, 2048 // components), "BLOCK_D": components}, warps)
+
+
+def splits(programs: int, classes: int, device: torch.device) -> int:
+    """Parts of the classes, so that few rows and many classes keep a device busy.
+
+    Each has at least 512 classes.
+    """
+    return max(1, min(processors(device) // max(programs, 1), classes // 512))
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def hopper(device: torch.device) -> bool:
+    """Whether this is a Hopper GPU, for whose warp groups and 227 KB of shared memory a program the
+    resident kernels are written; also where there is no GPU.
+
+    Of those kernels, Triton 3.7 leaves nothing when it compiles them for Blackwell.
+    """
+    if device.type != "cuda":
+        return True
+    return not hip() and torch.cuda.get_device_capability(device)[0] == 9
 
 
 _best: dict[tuple, Launch] = {}

@@ -23,6 +23,8 @@ from iib_kernels._checks import (
 )
 from iib_kernels._chunks import rows_per_chunk, spans
 from iib_kernels._runtime import apply, choose, compute_dtype, distinct
+from iib_kernels.cpu import alignment as cpu_alignment
+from iib_kernels.cpu.shared import takes as cpu_takes
 from iib_kernels.ops.alignment.autograd import AlignmentLossFunction
 from iib_kernels.prototype import check_modalities, without_unseen
 
@@ -48,6 +50,7 @@ def alignment_loss(
     *,
     temperature: float = 0.2,
     metric: str = "cosine",
+    unit_prototypes: bool = False,
     seen: Tensor | Sequence[Tensor] | None = None,
     mask: Tensor | None = None,
     ignore_index: int = -100,
@@ -75,6 +78,8 @@ def alignment_loss(
         budgets: [M], in [0, 1]; a tensor, or a sequence of numbers.
         temperature: tau > 0, a number.
         metric: ``"cosine"`` or ``"sqeuclidean"``.
+        unit_prototypes: prototypes of classes that are seen have unit length, as the update leaves
+            them; the cosine then takes no lengths of them.
         seen: [K] bool, or M of them. Classes not seen are left out of the softmax, and rows of such
             a class contribute nothing to that modality.
         mask: [B, M] bool, True = present. A missing modality contributes 0 (its features may hold
@@ -85,8 +90,10 @@ def alignment_loss(
     All three outputs are reduced over the same rows of each modality: those whose target counts,
     with the modality present and the class seen by it.
 
-    Half types are computed in float32; gradients come in the features' dtype. Differentiable, twice
-    too, in the features only: prototypes and budgets that ask for a gradient raise ValueError.
+    Half types are computed in float32; gradients come in the features' dtype. Over more than 128
+    classes the kernels round prototypes, and the weights in sums of them, to the type of half
+    features, and multiply in it. Differentiable, twice too, in the features only: prototypes and
+    budgets that ask for a gradient raise ValueError.
 
     Memory stays bounded: rows are processed in chunks, and again in backward (not so for second
     derivatives). Raises TypeError or ValueError naming the argument.
@@ -110,26 +117,40 @@ def alignment_loss(
     )
     mask = check_mask(mask, (batch, len(features)))
     dtype = compute_dtype(*features)
-    if not isinstance(budgets, Tensor):
-        budgets = _budget_tensor(budgets, dtype, device)
-    check_shape(check_float(budgets, "budgets"), (len(features),), "budgets", "[M]")
-    refuse_grad("budgets", budgets)
+    budgets = check_budgets(budgets, features)
     check_number(temperature, "temperature")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a number above 0 and finite, got {temperature}")
-    check_device(features[0], targets=targets, mask=mask, budgets=budgets)
+    check_device(features[0], targets=targets, mask=mask)
+    check_unit(unit_prototypes, metric)
     cosine = metric == "cosine"
     if implementation == "triton":
-        constants = float(temperature), cosine, ignore_index, len(features)
+        # Compiled code does not know whether it stands inside torch.func.grad
+        asked = torch.compiler.is_compiling() or any(rows.requires_grad for rows in features)
+        keep = torch.is_grad_enabled() and asked
+        constants = float(temperature), cosine, ignore_index, len(features), keep
         tensors = distinct([*features, *prototypes, *(seen or [])])
-        contrastive, alignment, confidence, counts, _ = apply(
+        contrastive, alignment, confidence, counts, *_ = apply(
             AlignmentLossFunction, *constants, targets, budgets, mask, *tensors
+        )
+    elif cpu_takes(impl, targets, budgets, mask, *features, *prototypes, *(seen or [])):
+        contrastive, alignment, confidence, counts = cpu_alignment.alignment_loss(
+            [rows.to(dtype) for rows in features],
+            prototypes,
+            targets,
+            budgets,
+            temperature,
+            metric,
+            seen,
+            mask,
+            ignore_index,
+            unit_prototypes,
         )
     else:
         with torch.autocast(device.type, enabled=False):
             rows = _rows(features, targets != ignore_index, mask, cosine, dtype)
             tables = [table.to(dtype) for table in without_unseen(prototypes, seen)]
-            if cosine:
+            if cosine and not unit_prototypes:
                 tables = [reference.normalize(table) for table in tables]
             seen = None if seen is None else torch.stack(seen)  # [M, K]
             budgets = budgets.to(dtype)
@@ -142,6 +163,22 @@ def alignment_loss(
     return AlignmentOutput(
         contrastive.sum(0) / divisor, alignment.sum(0) / divisor, confidence.sum(0) / divisor
     )
+
+
+def check_unit(unit_prototypes: object, metric: str) -> None:
+    """ValueError unless ``unit_prototypes`` goes with the metric."""
+    if unit_prototypes and metric != "cosine":
+        raise ValueError(f"unit_prototypes: goes with the cosine alone, not with {metric!r}")
+
+
+def check_budgets(budgets: Tensor | Sequence[float], features: Sequence[Tensor]) -> Tensor:
+    """The budgets as a tensor [M] beside the features."""
+    if not isinstance(budgets, Tensor):
+        budgets = _budget_tensor(budgets, compute_dtype(*features), features[0].device)
+    check_shape(check_float(budgets, "budgets"), (len(features),), "budgets", "[M]")
+    refuse_grad("budgets", budgets)
+    check_device(features[0], budgets=budgets)
+    return budgets
 
 
 def _budget_tensor(budgets: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:

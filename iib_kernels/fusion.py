@@ -5,6 +5,7 @@ See method page, section 4 for the fusion and method page, section 5 for the cro
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,19 +18,25 @@ from iib_kernels._checks import (
     check_device,
     check_float,
     check_mask,
+    check_number,
     check_shape,
     check_targets,
     describe,
+    refuse_grad,
     tensor_list,
 )
-from iib_kernels._runtime import apply, choose, compute_dtype, distinct
+from iib_kernels._runtime import apply, choose, compute_dtype, distinct, eager_on_cpu
+from iib_kernels.cpu import fusion as cpu_fusion
+from iib_kernels.cpu.shared import takes as cpu_takes
 from iib_kernels.ops.fusion.autograd import FusionCrossEntropyFunction, GatedFusionFunction
+
+PRESENT = "present"  # the scale that counts the modalities of each row
 
 
 class FusionOutput(NamedTuple):
     """What :func:`gated_fusion` returns."""
 
-    logits: Tensor  #: [..., K] fused logits, in the logits' dtype
+    logits: Tensor  #: [..., K] in the logits' dtype; of given values [..., D] in theirs
     weights: Tensor  #: [..., M] float32 (float64 for float64 logits), sum to 1 over the modalities
     uncertainty: Tensor  #: [..., M] float32 (float64), normalised entropy in [0, 1]
 
@@ -55,6 +62,7 @@ def gated_fusion(
     uncertainty_weight: Tensor | float = 1.0,
     scale: Tensor | float = 1.0,
     mask: Tensor | None = None,
+    values: Sequence[Tensor] | None = None,
     impl: str = "auto",
 ) -> FusionOutput:
     """Fuse the modalities' logits by prior, uncertainty and gate (method page, section 4).
@@ -73,8 +81,14 @@ def gated_fusion(
         temperature: T > 0, a number or [M].
         uncertainty_weight: kappa, a number or [M].
         scale: gamma, a number or a tensor []. M makes uniform weights the plain product of experts.
+            ``"present"``: the number of modalities that are there in a row, so that uniform weights
+            give the plain sum of their logits (with a mask not in these functions' kernels; the
+            objective's have it).
         mask: [..., M] bool, True = present. What stands in a missing modality's logits has no
             effect, NaN included.
+        values: M tensors [..., D] of any floating-point dtypes and any D, features say. The same
+            weights then fuse them in place of the logits: the result's ``logits`` are
+            scale * sum_m w_m v_m. What stands in a missing modality's values has no effect.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``.
 
     Half types are computed in float32; each gradient comes in its input's dtype. Differentiable in
@@ -93,20 +107,31 @@ def gated_fusion(
     >>> fused.logits
     tensor([[3.3690, 0.0158, 0.0000]])
     """
+    options = cpu_fusion.Options(
+        log_prior, gate_logits, temperature, uncertainty_weight, scale, mask
+    )
+    if values is None and cpu_fusion.is_plain(impl, logits, options):
+        return FusionOutput(*cpu_fusion.gated_fusion(logits, *options))
     logits, arguments, dtype = _prepare(
         logits, log_prior, gate_logits, temperature, uncertainty_weight, scale, mask
     )
+    values = _check_values(values, logits)
+    if values:
+        dtype = functools.reduce(torch.promote_types, [rows.dtype for rows in values])
     if choose(impl, *logits) == "triton":
         leading, count = logits[0].shape[:-1], len(logits)
-        fused, weights, uncertainty, _ = apply(GatedFusionFunction, *_flat(logits, **arguments))
-        return FusionOutput(
-            fused.reshape(logits[0].shape),
-            weights.reshape(*leading, count),
-            uncertainty.reshape(*leading, count),
+        numbers, mask, *tensors = _flat(logits, values, **arguments)
+        outputs = apply(GatedFusionFunction, numbers, count, mask, *tensors)
+        fused, weights, uncertainty = (
+            value.reshape(*leading, value.shape[-1]) for value in outputs[:3]
         )
-    arguments = _raised(logits, arguments)
-    with torch.autocast(logits[0].device.type, enabled=False):
-        fused, weights, uncertainty, _ = reference.gated_fusion(**arguments)
+        return FusionOutput(fused, weights, uncertainty)
+    arguments = _raised(logits, arguments, values)
+    if not values and not _by_row(arguments) and cpu_takes(impl, *logits, *arguments.values()):
+        fused, weights, uncertainty = cpu_fusion.gated_fusion(**arguments)
+    else:
+        with torch.autocast(logits[0].device.type, enabled=False):
+            fused, weights, uncertainty, _ = reference.gated_fusion(**arguments)
     return FusionOutput(fused.to(dtype), weights, uncertainty)
 
 
@@ -120,6 +145,8 @@ def fusion_cross_entropy(
     uncertainty_weight: Tensor | float = 1.0,
     scale: Tensor | float = 1.0,
     mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
     impl: str = "auto",
@@ -133,6 +160,10 @@ def fusion_cross_entropy(
     Args:
         targets: [...] class indices; rows with ``ignore_index`` contribute nothing. Out of range:
             ValueError in eager mode on the CPU, ignored elsewhere.
+        weight: [K], of the classes, as in ``F.cross_entropy``: a mean's divisor is the sum of the
+            weights of its rows' targets.
+        label_smoothing: eps in [0, 1], as in ``F.cross_entropy``: (1 - eps) times -log p_y, plus
+            eps times the mean of -log p_k over the classes that are not ruled out by -inf.
         reduction: ``"mean"`` over the rows that count (for a modality: those where it is present; 0
             where there is none), ``"sum"``, or ``"none"`` (0 in rows that do not count).
 
@@ -146,6 +177,14 @@ def fusion_cross_entropy(
     (tensor(0.3133), tensor([0.1269, 1.3133]))
     """
     check_choice(reduction, ("mean", "sum", "none"), "reduction")
+    options = cpu_fusion.Options(
+        log_prior, gate_logits, temperature, uncertainty_weight, scale, mask
+    )
+    plain = weight is None and type(label_smoothing) is float and not label_smoothing
+    plain = plain and targets is not None and type(ignore_index) is int and ignore_index < 0
+    if plain and cpu_fusion.is_plain(impl, logits, options, targets):
+        how = {"reduction": reduction, "complete": True}
+        return FusionLossOutput(*cpu_fusion.fusion_cross_entropy(logits, targets, *options, **how))
     logits, arguments, _ = _prepare(
         logits, log_prior, gate_logits, temperature, uncertainty_weight, scale, mask
     )
@@ -154,46 +193,93 @@ def fusion_cross_entropy(
     targets = check_targets(
         targets, leading, logits[0].shape[-1], ignore_index, replace=implementation == "reference"
     )
-    check_device(logits[0], targets=targets)
+    _check_labels(weight, label_smoothing, logits[0])
+    check_device(logits[0], targets=targets, weight=weight)
     if implementation == "triton":
-        flat = targets.reshape(-1), *_flat(logits, **arguments)
-        fused, unimodal, weights, counts, _ = apply(FusionCrossEntropyFunction, ignore_index, *flat)
-        weights = weights.reshape(*leading, count)
-        if reduction == "none":
-            unimodal = unimodal.reshape(*leading, count)
-            return FusionLossOutput(fused.reshape(leading), unimodal, weights)
-        divisors = (
-            counts.sum(0).clamp_min(1)
-            if reduction == "mean"
-            else counts.new_ones(count + 1, dtype=torch.int64)
-        )  # [1 + M]
-        return FusionLossOutput(fused.sum() / divisors[0], unimodal.sum(0) / divisors[1:], weights)
-    arguments = _raised(logits, arguments)
-    with torch.autocast(logits[0].device.type, enabled=False):
-        fused, weights, _, scaled = reference.gated_fusion(**arguments)
-        counts = targets != ignore_index
-        present = (
-            counts[..., None].expand(weights.shape) if mask is None else counts[..., None] & mask
+        numbers, mask, *tensors = _flat(logits, (), **arguments)
+        options = ignore_index, float(label_smoothing)
+        outputs = apply(
+            FusionCrossEntropyFunction,
+            options,
+            targets.reshape(-1),
+            weight,
+            numbers,
+            mask,
+            *tensors,
         )
-        fused = _cross_entropy(fused, targets, counts)
-        unimodal = _cross_entropy(scaled, targets[..., None].expand(weights.shape), present)
+        fused, unimodal, weights, counts = outputs[:4]
+        fused, counts = fused.reshape(leading), counts.reshape(*leading, count + 1)
+        unimodal, weights = (value.reshape(*leading, count) for value in (unimodal, weights))
+    else:
+        arguments = _raised(logits, arguments)
+        labels = {"weight": weight, "label_smoothing": label_smoothing}
+        if weight is not None:
+            labels["weight"] = weight.to(arguments["logits"][0].dtype)
+        if not _by_row(arguments) and cpu_takes(impl, targets, *logits, *arguments.values()):
+            return FusionLossOutput(
+                *cpu_fusion.fusion_cross_entropy(
+                    targets=targets,
+                    ignore_index=ignore_index,
+                    reduction=reduction,
+                    **labels,
+                    **arguments,
+                )
+            )
+        with torch.autocast(logits[0].device.type, enabled=False):
+            fused, weights, _, scaled = reference.gated_fusion(**arguments)
+            valid = (targets != ignore_index)[..., None]
+            present = valid.expand(weights.shape) if mask is None else valid & mask
+            counts = torch.cat([valid, present], -1)  # [..., 1 + M]
+            every = targets[..., None].expand(weights.shape)
+            fused = reference.cross_entropy(fused, targets, valid[..., 0], **labels)
+            unimodal = reference.cross_entropy(scaled, every, present, **labels)
     if reduction == "none":
         return FusionLossOutput(fused, unimodal, weights)
-    unimodal = unimodal.reshape(-1, count).sum(0)
-    if reduction == "sum":
-        return FusionLossOutput(fused.sum(), unimodal, weights)
-    return FusionLossOutput(
-        fused.sum() / counts.sum().clamp_min(1),
-        unimodal / present.reshape(-1, count).sum(0).clamp_min(1),
-        weights,
-    )
+    fused, unimodal = fused.sum(), unimodal.reshape(-1, count).sum(0)
+    if reduction == "mean":
+        divisors = _divisors(counts, targets, weight, fused.dtype)
+        fused, unimodal = fused / divisors[0], unimodal / divisors[1:]
+    return FusionLossOutput(fused, unimodal, weights)
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
-    """-log softmax(logits)[target] where a row counts, 0 elsewhere, whatever stands there."""
-    safe = torch.where(counts[..., None], logits, 0.0)
-    index = torch.where(counts, targets, 0)[..., None]
-    return torch.where(counts, safe.logsumexp(-1) - safe.gather(-1, index).squeeze(-1), 0.0)
+def _divisors(counts: Tensor, targets: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What means are divided by, [1 + M]: the rows that count, or their targets' weights.
+
+    1 where there are none, whose sum is 0.
+    """
+    if weight is None:
+        return counts.reshape(-1, counts.shape[-1]).sum(0).clamp_min(1)
+    each = weight.to(dtype)[torch.where(counts[..., 0], targets, 0).long()]
+    total = torch.where(counts, each[..., None], 0).reshape(-1, counts.shape[-1]).sum(0)
+    return torch.where(total == 0, 1, total)
+
+
+def _check_labels(weight: object, label_smoothing: object, logits: Tensor) -> None:
+    """TypeError or ValueError unless both are as ``F.cross_entropy`` takes them."""
+    if weight is not None:
+        classes = logits.shape[-1]
+        check_shape(check_float(weight, "weight"), (classes,), "weight", "[K]")
+        refuse_grad("weight", weight)
+    check_number(label_smoothing, "label_smoothing")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+
+
+def _check_values(values: object, logits: list[Tensor]) -> list[Tensor] | None:
+    """M tensors of one shape [..., D], or None."""
+    if values is None:
+        return None
+    values = tensor_list(values, "values", len(logits))
+    shape = (*logits[0].shape[:-1], *values[0].shape[-1:])
+    for index, rows in enumerate(values):
+        if rows.shape != shape or not shape[-1:] or not shape[-1]:
+            expected = f"[..., D] = {[*shape]} as values[0]" if index else "[..., D] with D >= 1"
+            raise ValueError(
+                f"values[{index}]: expected shape {expected}, with the leading dimensions of "
+                f"logits[0], got {describe(rows)}"
+            )
+    check_device(logits[0], **{f"values[{index}]": rows for index, rows in enumerate(values)})
+    return values
 
 
 def _prepare(logits, log_prior, gate_logits, temperature, uncertainty_weight, scale, mask):
@@ -216,6 +302,10 @@ def _prepare(logits, log_prior, gate_logits, temperature, uncertainty_weight, sc
     _check_parameter(uncertainty_weight, "uncertainty_weight", either, count)
     _check_parameter(scale, "scale", ((),), count)
     mask = check_mask(mask, (*shape[:-1], count), rows_need_one=True)
+    if isinstance(scale, str) and mask is None:
+        scale = float(count)
+    numbers = temperature, uncertainty_weight, scale
+    temperature, uncertainty_weight, scale = (_beside(value, logits[0]) for value in numbers)
     given = {
         "log_prior": log_prior,
         "gate_logits": gate_logits,
@@ -230,7 +320,8 @@ def _prepare(logits, log_prior, gate_logits, temperature, uncertainty_weight, sc
     check_device(logits[0], mask=mask, **sized, **entries)
     dtype = logits[0].dtype
     for values in logits[1:]:
-        dtype = torch.promote_types(dtype, values.dtype)
+        if values.dtype != dtype:
+            dtype = torch.promote_types(dtype, values.dtype)
     return logits, {**given, "mask": mask}, dtype
 
 
@@ -263,7 +354,10 @@ def _check_parameter(
     value: object, name: str, sizes: Sequence[tuple[int, ...]], count: int
 ) -> None:
     """TypeError or ValueError unless ``value`` is a number or a tensor of one of ``sizes``."""
-    if isinstance(value, Tensor):
+    if name == "scale" and isinstance(value, str):
+        if value != PRESENT:
+            raise ValueError(f"scale: expected a number, a tensor [] or {PRESENT!r}, got {value!r}")
+    elif isinstance(value, Tensor):
         check_float(value, name)
         if tuple(value.shape) not in sizes:
             shapes = " or ".join("[M]" if size else "[]" for size in sizes)
@@ -277,30 +371,64 @@ def _check_parameter(
         raise ValueError(f"temperature: expected a number above 0, got {value}")
 
 
-def _raised(logits: list[Tensor], arguments: dict) -> dict:
+def _beside(value: Tensor | float, logits: Tensor) -> Tensor | float:
+    """A parameter as the kernels take it beside ``logits``: a scalar tensor of the CPU is a number.
+
+    One that asks for a gradient goes to the logits' device, which copies from the host.
+    """
+    if not isinstance(value, Tensor) or value.dim() or value.device == logits.device:
+        return value
+    if not eager_on_cpu(value) or value.requires_grad:
+        return value.to(logits.device)
+    return value.item()
+
+
+def _by_row(arguments: dict) -> bool:
+    """Whether each row has a scale of its own."""
+    return isinstance(arguments["scale"], Tensor) and arguments["scale"].dim() > 0
+
+
+def _raised(logits: list[Tensor], arguments: dict, values: Sequence[Tensor] | None = None) -> dict:
     """Arguments of :func:`~iib_kernels.reference.gated_fusion` in the dtype to compute in."""
-    compute = compute_dtype(*logits)
+    compute = compute_dtype(*logits, *(values or ()))
     raised = {
         name: value.to(compute) if isinstance(value, Tensor) and name != "mask" else value
         for name, value in arguments.items()
     }
-    return {"logits": [values.to(compute) for values in logits], **raised}
+    if values:
+        raised["values"] = [rows.to(compute) for rows in values]
+    if isinstance(raised["scale"], str):
+        raised["scale"] = raised["mask"].sum(-1, keepdim=True).to(compute)
+    return {"logits": [rows.to(compute) for rows in logits], **raised}
 
 
 def _flat(
-    logits: list[Tensor], log_prior, gate_logits, temperature, uncertainty_weight, scale, mask
+    logits: list[Tensor],
+    values: Sequence[Tensor] | None,
+    log_prior,
+    gate_logits,
+    temperature,
+    uncertainty_weight,
+    scale,
+    mask,
 ) -> tuple:
     """Arguments of the autograd Functions, with the leading dimensions in one.
 
-    First the numbers that stand for parameters, then the mask, then tensors or None. Reshaping is a
-    view where the strides allow.
+    First the numbers that stand for parameters, then the mask, then tensors or None, at last the
+    logits and the values. Reshaping is a view where the strides allow.
     """
+    if isinstance(scale, str):
+        raise NotImplementedError(
+            "scale: 'present' with a mask has no kernel in gated_fusion and fusion_cross_entropy; "
+            "use multimodal_objective, or impl='reference'"
+        )
     count, given = len(logits), (temperature, uncertainty_weight, scale)
     numbers = [1.0 if isinstance(value, Tensor) else float(value) for value in given]
     optional = [log_prior, gate_logits]
     optional += [value if isinstance(value, Tensor) else None for value in given]
-    present = iter(distinct([value for value in (*optional, *logits) if value is not None]))
+    tensors = (*optional, *logits, *(values or ()))
+    present = iter(distinct([value for value in tensors if value is not None]))
     log_prior, gate, *parameters = (None if value is None else next(present) for value in optional)
     mask, gate = (None if value is None else value.reshape(-1, count) for value in (mask, gate))
-    rows = [values.reshape(-1, values.shape[-1]) for values in present]
+    rows = [matrix.reshape(-1, matrix.shape[-1]) for matrix in present]
     return numbers, mask, log_prior, gate, *parameters, *rows

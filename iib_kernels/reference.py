@@ -155,9 +155,13 @@ def gated_fusion(
     uncertainty_weight: Tensor | float = 1.0,
     scale: Tensor | float = 1.0,
     mask: Tensor | None = None,
+    values: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fused logits f [..., K], weights w [..., M], uncertainty u [..., M] and scaled logits t
     [..., M, K] (method page, section 4).
+
+    With ``values``, M of [..., D], in place of f their sum under the same weights,
+    scale * sum_m w_m v_m [..., D].
     """
     stacked = torch.stack(list(logits), -2)
     if mask is not None:  # a missing modality's row may hold anything
@@ -181,6 +185,11 @@ def gated_fusion(
     if mask is not None:
         score = score.masked_fill(~mask, NEVER)
     weights = score.softmax(-1)
+    if values is not None:
+        rows = torch.stack(list(values), -2)
+        if mask is not None:
+            rows = torch.where(mask[..., None], rows, 0.0)
+        return scale * (weights[..., None] * rows).sum(-2), weights, uncertainty, t
     fused = scale * (weights[..., None] * finite).sum(-2)
     # A class is ruled out by any modality that has a say
     fused = fused.masked_fill((ruled_out & (weights[..., None] > 0)).any(-2), NEVER)
@@ -192,6 +201,34 @@ def entropy(logits: Tensor) -> Tensor:
     log_p = logits.log_softmax(-1)
     possible = log_p > NEVER
     return -torch.where(possible, log_p.exp() * torch.where(possible, log_p, 0.0), 0.0).sum(-1)
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    counts: Tensor,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy of logits [..., K] where ``counts`` [...], 0 elsewhere, whatever stands there.
+
+    As ``F.cross_entropy``: (1 - eps) c_y (-log p_y) + eps mean_k c_k (-log p_k), with c the
+    classes' ``weight`` [K] (1 without) and eps the ``label_smoothing``. The mean is over the
+    classes that are not ruled out by -inf.
+    """
+    safe = torch.where(counts[..., None], logits, 0.0)
+    index = torch.where(counts, targets, 0)
+    lse = safe.logsumexp(-1)
+    nll = lse - safe.gather(-1, index[..., None]).squeeze(-1)
+    if weight is not None:
+        nll = weight[index] * nll
+    if label_smoothing:
+        possible = safe > NEVER
+        share = possible.to(safe.dtype) / possible.sum(-1, keepdim=True)
+        share = share if weight is None else share * weight
+        every = (share * (lse[..., None] - torch.where(possible, safe, 0.0))).sum(-1)
+        nll = (1 - label_smoothing) * nll + label_smoothing * every
+    return torch.where(counts, nll, 0.0)
 
 
 def class_sums(

@@ -5,6 +5,8 @@ See method page, section 2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,14 +16,17 @@ from iib_kernels._checks import (
     check_device,
     check_float,
     check_integer,
+    check_mask,
     check_number,
     check_shape,
     check_targets,
     describe,
+    refuse_grad,
+    tensor_list,
 )
 from iib_kernels._chunks import rows_per_chunk, spans
 from iib_kernels._runtime import apply, choose, compute_dtype, distinct, eager_on_cpu
-from iib_kernels.ops.update.autograd import CLASS_SUMS, SNAPSHOT, UpdatePrototypesFunction
+from iib_kernels.ops.update.autograd import CLASS_SUMS, MOVE, SNAPSHOT, UpdatePrototypesFunction
 from iib_kernels.prototype import METRICS
 
 
@@ -87,6 +92,105 @@ def update_prototypes(
         impl="reference",
     )
     return ema_from_sums(prototypes, counts, sums, batch_counts, momentum=momentum, metric=metric)
+
+
+def update_prototypes_(
+    prototypes: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    features: Sequence[Tensor],
+    targets: Tensor,
+    *,
+    momentum: float = 0.9,
+    metric: str = "cosine",
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    impl: str = "auto",
+) -> None:
+    """Move the prototypes and counts of all modalities in place (method page, section 2).
+
+    What :func:`update_prototypes` gives for each, in one launch. Classes absent from the batch are
+    neither read nor written.
+
+    Args:
+        prototypes: M tables [K, D_m], any strides; none of them twice.
+        counts: M of [K] int64, samples of each class seen before (0 = the prototype is not set yet
+            and takes the batch's mean itself).
+        features: M of [B, D_m]; each table keeps its own dtype, whatever the features' is.
+        targets: [B] class indices; rows with ``ignore_index`` count for nothing and may hold
+            anything. Out of range: ValueError in eager mode on the CPU, ignored elsewhere.
+        momentum: mu in [0, 1).
+        metric: as in :func:`update_prototypes`.
+        mask: [B, M] bool, True = present; rows of a missing modality count for nothing there.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``.
+
+    No gradient; bitwise repeatable; fit for ``torch.compile`` and for CUDA graphs. Backward through
+    a loss that read the tables before they moved raises: give it :func:`snapshot` of them.
+
+    Raises TypeError or ValueError naming the argument; the tables are then as they were.
+
+    Source: arXiv 2603.17347; this project's own formulation.
+
+    >>> table, counts = torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64)
+    >>> update_prototypes_([table], [counts], [torch.tensor([[2.0, 0.0]])], torch.tensor([1]))
+    >>> table, counts
+    (tensor([[0., 0.],
+            [1., 0.]]), tensor([0, 1]))
+    """
+    features = tensor_list(features, "features")
+    prototypes = tensor_list(prototypes, "prototypes", len(features))
+    refuse_grad("prototypes", *prototypes)
+    check_choice(metric, METRICS, "metric")
+    first = check_shape(prototypes[0], (None, None), "prototypes[0]", "[K, D_0]")
+    batch = features[0].shape[0] if features[0].dim() else None
+    if isinstance(counts, Tensor) or not isinstance(counts, Sequence):
+        raise TypeError(f"counts: expected a sequence of int64 tensors [K], got {describe(counts)}")
+    if len(counts) != len(features):
+        raise ValueError(f"counts: expected {len(features)} tensors [K], got {len(counts)}")
+    for index, (table, number, rows) in enumerate(zip(prototypes, counts, features)):
+        name = f"prototypes[{index}]"
+        check_shape(table, (len(first), None), name, f"[K, D_{index}]")
+        check_shape(rows, (batch, table.shape[1]), f"features[{index}]", f"[B, D_{index}]")
+        _check_moving(table, momentum, **{f"counts[{index}]": number})
+        others = {name: table, f"counts[{index}]": number, f"features[{index}]": rows}
+        check_device(first, **others)
+        if any([table is other for other in prototypes[:index]]):
+            raise ValueError(f"{name}: is given twice; each modality moves a table of its own")
+        if any([number is other for other in counts[:index]]):
+            raise ValueError(
+                f"counts[{index}]: is given twice; each modality has counts of its own"
+            )
+    mask = check_mask(mask, (features[0].shape[0], len(features)))
+    implementation = choose(impl, *features)
+    targets = check_targets(
+        targets,
+        features[0].shape[:1],
+        len(first),
+        ignore_index,
+        replace=implementation == "reference",
+    )
+    check_device(first, targets=targets, mask=mask)
+    with torch.no_grad():
+        features = [rows.detach() for rows in features]
+        if implementation == "triton":
+            cosine = metric == "cosine"
+            MOVE(prototypes, list(counts), features, targets, mask, momentum, cosine, ignore_index)
+            return
+        for index, rows in enumerate(features):
+            labels = targets
+            if mask is not None:
+                labels = targets.masked_fill(~mask[:, index], ignore_index)
+            moved, total = update_prototypes(
+                prototypes[index],
+                counts[index],
+                rows,
+                labels,
+                momentum=momentum,
+                metric=metric,
+                ignore_index=ignore_index,
+                impl="reference",
+            )
+            prototypes[index].copy_(moved)
+            counts[index].copy_(total)
 
 
 def snapshot(prototypes: Tensor) -> Tensor:

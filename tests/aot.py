@@ -1,6 +1,6 @@
 """Compile what the launchers launch, for GPUs that are not here, and read what it uses.
 
-    python tests/aot.py OUTPUT.json [--quick] [OPERATOR ...]
+    python tests/aot.py OUTPUT.json [--full] [OPERATOR ...]
 
 The public operators run on CPU tensors with Triton's launch replaced by a recorder, so that each
 variant is compiled with the signature, constants and block sizes that a GPU would get.
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -85,7 +86,7 @@ def _describe(value, path: tuple, constants: dict, attributes: dict):
         ]
         # A named tuple stays one: kernels ask for its fields
         return type(value)(*entries) if hasattr(value, "_fields") else tuple(entries)
-    if value is None or (isinstance(value, int) and value == 1):
+    if value is None or isinstance(value, tl.constexpr) or (isinstance(value, int) and value == 1):
         constants[path] = value
         return "constexpr"
     if isinstance(value, torch.Tensor):
@@ -106,6 +107,8 @@ def source(kernel: JITFunction, named: dict) -> ASTSource:
         if parameter.is_constexpr:
             constants[(index,)] = value
             signature[parameter.name] = "constexpr"
+        elif parameter.do_not_specialize:
+            signature[parameter.name] = "i32"
         else:
             signature[parameter.name] = _describe(value, (index,), constants, attributes)
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -146,47 +149,44 @@ def _matrix(rows, columns, dtype, layout):
     )
 
 
-def _fusion(dtype, modalities, classes, loss, layout="usual"):
-    """Forward and backward of a fusion operator with everything that can be given."""
+def _fusion(dtype, modalities, classes, what, layout="usual"):
+    """Forward and backward of a fusion operator with everything that can be given.
+
+    ``what``: ``"logits"``, ``"values"``, ``"losses"``, ``"smoothed"`` losses, the ``"objective"``
+    (losses and gradients in one launch) or the ``"smoothed objective"``.
+    """
     batch = 1 if layout == "ones" else 64
     logits = [_matrix(batch, classes, dtype, layout) for _ in range(modalities)]
     vector, table = torch.empty(modalities), torch.empty(batch, modalities)
     mask, scale = torch.empty(batch, modalities, dtype=torch.bool), torch.empty(())
     parameters = (vector, vector, scale, [1.0, 1.0, 1.0], mask)
     targets = torch.empty(batch, dtype=torch.int64)
-    if loss:
-        losses = torch.ops.iib.fusion_cross_entropy(
-            logits, targets, vector, table, *parameters, -100
+    smoothed = (torch.empty(classes), 0.1) if "smoothed" in what else (None, 0.0)
+    labels, needs = (targets, -100, *smoothed), (True, True, torch.float32)
+    if "objective" in what:
+        from iib_kernels.ops.fusion import launch
+
+        gating = launch.Gating(launch.Parameters(*parameters), vector, table)
+        launch.objective(
+            logits,
+            launch.Labels(*labels),
+            gating,
+            torch.empty(modalities + 1),
+            need_gate=True,
+            need_parameters=True,
+        )
+    elif what in ("losses", "smoothed"):
+        nll, unimodal, weights, _, kept = torch.ops.iib.fusion_cross_entropy(
+            logits, *labels, vector, table, *parameters
         )
         torch.ops.iib.fusion_cross_entropy_backward(
-            logits,
-            targets,
-            *parameters,
-            -100,
-            losses[2],
-            losses[4],
-            losses[0],
-            losses[1],
-            None,
-            True,
-            True,
-            torch.float32,
+            logits, *labels, *parameters, weights, kept, nll, unimodal, weights, *needs
         )
     else:
-        fused, weights, uncertainty, statistics = torch.ops.iib.gated_fusion(
-            logits, vector, table, *parameters
-        )
+        values = [_matrix(batch, 512, dtype, layout) for _ in logits] if what == "values" else []
+        *outputs, kept = torch.ops.iib.gated_fusion(logits, values, vector, table, *parameters)
         torch.ops.iib.gated_fusion_backward(
-            logits,
-            *parameters,
-            weights,
-            statistics,
-            fused,
-            weights,
-            uncertainty,
-            True,
-            True,
-            torch.float32,
+            logits, values, *parameters, outputs[1], kept, *outputs, *needs, bool(values)
         )
 
 
@@ -215,51 +215,149 @@ def _alignment(dtype, modalities, classes, layout="usual"):
         torch.empty(batch, modalities, dtype=torch.bool),
         -100,
     )
-    contrastive, alignment, confidence, _, statistics = torch.ops.iib.alignment_loss(*shared)
-    torch.ops.iib.alignment_loss_backward(*shared, confidence, statistics, contrastive, alignment)
+    torch.ops.iib.alignment_loss(*shared, False)
+    contrastive, alignment, *kept = torch.ops.iib.alignment_loss(*shared, True)
+    torch.ops.iib.alignment_loss_backward(*shared, *kept, contrastive, alignment)
+
+
+def _objective(dtype, modalities, classes, layout="usual"):
+    """The objective with everything that can be given, and its backward; bare for many classes,
+    whose halves are compiled by themselves.
+    """
+    features, prototypes = _tables(dtype, modalities, classes, layout)
+    logits = [_matrix(len(rows), classes, rows.dtype, layout) for rows in features]
+    batch, few = len(features[0]), classes <= 128
+    outputs = torch.ops.iib.multimodal_objective(
+        logits,
+        torch.empty(batch, dtype=torch.int64),
+        features if few else [],
+        prototypes if few else [],
+        torch.empty(modalities) if few else None,
+        torch.empty(modalities),
+        torch.empty(batch, modalities),
+        None,
+        None,
+        None,
+        [torch.empty(classes, dtype=torch.bool)] * modalities if few else [],
+        torch.empty(batch, modalities, dtype=torch.bool),
+        torch.empty(classes),
+        [1.0, 1.0, 1.0, 1.0, 0.2, 0.1, 1.0, 1.0, 1.0],
+        True,
+        True,
+        False,
+        -100,
+        True,
+    )
+    gradients = outputs[3]
+    inputs = [*logits, *features][: len(gradients)]
+    torch.ops.iib.scale_gradients(gradients, torch.empty(()), inputs)
 
 
 def _nearest(dtype, modalities, classes, layout="usual"):
-    """Forward and backward of the nearest prototype."""
+    """Forward and backward of the nearest prototype, few rows and many, narrow and wide ones."""
     features, prototypes = _tables(dtype, modalities, classes, layout)
-    distance, index = torch.ops.iib.nearest_prototype(
-        features, prototypes, True, [torch.empty(classes, dtype=torch.bool)] * modalities
-    )
+    seen = [torch.empty(classes, dtype=torch.bool)] * modalities
+    distance, index = torch.ops.iib.nearest_prototype(features, prototypes, True, seen)
     torch.ops.iib.nearest_prototype_backward(features, prototypes, True, index, distance)
+    if layout != "usual":
+        return
+    for batch, width, known in ((64, 77, seen), (4096, 512, seen), (4096, 309, [])):
+        rows = [torch.empty(batch, width, dtype=values.dtype) for values in features]
+        tables = [torch.empty(classes, width, dtype=table.dtype) for table in prototypes]
+        torch.ops.iib.nearest_prototype(rows, tables, True, known)
+    wide = [torch.empty(64, 4104, dtype=values.dtype) for values in features]
+    tables = [torch.empty(classes, 4104, dtype=table.dtype) for table in prototypes]
+    torch.ops.iib.nearest_prototype_backward(wide, tables, True, index, distance)
 
 
 def _distance(dtype, classes, layout="usual"):
-    """Forward and backward of the distances, with both gradients."""
+    """Forward and backward of the distances, with both gradients; few rows and many."""
     (*_, features), (*_, prototypes) = _tables(dtype, 2, classes, layout)
-    distance, squares, others, exact = torch.ops.iib.prototype_distance(
-        features, prototypes, True, True
-    )
-    exact = exact if exact.numel() else distance
-    torch.ops.iib.prototype_distance_backward(
-        features, prototypes, True, squares, others, exact, distance, True, True
-    )
+    sizes = [(features, prototypes)]
+    if layout == "usual":
+        sizes += [
+            (
+                torch.empty(batch, width, dtype=features.dtype),
+                torch.empty(count, width, dtype=prototypes.dtype),
+            )
+            for batch, count, width in ((4096, classes, 512), (4096, 1000, 309), (64, 31, 77))
+        ]
+    for features, prototypes in sizes:
+        distance, squares, others, exact = torch.ops.iib.prototype_distance(
+            features, prototypes, True, True
+        )
+        exact = exact if exact.numel() else distance
+        torch.ops.iib.prototype_distance_backward(
+            features, prototypes, True, squares, others, exact, distance, True, True
+        )
 
 
-def _update(dtype, classes, layout="usual"):
-    """Moving average and class sums."""
-    (*_, features), (*_, prototypes) = _tables(dtype, 2, classes, layout)
-    targets = torch.empty(len(features), dtype=torch.int64)
-    torch.ops.iib.update_prototypes(
-        prototypes, torch.empty(classes, dtype=torch.int64), features, targets, 0.9, True, -100
-    )
-    torch.ops.iib.class_sums(features, targets, classes, True, -100)
+def _update(dtype, modalities, classes, layout="usual"):
+    """Moving average in place, and class sums; of wide rows too."""
+    features, prototypes = _tables(dtype, modalities, classes, layout)
+    batch = len(features[0])
+    counts = [torch.empty(classes, dtype=torch.int64) for _ in features]
+    targets = torch.empty(batch, dtype=torch.int64)
+    mask = torch.empty(batch, modalities, dtype=torch.bool)
+    torch.ops.iib.update_prototypes_(prototypes, counts, features, targets, mask, 0.9, True, -100)
+    torch.ops.iib.class_sums(features[-1], targets, classes, True, -100)
+    if layout != "usual":
+        return
+    # Rows beyond what registers hold, and more of them than one look at the targets takes
+    features = [torch.empty(5000, 4104, dtype=rows.dtype) for rows in features]
+    prototypes = [torch.empty(classes, 4104, dtype=table.dtype) for table in prototypes]
+    targets = torch.empty(5000, dtype=torch.int64)
+    for cosine in (True, False):
+        torch.ops.iib.update_prototypes_(
+            prototypes, counts, features, targets, None, 0.9, cosine, -100
+        )
+    torch.ops.iib.class_sums(features[0], targets, classes, True, -100)
 
 
-def variants(quick: bool) -> list[tuple[str, tuple]]:
-    """(name, arguments) of every operator call to compile."""
+FUSED = {  # classes, and what is fused: the other code paths
+    31: ["smoothed objective"],
+    309: ["smoothed", "smoothed objective"],
+    1000: ["values"],
+    4096: ["logits", "losses", "objective"],
+    5000: ["logits", "values", "losses", "smoothed", "objective", "smoothed objective"],
+}
+
+
+EVERY = tuple(TARGETS)
+ONE = ("sm_90",)
+
+
+def usual(name: str, modalities: int) -> list[tuple[str, tuple]]:
+    """Every operator once, or in its two main forms."""
+    found = [("fusion", (name, modalities, 1000, what)) for what in ("logits", "losses")]
+    # 1100: in two parts
+    found += [("alignment", (name, modalities, classes)) for classes in (31, 1100)]
+    found += [("objective", (name, modalities, classes)) for classes in (31, 309)]
+    return [*found, ("nearest", (name, modalities, 309)), ("update", (name, modalities, 309))]
+
+
+def variants(full: bool) -> list[tuple[str, tuple, tuple[str, ...]]]:
+    """(operator, arguments, targets) of every call to compile.
+
+    What depends on the target, the dtype and the number of modalities is compiled for all of one
+    and the usual of the others; with ``full``, for all of all.
+    """
     found = []
-    for name in ("bf16", "fp32") if quick else ("bf16", "fp16", "fp32"):
-        for modalities in (2,) if quick else (1, 2, 3, 6):
-            found += [("fusion", (name, modalities, 1000, loss)) for loss in (False, True)]
-            found += [("alignment", (name, modalities, classes)) for classes in (31, 309)]
-            found.append(("nearest", (name, modalities, 309)))
-        found += [("fusion", (name, 2, 4000, loss)) for loss in (False, True)]
-        found += [("distance", (name, 309)), ("update", (name, 309))]
+    for name in ("bf16", "fp32", "fp16"):
+        for modalities in (2, 1, 3, 6):
+            main = modalities == 2 and name == "bf16"
+            if full or name == "bf16" or modalities == 2:
+                targets = EVERY if main or full else ONE
+                found += [(*call, targets) for call in usual(name, modalities)]
+        found.append(("distance", (name, 309), EVERY if full or name == "bf16" else ONE))
+        if full or name == "bf16":
+            found += [
+                ("fusion", (name, 2, size, what), EVERY if full else ONE)
+                for size, whats in FUSED.items()
+                for what in whats
+            ]
+    # Many modalities times many classes in one tile
+    found += [("objective", (name, 3, 128), EVERY if full else ONE) for name in ("bf16", "fp32")]
     for name, classes, layout in (
         ("bf16, fp32", 309, "usual"),
         ("tf32", 309, "usual"),
@@ -268,40 +366,49 @@ def variants(quick: bool) -> list[tuple[str, tuple]]:
         ("fp32", 1, "ones"),
     ):
         modalities = 1 if layout == "ones" else 2
-        found += [
-            ("alignment", (name, modalities, size, layout))
-            for size in dict.fromkeys((min(31, classes), classes))
-        ]
-        found += [
-            ("nearest", (name, modalities, classes, layout)),
-            ("distance", (name, classes, layout)),
-            ("update", (name, classes, layout)),
-        ]
-        if name in DTYPES:
-            found += [
-                ("fusion", (name, modalities, size, loss, layout))
-                for loss in (False, True)
-                for size in {classes, 1 if classes == 1 else 4000}
+        rest = (name, modalities, min(31, classes), layout)
+        calls = [("alignment", rest), ("objective", rest)]
+        calls += [("update", (name, modalities, classes, layout))]
+        if full or layout == "usual":
+            calls += [
+                ("alignment", (name, modalities, classes, layout)),
+                ("nearest", (name, modalities, classes, layout)),
+                ("distance", (name, classes, layout)),
             ]
+        if name in DTYPES:
+            calls += [
+                ("fusion", (name, modalities, size, what, layout))
+                for what in (("logits", "values", "losses", "objective") if full else ("losses",))
+                for size in {classes, 1 if classes == 1 else 5000}
+            ]
+        found += [(*call, EVERY if full else ONE) for call in calls]
     return found
 
 
 CALLS = {
     "fusion": _fusion,
     "alignment": _alignment,
+    "objective": _objective,
     "nearest": _nearest,
     "distance": _distance,
     "update": _update,
 }
 
 
-def compile_variant(variant: tuple[str, tuple], targets: tuple[str, ...]) -> list[dict]:
+def _modalities(named: dict) -> int:
+    """How many modalities a launch is given, 1 where it has no such number."""
+    return int(named["M"] if "M" in named else getattr(named.get("HOW"), "M", 1))
+
+
+def compile_variant(variant: tuple[str, tuple, tuple[str, ...]]) -> list[dict]:
     """One row for every launch of an operator call and every target."""
-    operator, (dtype, *sizes) = variant
+    operator, (dtype, *sizes), targets = variant
     rows = []
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     for target in targets:
         _tuning.hip = _runtime.hip = lambda: TARGETS[target].backend == "hip"
+        _tuning.hopper = lambda device: target == "sm_90"
+        _tuning.processors = lambda device: 132
         for kernel, named, options in recorded(
             lambda: CALLS[operator]({**DTYPES, **PAIRS}[dtype], *sizes)
         ):
@@ -309,7 +416,7 @@ def compile_variant(variant: tuple[str, tuple], targets: tuple[str, ...]) -> lis
             row = {
                 "kernel": kernel.__name__,
                 "dtype": dtype,
-                "modalities": int(named.get("M", 1)),
+                "modalities": _modalities(named),
                 "sizes": sizes,
                 "target": target,
                 "num_warps": options.get("num_warps", 4),
@@ -336,16 +443,11 @@ def main() -> None:
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.nice(19)  # the test suite runs meanwhile
-    output, quick = Path(sys.argv[1]), "--quick" in sys.argv
+    output, full = Path(sys.argv[1]), "--full" in sys.argv
     chosen = [argument for argument in sys.argv[2:] if not argument.startswith("--")]
-    targets = tuple(TARGETS)
-    wanted = [variant for variant in variants(quick) if not chosen or variant[0] in chosen]
+    wanted = [variant for variant in variants(full) if not chosen or variant[0] in chosen]
     with ProcessPoolExecutor(2) as pool:
-        rows = [
-            row
-            for rows in pool.map(compile_variant, wanted, [targets] * len(wanted))
-            for row in rows
-        ]
+        rows = [row for rows in pool.map(compile_variant, wanted) for row in rows]
     output.write_text(
         json.dumps(
             {"torch": torch.__version__, "triton": triton.__version__, "rows": rows}, indent=1

@@ -45,7 +45,9 @@ class Weights(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """What :func:`step` gives; gradients flow from all but the last."""
+    """What :func:`step` gives; gradients flow from the total and the logits, the parts are for
+    reading.
+    """
 
     total: Tensor  #: [] the objective
     fused: Tensor  #: [] cross-entropy of the summed logits
@@ -226,14 +228,15 @@ class _Step(torch.autograd.Function):
         error = p.scatter_(1, index, -1.0, reduce="add")  # a cross-entropy's gradient by scores
         ctx.anchor, ctx.scale, ctx.terms, ctx.count, ctx.share = anchor, scale, terms, count, share
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(rows)
         ctx.save_for_backward(table, inputs, rows, inverse, log_p, error, deviation)
         unimodal, contrastive, fused, alignment = parts.split_with_sizes([count, count, 1, count])
         fused, summed = fused.squeeze(0), summed.squeeze(0).mT
+        ctx.mark_non_differentiable(fused, unimodal, contrastive, alignment, rows)
         return total, fused, unimodal, contrastive, alignment, logits.mT, summed, rows
 
     @staticmethod
-    def backward(ctx, total, fused, unimodal, contrastive, alignment, by_logits, by_summed, _):
+    def backward(ctx, total, *others):
+        by_logits, by_summed = others[4:6]
         # With create_graph=True second-order terms would be missing silently
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -245,21 +248,13 @@ class _Step(torch.autograd.Function):
 
         # What each sample's losses weigh: 2 M + 1 cross-entropies, then M alignments
         upstream = ctx.share * (0.0 if total is None else float(total) / batch)
-        for gradient, start, stop in (
-            (unimodal, 0, count),
-            (contrastive, count, 2 * count),
-            (fused, 2 * count, 2 * count + 1),
-            (alignment, 2 * count + 1, None),
-        ):
-            if gradient is not None:
-                upstream[start:stop].add_(gradient / batch)
         cross, pulled = upstream.split_with_sizes([2 * count + 1, count])
 
         # By the scores of the heads and of the prototypes, [M, K, B] each
         weighted = error * cross.view(-1, 1, 1)
         by_heads, by_distances, by_fused = weighted.split_with_sizes([count, count, 1])
         by_heads.add_(by_fused)
-        if ctx.terms.beta or alignment is not None:
+        if ctx.terms.beta:
             # KL(q_a || q) by the scores is q - q_a; the targets' ones in error cancel
             off = error[count : 2 * count]
             strength = (deviation * pulled.unsqueeze(1)).unsqueeze(1)

@@ -78,7 +78,8 @@ def inner_products(x, offs_x, mask_x, y, offs_y, mask_y, width, HOW: tl.constexp
         if HOW.UPCAST:
             dots = multiply(a_acc, tl.trans(b_acc), dots, HOW.PRECISION, HOW.ACC)
         else:
-            dots = multiply(a, tl.trans(b), dots, HOW.PRECISION, HOW.ACC)
+            # Half features are multiplied in their type even where prototypes are float32
+            dots = multiply(a, tl.trans(b.to(a.dtype)), dots, HOW.PRECISION, HOW.ACC)
     return dots, xx, yy
 
 

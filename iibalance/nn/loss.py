@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 import iib_kernels
 from iibalance.config import ObjectiveConfig
-from iibalance.nn.missing import fill_missing
 
 
 class LossOutput(NamedTuple):
-    """The objective and its parts; every part is a mean over the samples that count."""
+    """The objective and its parts; every part is a mean over the samples that count.
+
+    The parts are for reading: only ``total`` carries a gradient.
+    """
 
     total: Tensor  #: [] what to differentiate
     fused: Tensor  #: [] cross-entropy of the fused logits, nats
@@ -91,6 +92,7 @@ class IIBalanceLoss(nn.Module):
         gate_logits: Tensor | None = None,
         mask: Tensor | None = None,
         progress: float = 1.0,
+        unit_prototypes: bool = False,
     ) -> LossOutput:
         """The objective of a batch.
 
@@ -105,40 +107,31 @@ class IIBalanceLoss(nn.Module):
                 default.
             mask: [B, M] bool, True = present.
             progress: in [0, 1], drives the schedule of the prototype terms.
+            unit_prototypes: prototypes of seen classes have unit length, so that the cosine needs
+                no lengths of them.
         """
-        entropies = iib_kernels.fusion_cross_entropy(
+        strength = self.strength(progress)
+        out = iib_kernels.multimodal_objective(
             logits,
             targets,
+            features=embeddings if strength > 0 else None,
+            prototypes=prototypes if embeddings is not None and strength > 0 else None,
+            budgets=budgets,
+            weights=(
+                self.fused_weight,
+                self.unimodal_weight,
+                strength * self.alpha,
+                strength * self.beta,
+            ),
             gate_logits=None if gate_logits is None else gate_logits.detach(),
             uncertainty_weight=0.0,
-            scale=float(len(logits)),
+            # The neutral gate sums the logits that are there, however many
+            scale="present" if gate_logits is None else float(len(logits)),
+            prototype_temperature=self.temperature,
+            metric=self.metric,
+            unit_prototypes=unit_prototypes,
+            seen=seen,
             mask=mask,
             impl=self.impl,
         )
-        fused = entropies.fused
-        if mask is not None and gate_logits is None:
-            # The neutral gate sums the logits that are there, however many.
-            there = sum(fill_missing(logits, mask))
-            rows = (targets != -100).sum().clamp_min(1)
-            fused = nn.functional.cross_entropy(there.float(), targets, reduction="sum") / rows
-        contrastive = alignment = torch.zeros_like(entropies.unimodal)
-        total = self.fused_weight * fused + self.unimodal_weight * entropies.unimodal.sum()
-        strength = self.strength(progress)
-        if embeddings is not None and strength > 0 and (self.alpha or self.beta):
-            if budgets is None:
-                budgets = torch.ones(len(logits), device=targets.device)
-            contrastive, alignment, _ = iib_kernels.alignment_loss(
-                embeddings,
-                [iib_kernels.snapshot(values) for values in prototypes],
-                targets,
-                budgets,
-                temperature=self.temperature,
-                metric=self.metric,
-                seen=seen,
-                mask=mask,
-                impl=self.impl,
-            )
-            total = total + strength * (
-                self.alpha * contrastive.sum() + self.beta * alignment.sum()
-            )
-        return LossOutput(total, fused, entropies.unimodal, contrastive, alignment)
+        return LossOutput(out.loss, *out.parts)

@@ -127,22 +127,29 @@ class PrototypeBank(nn.Module):
                 self.update_rows(cpu.unit(stacked)[0], targets)
                 return
         common = {"metric": self.metric, "ignore_index": ignore_index, "impl": self.impl}
-        for index, embedding in enumerate(embeddings):
+        tables = [self.table(index) for index in range(len(self.modalities))]
+        if not shared:
+            prototypes, counts = zip(*tables)
+            iib_kernels.update_prototypes_(
+                prototypes,
+                counts,
+                embeddings,
+                targets,
+                momentum=self.momentum,
+                mask=mask,
+                **common,
+            )
+            return
+        for index, (before, embedding) in enumerate(zip(tables, embeddings)):
             rows = targets
             if mask is not None:
                 rows = targets.masked_fill(~mask[:, index], ignore_index)
-            before = self.table(index)
-            if shared:
-                sums = iib_kernels.class_sums(embedding, rows, self.num_classes, **common)
-                for value in sums:
-                    dist.all_reduce(value)
-                after = iib_kernels.ema_from_sums(
-                    *before, *sums, momentum=self.momentum, metric=self.metric
-                )
-            else:
-                after = iib_kernels.update_prototypes(
-                    *before, embedding, rows, momentum=self.momentum, **common
-                )
+            sums = iib_kernels.class_sums(embedding, rows, self.num_classes, **common)
+            for value in sums:
+                dist.all_reduce(value)
+            after = iib_kernels.ema_from_sums(
+                *before, *sums, momentum=self.momentum, metric=self.metric
+            )
             for kept, new in zip(before, after):
                 kept.copy_(new)
 

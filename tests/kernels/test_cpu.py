@@ -79,22 +79,18 @@ def run(head, embeddings, targets, scalar, progress=0.9):
     ]
 
 
-@pytest.mark.parametrize("what", ["loss", "every part", "logits", "fused"])
+@pytest.mark.parametrize("what", ["loss", "logits", "fused"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_step_is_the_references(shape, what, steps):
     head, embeddings, targets = draw(*shape)
-    weight = torch.linspace(0.5, 2, shape[0])
 
     def scalar(out):
+        assert not any(part.requires_grad for part in out.parts[1:])  # for reading
         if what == "loss":
             return out.loss
         if what == "logits":
             return sum(values.square().mean() for values in out.modality_logits)
-        if what == "fused":
-            return out.loss + 0.3 * out.logits.square().mean()
-        return (
-            0.3 * out.loss + out.parts.fused + sum((weight * part).sum() for part in out.parts[2:])
-        )
+        return out.loss + 0.3 * out.logits.square().mean()
 
     slow = run(reference(head), embeddings, targets, scalar)
     assert not steps

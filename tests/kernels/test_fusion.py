@@ -301,6 +301,67 @@ def test_runs_on_fake_tensors_without_looking_at_values():
 L = [torch.zeros(2, 3), torch.zeros(2, 3)]
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_weights_and_smoothing_are_those_of_torch(reduction, smoothing, weighted):
+    torch.manual_seed(0)
+    logits, targets = (
+        [torch.randn(5, 4).double() for _ in range(2)],
+        torch.tensor([0, 3, -100, 1, 2]),
+    )
+    weight = torch.rand(4).double() + 0.1 if weighted else None
+    options = dict(reduction=reduction, weight=weight, label_smoothing=smoothing)
+    out = fusion_cross_entropy(logits, targets, scale=1.7, **options)
+    fused = gated_fusion(logits, scale=1.7).logits
+    expected = torch.nn.functional.cross_entropy(fused, targets, **options)
+    torch.testing.assert_close(out.fused, expected)
+    for m, rows in enumerate(logits):
+        expected = torch.nn.functional.cross_entropy(rows, targets, **options)
+        torch.testing.assert_close(out.unimodal[..., m], expected)
+
+
+def test_smoothing_leaves_out_the_classes_that_are_ruled_out():
+    logits = torch.tensor([[1.0, -math.inf, 2.0, 0.5]])
+    out = fusion_cross_entropy([logits], torch.tensor([0]), label_smoothing=0.3)
+    left = torch.nn.functional.cross_entropy(
+        logits[:, [0, 2, 3]], torch.tensor([0]), label_smoothing=0.3
+    )
+    torch.testing.assert_close(out.fused, left)
+    torch.testing.assert_close(out.unimodal[0], left)
+
+
+def test_no_row_that_counts_gives_zero_with_weights_too():
+    logits, weight = torch.randn(2, 3), torch.rand(3)
+    out = fusion_cross_entropy([logits], torch.tensor([-100, -100]), weight=weight)
+    assert out.fused == 0 and out.unimodal.tolist() == [0.0]
+
+
+def test_values_are_fused_by_the_weights_of_the_logits():
+    torch.manual_seed(0)
+    logits, mask = [torch.randn(2, 3, 4) for _ in range(2)], torch.ones(2, 3, 2, dtype=torch.bool)
+    mask[0, 0, 1] = False
+    values = [torch.randn(2, 3, 7).half(), torch.randn(2, 3, 7)]
+    values[1][0, 0] = math.nan
+    out = gated_fusion(logits, mask=mask, scale=1.5, values=values)
+    weights = gated_fusion(logits, mask=mask).weights
+    rows = torch.stack(values, -1).nan_to_num() * weights[..., None, :]
+    torch.testing.assert_close(out.logits, 1.5 * rows.sum(-1))
+    assert out.logits.dtype == torch.float32 and torch.equal(out.weights, weights)
+
+
+def test_scalar_tensors_of_the_cpu_are_numbers_beside_a_device():
+    """Beside logits of the meta device, which stands for a GPU here."""
+    from iib_kernels.fusion import _beside
+
+    elsewhere = torch.empty(2, 3, device="meta")
+    assert _beside(torch.tensor(2.0), elsewhere) == 2.0
+    leaf = torch.tensor(2.0, requires_grad=True)
+    assert _beside(leaf, elsewhere).device.type == "meta"  # or it would lose its gradient
+    vector = torch.ones(2)
+    assert _beside(vector, elsewhere) is vector and _beside(1.5, elsewhere) == 1.5
+
+
 @pytest.mark.parametrize(
     "call, error, words",
     [
@@ -343,8 +404,8 @@ L = [torch.zeros(2, 3), torch.zeros(2, 3)]
         ),
         (
             lambda: gated_fusion(L, scale="big"),
-            TypeError,
-            "scale: expected a number or a tensor, got str",
+            ValueError,
+            r"scale: expected a number, a tensor \[\] or 'present', got 'big'",
         ),
         (lambda: gated_fusion(L, mask=torch.ones(2, 2)), TypeError, "mask: expected a bool tensor"),
         (
@@ -376,6 +437,43 @@ L = [torch.zeros(2, 3), torch.zeros(2, 3)]
             lambda: fusion_cross_entropy(L, torch.tensor([0])),
             ValueError,
             r"targets: expected shape \[2\]",
+        ),
+        (
+            lambda: gated_fusion(L, values=[torch.zeros(2, 5)]),
+            ValueError,
+            "values: expected 2 tensors",
+        ),
+        (
+            lambda: gated_fusion(L, values=[torch.zeros(2, 5), torch.zeros(2, 4)]),
+            ValueError,
+            r"values\[1\]: expected shape \[..., D\] = \[2, 5\] as values\[0\]",
+        ),
+        (
+            lambda: gated_fusion(L, values=[torch.zeros(3, 5)] * 2),
+            ValueError,
+            r"values\[0\]: expected shape \[..., D\] with D >= 1, with the leading dimensions",
+        ),
+        (
+            lambda: gated_fusion(L, values=[torch.zeros(2, 5), torch.zeros(2, 5).long()]),
+            TypeError,
+            r"values\[1\]: expected float16, bfloat16, float32 or float64, got int64",
+        ),
+        (
+            lambda: fusion_cross_entropy(L, torch.tensor([0, 1]), weight=torch.ones(2)),
+            ValueError,
+            r"weight: expected shape \[K\]",
+        ),
+        (
+            lambda: fusion_cross_entropy(
+                L, torch.tensor([0, 1]), weight=torch.ones(3, requires_grad=True)
+            ),
+            ValueError,
+            "weight: requires grad",
+        ),
+        (
+            lambda: fusion_cross_entropy(L, torch.tensor([0, 1]), label_smoothing=1.5),
+            ValueError,
+            r"label_smoothing: expected a number in \[0, 1\], got 1.5",
         ),
         (
             lambda: fusion_cross_entropy(L, torch.tensor([0, 1]), reduction="avg"),

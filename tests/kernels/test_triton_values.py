@@ -46,6 +46,7 @@ from iib_kernels import (
     update_prototypes,
 )
 from iib_kernels._runtime import compute_dtype
+from iib_kernels.ops.alignment import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -468,6 +469,11 @@ def alignment_case(
             inputs[name] = laid_out(spoil(g, value[0], keep, layout), layout, value[1])
         elif name.startswith("prototypes"):
             inputs[name] = laid_out(value[0], table_layout, value[1])
+    product = launch.multiplied(series(inputs, "features", modalities))
+    if classes > 128 and product in (torch.float16, torch.bfloat16):
+        # Prototypes are rounded to the features' type before they are multiplied: values it holds
+        for m, table in enumerate(series(inputs, "prototypes", modalities)):
+            inputs[f"prototypes[{m}]"] = laid_out(table.to(product), table_layout, table.dtype)
     inputs["targets"] = laid_out(targets, layout if layout != "expanded" else "plain")
     if masked:
         inputs["mask"] = laid_out(mask, layout if layout != "expanded" else "plain")
@@ -521,9 +527,13 @@ def fusion_case(
     kind=torch.int64,
     ignored=-100,
     reduction="none",
+    weight=False,
+    smoothing=0.0,
+    width=0,
     upstream="plain",
     everything=True,
 ) -> Case:
+    """Fusion of logits, of values where there is a ``width``, or with its cross-entropies."""
     g = start(seed)
     logits = 2 * torch.randn(modalities, math.prod(leading), classes, generator=g)
     if extreme:
@@ -545,6 +555,9 @@ def fusion_case(
     parameter = lambda values: laid_out(
         values, parameter_layout, parameter_dtype or pick(g, FLOATS)
     )
+    rows = torch.randn(modalities, math.prod(leading), width, generator=g)
+    if masked and width:
+        rows = spoil(g, rows, mask.reshape(-1, modalities).T, layout)
     if stacked:
         inputs = {"logits": laid_out(logits, layout, kinds(g, dtype, 1)[0])}
     else:
@@ -566,7 +579,14 @@ def fusion_case(
             inputs[name] = parameter(
                 0.5 + torch.rand((modalities,) if form == "each" else (), generator=g)
             )
+    if width:
+        inputs |= {
+            f"values[{m}]": laid_out(rows[m].reshape(*leading, width), layout, value)
+            for m, value in enumerate(kinds(g, dtype, modalities))
+        }
     needs = some(g, [name for name in inputs], everything)
+    if weight:
+        inputs["weight"] = parameter(torch.rand(classes, generator=g) + 0.1)
     used = some(
         g,
         ["fused", "unimodal", "weights"] if loss else ["logits", "weights", "uncertainty"],
@@ -588,8 +608,16 @@ def fusion_case(
         options |= {name: given[name] for name in numbers if name in given}
         if loss:
             return fusion_cross_entropy(
-                values, given["targets"], ignore_index=ignored, reduction=reduction, **options
+                values,
+                given["targets"],
+                ignore_index=ignored,
+                reduction=reduction,
+                weight=given.get("weight"),
+                label_smoothing=smoothing,
+                **options,
             )._asdict()
+        if width:
+            options["values"] = series(given, "values", modalities)
         return gated_fusion(values, **options)._asdict()
 
     return Case(call, inputs, needs, used, upstream)
@@ -793,6 +821,10 @@ GENERATED = {  # how many examples, and of what
         ),
     ),
     "fusion": (25, cases(fusion_case, **FUSION)),
+    "fusion of values": (
+        25,
+        cases(fusion_case, width=st.sampled_from([1, 3, 13, 37]), **FUSION),
+    ),
     "fusion cross-entropies": (
         25,
         cases(
@@ -801,6 +833,8 @@ GENERATED = {  # how many examples, and of what
             kind=KINDS,
             ignored=IGNORED,
             reduction=REDUCTIONS,
+            weight=FLAGS,
+            smoothing=st.sampled_from([0.0, 0.1, 1.0]),
             **FUSION,
         ),
     ),
@@ -961,10 +995,11 @@ def test_alignment_where_one_modality_has_seen_no_class(classes, blind):
     [
         (1000, 3, torch.float32, "plain"),
         (1024, 6, torch.bfloat16, "transposed"),
-        (1025, 4, torch.float32, "sliced"),
-        (2500, 2, torch.float16, "expanded"),
-        (1031, 6, None, "transposed"),
-        (2049, 1, torch.float64, "plain"),
+        (4096, 2, torch.float16, "plain"),
+        (2049, 3, torch.float32, "sliced"),
+        (5000, 2, torch.float16, "expanded"),
+        (4099, 6, None, "transposed"),
+        (4097, 1, torch.float64, "plain"),
     ],
 )
 def test_fusion_of_many_classes(classes, modalities, dtype, layout, loss):
@@ -982,23 +1017,44 @@ def test_fusion_of_many_classes(classes, modalities, dtype, layout, loss):
                 extreme=extreme,
                 layout=layout,
                 loss=loss,
+                weight=loss and stacked,
+                smoothing=0.1 if loss and not stacked else 0.0,
+                width=0 if loss or stacked else 700,
                 upstream=layout,
             )
         )
 
 
-@pytest.mark.parametrize("classes", [7, pytest.param(1031, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", ["streamed", "joint"])
+@pytest.mark.parametrize("modalities", [1, 3, pytest.param(5, marks=pytest.mark.slow)])
+def test_fusion_where_registers_hold_little_or_reductions_are_joined(modalities, form, monkeypatch):
+    """Streamed rows of few classes, and the reductions of rows that several warps share."""
+    from iib_kernels.ops.fusion import launch
+
+    if form == "joint":
+        monkeypatch.setattr(launch, "_joint", lambda config: True)
+    else:
+        monkeypatch.setattr(launch, "MOST_CLASSES", 0)
+        monkeypatch.setattr(launch, "STREAMED", 8)
+    shape = dict(leading=(3,), classes=7, modalities=modalities, masked=True, extreme=True)
+    check(fusion_case(13, **shape))
+    check(fusion_case(13, width=9, **shape))
+    check(fusion_case(13, loss=True, **shape))
+    check(fusion_case(13, loss=True, smoothing=0.3, weight=True, **shape))
+
+
+@pytest.mark.parametrize("classes", [7, pytest.param(4099, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("loss", [False, True])
 def test_each_gradient_of_fusion_alone(loss, classes):
     """One input asks for a gradient, one output has one."""
-    whole = fusion_case(9, (2,), classes, 2, masked=True, loss=loss)
+    whole = fusion_case(9, (2,), classes, 2, masked=True, loss=loss, width=0 if loss else 5)
     for needed in whole.needs:
         for used in whole.used:
             check(whole._replace(needs=[needed], used=[used]))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("classes", [2, 5, pytest.param(1031, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("classes", [2, 5, pytest.param(4099, marks=pytest.mark.slow)])
 def test_fusion_of_logits_of_ten_thousand(classes, dtype):
     """All rows hold +-1e4, so that several classes tie; all outputs, with all gradients."""
     for loss in (False, True):
@@ -1074,10 +1130,14 @@ ROUGH = {
     ),
     "fusion": lambda: fusion_case(23, (19,), 31, 3, masked=True),
     "fusion of one": lambda: fusion_case(23, (5, 3), 1, 1, torch.float16),
-    "fusion two passes": lambda: fusion_case(23, (3,), 1031, 4, masked=True),
+    "fusion of values": lambda: fusion_case(23, (7,), 31, 3, masked=True, width=33),
+    "fusion two passes": lambda: fusion_case(23, (3,), 4099, 3, masked=True),
     "losses": lambda: fusion_case(24, (19,), 31, 6, masked=True, loss=True, reduction="mean"),
+    "losses smoothed": lambda: fusion_case(
+        24, (7,), 31, 2, masked=True, loss=True, reduction="mean", smoothing=0.1, weight=True
+    ),
     "losses two passes": lambda: fusion_case(
-        24, (3,), 1031, 2, torch.bfloat16, stacked=True, masked=True, loss=True
+        24, (3,), 4099, 2, torch.bfloat16, stacked=True, masked=True, loss=True, smoothing=0.1
     ),
     "update": lambda: update_case(25, 17, 7, 33),
     "update wide": lambda: update_case(25, 3, 2, 1031, torch.bfloat16),
@@ -1171,7 +1231,7 @@ TARGETED = {
         40, 5, 129, 2, (3, 5), seen="each", **options
     ),
     "losses": lambda **options: fusion_case(40, (9,), 7, 2, loss=True, **options),
-    "losses two passes": lambda **options: fusion_case(40, (3,), 1031, 2, loss=True, **options),
+    "losses two passes": lambda **options: fusion_case(40, (3,), 4099, 2, loss=True, **options),
     "update": lambda **options: update_case(40, 9, 7, 3, **options),
     "sums": lambda **options: update_case(40, 9, 7, 3, sums=True, **options),
 }
@@ -1236,10 +1296,10 @@ def test_operators_ignore_targets_out_of_range(monkeypatch):
     )
     calls = (
         lambda targets: torch.ops.iib.alignment_loss(
-            [rows], [table], targets, budgets, 0.5, True, [seen], None, -100
+            [rows], [table], targets, budgets, 0.5, True, [seen], None, -100, False
         )[:4],
         lambda targets: torch.ops.iib.fusion_cross_entropy(
-            [rows], targets, None, None, None, None, None, [1.0, 1.0, 1.0], None, -100
+            [rows], targets, -100, None, 0.0, None, None, None, None, None, [1.0, 1.0, 1.0], None
         )[:4],
         lambda targets: torch.ops.iib.update_prototypes(
             table, counts, rows, targets, 0.9, True, -100

@@ -316,7 +316,11 @@ def test_classes_not_seen_are_left_out_of_the_softmax():
         logits, targets, embeddings=embeddings, prototypes=prototypes, seen=seen, **options
     )
     cut = IIBalanceLoss()(
-        logits, targets, embeddings=embeddings, prototypes=[p[:2] for p in prototypes], **options
+        [values[:, :2] for values in logits],
+        targets,
+        embeddings=embeddings,
+        prototypes=[table[:2] for table in prototypes],
+        **options,
     )
     torch.testing.assert_close(few.contrastive, cut.contrastive)
     torch.testing.assert_close(few.alignment, cut.alignment)

@@ -111,7 +111,7 @@ def test_twenty_steps_on_digits_give_the_losses_of_plain_pytorch(dropout):
         assert (
             names.count("fusion_forward") >= STEPS
             and names.count("fusion_backward") == STEPS
-            and names.count("prototype_update") == 3 * STEPS
+            and names.count("move_prototypes") == STEPS
         )
         # lambda is 0 in the very first step
         assert (

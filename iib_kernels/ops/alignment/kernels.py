@@ -13,8 +13,9 @@ factor of A_m, the deviation, is a constant for the gradient.
 Tiles [BLOCK_B, BLOCK_K] of the scores of all modalities live in registers: nothing of size [B, K]
 is stored.
 
-This file holds the forward kernel and what backward shares with it; kernels_backward.py holds
-backward.
+This file holds the steps, and the forward kernel for as many classes as one tile holds;
+kernels_backward.py holds its backward, and attention.py, streamed.py and outcome.py what more
+classes take.
 """
 
 from typing import NamedTuple
@@ -33,6 +34,46 @@ from iib_kernels.ops.tiles import (
     squared_distance,
     valid_targets,
 )
+
+
+class Rows(NamedTuple):
+    """What says which rows count, and by how much; contiguous."""
+
+    targets: tl.tensor  # [B]
+    ignore_index: tl.tensor
+    mask: tl.tensor  # [B, M], or None
+    seen: tl.tensor  # M of [K], or None
+    budgets: tl.tensor  # [M]
+    temperature: tl.tensor  # a number, or a pointer to a float64
+    classes: tl.tensor  # K
+
+
+class Upstream(NamedTuple):
+    """Upstream gradients [B, M], each a Matrix; a pointer is None where there is none."""
+
+    contrastive: tl.tensor
+    alignment: tl.tensor
+
+
+class Losses(NamedTuple):
+    """What forward stores, [B, M] each and contiguous."""
+
+    contrastive: tl.tensor
+    alignment: tl.tensor
+    confidence: tl.tensor  # q_m(y)
+    counts: tl.tensor  # which rows count
+
+
+class Evidence(NamedTuple):
+    """Of all modalities, where one tile holds all classes: tuples of M."""
+
+    scores: tl.tensor  # [B, K]
+    zz: tl.tensor  # |z|^2 [B]
+    pp: tl.tensor  # |p|^2 [K]
+    counted: tl.tensor  # [B]
+    lse: tl.tensor  # [B]
+    target_scores: tl.tensor  # [B]
+    confidences: tl.tensor  # q_m(y) [B]
 
 
 class Budgets(NamedTuple):
@@ -110,35 +151,97 @@ def score_tile(
 
 
 @triton.jit
-def alignment_forward(
-    features_ptrs,
-    features_strides_b,
-    features_strides_d,
-    prototypes_ptrs,
-    prototypes_strides_k,
-    prototypes_strides_d,
+def load_upstream(upstream, counted, aligned, offs_b, m, ACC: tl.constexpr):
+    """Upstream gradients [B] of C_m and A_m; 0 where not given, or the row does not count."""
+    c = tl.zeros((offs_b.shape[0],), ACC)
+    g = tl.zeros((offs_b.shape[0],), ACC)
+    if upstream.contrastive.ptr is not None:
+        values = upstream.contrastive
+        ptrs = values.ptr + offs_b * values.stride_row + m * values.stride_col
+        c = tl.load(ptrs, mask=counted, other=0.0).to(ACC)
+    if upstream.alignment.ptr is not None:
+        values = upstream.alignment
+        ptrs = values.ptr + offs_b * values.stride_row + m * values.stride_col
+        g = tl.load(ptrs, mask=aligned, other=0.0).to(ACC)
+    return c, g
+
+
+@triton.jit
+def store_losses(outputs, contrastive, alignment, confidence, counted, offs_b, mask_b, m, M):
+    """One modality's column of each."""
+    offsets = offs_b * M + m
+    tl.store(outputs.contrastive + offsets, contrastive, mask=mask_b)
+    tl.store(outputs.alignment + offsets, alignment, mask=mask_b)
+    tl.store(outputs.confidence + offsets, confidence, mask=mask_b)
+    tl.store(outputs.counts + offsets, counted, mask=mask_b)
+
+
+@triton.jit
+def all_evidence(
+    features,
+    prototypes,
     widths,
-    targets_ptr,
-    targets_stride,
-    ignore_index,
-    budgets_ptr,
-    budgets_stride,
-    temperature,
-    seen_ptrs,
-    mask_ptr,
-    mask_stride_b,
-    mask_stride_m,
-    contrastive_out_ptr,
-    alignment_out_ptr,
-    confidence_out_ptr,
-    counts_out_ptr,
-    statistics_out_ptr,
-    batch,
-    classes,
+    rows,
+    offs_b,
+    mask_b,
+    offs_k,
     M: tl.constexpr,
     COSINE: tl.constexpr,
-    SEEN: tl.constexpr,
-    NUMBER_POINTER: tl.constexpr,
+    HOW: tl.constexpr,
+):
+    """The Evidence of a block of rows, where `offs_k` are all classes. HOW: a Product."""
+    ACC: tl.constexpr = HOW.ACC
+    inverse_temperature = 1.0 / load_scalar(rows.temperature, ACC == tl.float64, ACC)
+    targets, valid = valid_targets(rows.targets, 1, rows.ignore_index, offs_b, mask_b, rows.classes)
+    is_target = offs_k[None, :] == targets[:, None]  # [B, K]
+    modality_mask = Matrix(rows.mask, M, 1)
+    scores = ()
+    zz = ()
+    pp = ()
+    counted = ()
+    lse = ()
+    target_scores = ()
+    confidences = ()
+    for m in tl.static_range(M):
+        seen_ptr = None if rows.seen is None else rows.seen[m]
+        present, counted_m = count_rows(targets, valid, modality_mask, seen_ptr, offs_b, mask_b, m)
+        mask_k = seen_classes(seen_ptr, offs_k, offs_k < rows.classes)
+        scores_m, zz_m, pp_m = score_tile(
+            features[m],
+            offs_b,
+            present,
+            prototypes[m],
+            offs_k,
+            mask_k,
+            widths[m],
+            inverse_temperature,
+            COSINE,
+            HOW,
+        )
+        maximum = tl.max(scores_m, 1)
+        maximum = tl.where(maximum < FLOOR, FLOOR, maximum)
+        lse_m = tl.log(tl.sum(tl.exp(scores_m - maximum[:, None]), 1)) + maximum
+        target_score = tl.sum(tl.where(is_target, scores_m, 0.0), 1)
+        scores = scores + (scores_m,)
+        zz = zz + (zz_m,)
+        pp = pp + (pp_m,)
+        counted = counted + (counted_m,)
+        lse = lse + (lse_m,)
+        target_scores = target_scores + (target_score,)
+        confidences = confidences + (tl.where(counted_m, tl.exp(target_score - lse_m), 0.0),)
+    return Evidence(scores, zz, pp, counted, lse, target_scores, confidences)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def alignment_forward(
+    features,
+    prototypes,
+    widths,
+    rows,
+    outputs,
+    batch,
+    M: tl.constexpr,
+    COSINE: tl.constexpr,
     ACC: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -146,119 +249,26 @@ def alignment_forward(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """C, A, q(y) and which rows count, each [B, M]: BLOCK_B rows a program.
-
-    One sweep over the classes keeps running maxima and sums, from which all four follow.
-
-    `statistics_out_ptr` [B, 2 M], if given, keeps for backward each modality's lse (the log of the
-    sum of the exp of its scores) and the share of q_a on classes that the modality has seen.
-    """
+    """The losses of BLOCK_B rows of all modalities, where one tile holds all classes."""
     offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_b = offs_b < batch
-    inverse_temperature = 1.0 / load_scalar(temperature, NUMBER_POINTER, ACC)
-    modality_mask = Matrix(mask_ptr, mask_stride_b, mask_stride_m)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     HOW: tl.constexpr = Product(ACC, UPCAST, PRECISION, BLOCK_D)
-    budgets = read_budgets(budgets_ptr, budgets_stride, M, ACC)
-    anchor = budgets.anchor
-    targets, valid = valid_targets(
-        targets_ptr, targets_stride, ignore_index, offs_b, mask_b, classes
-    )
-
-    present = ()
-    counted = ()
-    maxima = ()  # of the scores so far
-    sums = ()  # of exp(score - maximum)
-    target_scores = ()
-    shares = ()  # sum of exp(s_a - max_a) over the classes that both m and the anchor have seen
-    moments = ()  # the same, times s_a - s_m
+    budgets = read_budgets(rows.budgets, 1, M, ACC)
+    found = all_evidence(features, prototypes, widths, rows, offs_b, mask_b, offs_k, M, COSINE, HOW)
+    anchor_log_q = select(found.scores, budgets.anchor, M)
+    anchor_log_q -= select(found.lse, budgets.anchor, M)[:, None]
+    anchor_q = select(found.confidences, budgets.anchor, M)
+    anchor_counted = select(found.counted, budgets.anchor, M)
     for m in tl.static_range(M):
-        seen_ptr = seen_ptrs[m] if SEEN else None
-        present_m, counted_m = count_rows(
-            targets, valid, modality_mask, seen_ptr, offs_b, mask_b, m
-        )
-        present = present + (present_m,)
-        counted = counted + (counted_m,)
-        maxima = maxima + (tl.full((BLOCK_B,), FLOOR, ACC),)
-        sums = sums + (tl.zeros((BLOCK_B,), ACC),)
-        target_scores = target_scores + (tl.zeros((BLOCK_B,), ACC),)
-        shares = shares + (tl.zeros((BLOCK_B,), ACC),)
-        moments = moments + (tl.zeros((BLOCK_B,), ACC),)
-
-    for start in range(0, classes, BLOCK_K):
-        offs_k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
-        is_target = offs_k[None, :] == targets[:, None]  # [B, K]
-        scores = ()
-        for m in tl.static_range(M):
-            mask_k = seen_classes(seen_ptrs[m] if SEEN else None, offs_k, offs_k < classes)
-            z = Matrix(features_ptrs[m], features_strides_b[m], features_strides_d[m])
-            p = Matrix(prototypes_ptrs[m], prototypes_strides_k[m], prototypes_strides_d[m])
-            scores_m, zz, pp = score_tile(
-                z,
-                offs_b,
-                present[m],
-                p,
-                offs_k,
-                mask_k,
-                widths[m],
-                inverse_temperature,
-                COSINE,
-                HOW,
-            )
-            scores = scores + (scores_m,)
-
-        anchor_scores = select(scores, anchor, M)
-        old_maximum = select(maxima, anchor, M)
-        new_maximum = tl.maximum(old_maximum, tl.max(anchor_scores, 1))
-        anchor_exp = tl.exp(anchor_scores - new_maximum[:, None])
-        rescale = tl.exp(old_maximum - new_maximum)
-
-        # A tuple has no item assignment: each running value is gathered anew
-        new_maxima = ()
-        new_sums = ()
-        new_target_scores = ()
-        new_shares = ()
-        new_moments = ()
-        for m in tl.static_range(M):
-            maximum = tl.maximum(maxima[m], tl.max(scores[m], 1))
-            block_sum = tl.sum(tl.exp(scores[m] - maximum[:, None]), 1)
-            target_score = tl.sum(tl.where(is_target, scores[m], 0.0), 1)
-            both = (scores[m] > float("-inf")) & (anchor_scores > float("-inf"))
-            difference = tl.where(both, anchor_scores - scores[m], 0.0)
-            mass = tl.where(both, anchor_exp, 0.0)
-            new_maxima = new_maxima + (maximum,)
-            new_sums = new_sums + (sums[m] * tl.exp(maxima[m] - maximum) + block_sum,)
-            new_target_scores = new_target_scores + (target_scores[m] + target_score,)
-            new_shares = new_shares + (shares[m] * rescale + tl.sum(mass, 1),)
-            new_moments = new_moments + (moments[m] * rescale + tl.sum(mass * difference, 1),)
-        maxima = new_maxima
-        sums = new_sums
-        target_scores = new_target_scores
-        shares = new_shares
-        moments = new_moments
-
-    lse = ()
-    confidences = ()  # q_m(y)
-    for m in tl.static_range(M):
-        lse = lse + (tl.log(sums[m]) + maxima[m],)
-        q = tl.where(counted[m], tl.exp(target_scores[m] - lse[m]), 0.0)
-        confidences = confidences + (q,)
-    anchor_sum = select(sums, anchor, M)
-    anchor_lse = select(lse, anchor, M)
-    anchor_q = select(confidences, anchor, M)
-    anchor_counted = select(counted, anchor, M)
-
-    for m in tl.static_range(M):
-        share = shares[m] / anchor_sum
-        divergence = moments[m] / anchor_sum + share * (lse[m] - anchor_lse)
-        deviation = shortfall(confidences[m], anchor_q, budgets, m, ACC)
-        aligned = is_aligned(counted[m], anchor_counted, anchor, m, offs_b)
-        contrastive = tl.where(counted[m], lse[m] - target_scores[m], 0.0)
+        counted = found.counted[m]
+        confidence = found.confidences[m]
+        log_q = found.scores[m] - found.lse[m][:, None]
+        neither = (log_q == float("-inf")) | (anchor_log_q == float("-inf"))
+        difference = tl.where(neither, 0.0, anchor_log_q - log_q)
+        divergence = tl.sum(tl.where(neither, 0.0, tl.exp(anchor_log_q)) * difference, 1)
+        deviation = shortfall(confidence, anchor_q, budgets, m, ACC)
+        aligned = is_aligned(counted, anchor_counted, budgets.anchor, m, offs_b)
+        contrastive = tl.where(counted, found.lse[m] - found.target_scores[m], 0.0)
         alignment = tl.where(aligned, deviation * divergence, 0.0)
-        offsets = offs_b * M + m
-        tl.store(contrastive_out_ptr + offsets, contrastive, mask=mask_b)
-        tl.store(alignment_out_ptr + offsets, alignment, mask=mask_b)
-        tl.store(confidence_out_ptr + offsets, confidences[m], mask=mask_b)
-        tl.store(counts_out_ptr + offsets, counted[m], mask=mask_b)
-        if statistics_out_ptr is not None:
-            tl.store(statistics_out_ptr + offs_b * (2 * M) + m, lse[m], mask=mask_b)
-            tl.store(statistics_out_ptr + offs_b * (2 * M) + M + m, share, mask=mask_b)
+        store_losses(outputs, contrastive, alignment, confidence, counted, offs_b, mask_b, m, M)

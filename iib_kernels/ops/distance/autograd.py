@@ -7,60 +7,17 @@ from __future__ import annotations
 
 import torch
 
-from iib_kernels import _tuning
 from iib_kernels._registration import register
-from iib_kernels._runtime import (
-    accumulator,
-    compute_dtype,
-    dot_options,
-    first_order,
-    on_device,
-    slope_precision,
-)
+from iib_kernels._runtime import compute_dtype, first_order
+from iib_kernels.ops.distance import launch
 
-# ----- Launchers
-
-
-def _blocks(size: int, block: int) -> int:
-    """How many blocks cover a size."""
-    return -(-size // block)
+# ----- Calls
 
 
 def _distance(features, prototypes, cosine, keep):
-    from iib_kernels.ops.distance.kernels import distance_forward
-
-    distance, squares, prototype_squares, exact = outputs = _distance_fake(
-        features, prototypes, cosine, keep
-    )
-    (batch, width), classes = features.shape, prototypes.shape[0]
-    if not batch * classes:
-        return outputs
-    dtype = compute_dtype(features, prototypes)
-    itemsize = max(features.dtype.itemsize, prototypes.dtype.itemsize)
-
-    def launch(config: _tuning.Launch) -> None:
-        rows, columns = config.blocks["BLOCK_B"], config.blocks["BLOCK_K"]
-        distance_forward[(_blocks(batch, rows), _blocks(classes, columns))](
-            features,
-            *features.stride(),
-            prototypes,
-            *prototypes.stride(),
-            distance,
-            exact if exact.numel() else None,
-            squares if keep else None,
-            prototype_squares if keep else None,
-            batch,
-            classes,
-            width,
-            COSINE=cosine,
-            ACC=accumulator(dtype),
-            **dot_options(features, prototypes),
-            **config.options(),
-        )
-
-    with on_device(features):
-        key = ("distance", batch, classes, width, features.dtype)
-        _tuning.run(key, _tuning.distance(batch, classes, width, itemsize), launch)
+    outputs = _distance_fake(features, prototypes, cosine, keep)
+    if outputs[0].numel():
+        launch.forward(features, prototypes, cosine, *outputs)
     return outputs
 
 
@@ -89,56 +46,14 @@ def _distance_backward(
     need_features,
     need_prototypes,
 ):
-    from iib_kernels.ops.distance.kernels import distance_backward
-
-    grad_features, grad_prototypes = outputs = _distance_gradients(
-        features, prototypes, need_features, need_prototypes
-    )
-    (batch, width), classes = features.shape, prototypes.shape[0]
-    if not batch * classes:
+    needs = need_features, need_prototypes
+    outputs = _distance_gradients(features, prototypes, *needs)
+    if not grad.numel():
         return tuple(output.zero_() for output in outputs)
-    if not width:
-        return outputs
-    dtype = compute_dtype(features, prototypes)
-    itemsize = max(features.dtype.itemsize, prototypes.dtype.itemsize)
-
-    def launch(config: _tuning.Launch) -> None:
-        rows, columns, chunk = (config.blocks[name] for name in ("BLOCK_B", "BLOCK_K", "CHUNK"))
-        row_programs = _blocks(batch, rows) if need_features else 0
-        class_programs = _blocks(classes, columns) if need_prototypes else 0
-        # One block of classes is read once and serves all components; several are shared among
-        # programs
-        whole = classes <= columns and not need_prototypes
-        span = _blocks(width, chunk) * chunk if whole else chunk
-        distance_backward[(row_programs + class_programs, _blocks(width, span))](
-            features,
-            *features.stride(),
-            squares if cosine else None,
-            prototypes,
-            *prototypes.stride(),
-            prototype_squares if cosine else None,
-            grad,
-            *grad.stride(),
-            distance,
-            grad_features if need_features else None,
-            grad_prototypes if need_prototypes else None,
-            batch,
-            classes,
-            width,
-            row_programs,
-            span,
-            COSINE=cosine,
-            ACC=accumulator(dtype),
-            PRECISION=slope_precision(features, prototypes),
-            ONE_ROW_BLOCK=batch <= rows,
-            ONE_CLASS_BLOCK=classes <= columns,
-            **config.options(),
-        )
-
-    with on_device(features):
-        needs = need_features, need_prototypes
-        key = ("distance_backward", batch, classes, width, features.dtype, *needs)
-        _tuning.run(key, _tuning.distance_backward(batch, classes, width, itemsize), launch)
+    if features.shape[1]:
+        places = [output if need else None for output, need in zip(outputs, needs)]
+        lengths = squares, prototype_squares
+        launch.backward(features, prototypes, cosine, *lengths, distance, grad, places)
     return outputs
 
 

@@ -5,74 +5,19 @@ All modalities go into one launch (method page, section 2).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
-from iib_kernels import _tuning
 from iib_kernels._registration import register
-from iib_kernels._runtime import (
-    accumulator,
-    compute_dtype,
-    dot_options,
-    first_order,
-    on_device,
-    uniform_dtype,
-)
+from iib_kernels._runtime import compute_dtype, first_order
+from iib_kernels.ops.nearest import launch
 
-# ----- Launchers
-
-
-def _rows_and_tables(features: Sequence[Tensor], prototypes: Sequence[Tensor]) -> tuple:
-    """The arguments that both kernels begin with: pointers and strides of both, and all D_m."""
-    strides = lambda values, place: tuple(value.stride(place) for value in values)
-    return (
-        tuple(features),
-        strides(features, 0),
-        strides(features, 1),
-        tuple(prototypes),
-        strides(prototypes, 0),
-        strides(prototypes, 1),
-        _widths(features),
-    )
-
-
-def _widths(features: Sequence[Tensor]) -> tuple[int, ...]:
-    """D_m of every modality."""
-    return tuple(values.shape[1] for values in features)
+# ----- Calls
 
 
 def _nearest(features, prototypes, cosine, seen):
-    from iib_kernels.ops.nearest.kernels import nearest_forward
-
     distance, index = outputs = _nearest_fake(features)
-    batch, classes, count = features[0].shape[0], prototypes[0].shape[0], len(features)
-    if not batch:
-        return outputs
-    dtype, width = compute_dtype(*features), max(_widths(features))
-    features, prototypes = uniform_dtype(features), uniform_dtype(prototypes)
-    itemsize = max(features[0].dtype.itemsize, prototypes[0].dtype.itemsize)
-
-    def launch(config: _tuning.Launch) -> None:
-        nearest_forward[(-(-batch // config.blocks["BLOCK_B"]), count)](
-            *_rows_and_tables(features, prototypes),
-            tuple(known.contiguous() for known in seen) or None,
-            distance,
-            index,
-            batch,
-            classes,
-            M=count,
-            COSINE=cosine,
-            SEEN=bool(seen),
-            ACC=accumulator(dtype),
-            **dot_options(*features, *prototypes),
-            **config.options(),
-        )
-
-    with on_device(features[0]):
-        key = ("nearest", batch, classes, width, count, features[0].dtype)
-        _tuning.run(key, _tuning.distance(batch, classes, width, itemsize), launch)
+    if len(index):
+        launch.forward(features, prototypes, cosine, seen, distance, index)
     return outputs
 
 
@@ -82,33 +27,10 @@ def _nearest_fake(features, *_):
 
 
 def _nearest_backward(features, prototypes, cosine, index, grad):
-    from iib_kernels.ops.nearest.kernels import nearest_backward
-
-    kinds, batch, count = [values.dtype for values in features], features[0].shape[0], len(features)
-    dtype, width = compute_dtype(*features), max(_widths(features))
-    features, prototypes = uniform_dtype(features), uniform_dtype(prototypes)
-    gradients = [values.new_empty(values.shape) for values in features]
-
-    def launch(config: _tuning.Launch) -> None:
-        nearest_backward[(-(-batch // config.blocks["BLOCK_B"]), count)](
-            *_rows_and_tables(features, prototypes),
-            index,
-            grad,
-            *grad.stride(),
-            tuple(gradients),
-            batch,
-            M=count,
-            COSINE=cosine,
-            ACC=accumulator(dtype),
-            ONE_BLOCK=width <= config.blocks["BLOCK_D"],
-            **config.options(),
-        )
-
-    if batch:
-        with on_device(features[0]):
-            key = ("nearest_backward", batch, width, count, features[0].dtype)
-            _tuning.run(key, _tuning.nearest_backward(width), launch)
-    return [gradient.to(kind) for gradient, kind in zip(gradients, kinds)]
+    gradients = _nearest_backward_fake(features)
+    if len(index):
+        launch.backward(features, prototypes, cosine, index, grad, gradients)
+    return gradients
 
 
 def _nearest_backward_fake(features, *_):

@@ -1,38 +1,101 @@
-"""The nearest prototype of a seen class, and the gradient through it (method page, section 2)."""
+"""The nearest prototype of a seen class, and the gradient through it (method page, section 2).
+
+The modality is chosen by `if pid_m == m` over constants: each keeps its own types, strides and
+width, and one whose rows are not aligned makes no other's loads narrow.
+"""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
+from iib_kernels.ops.distance.kernels import dot_products
+from iib_kernels.ops.distance.lengths import row_squares
 from iib_kernels.ops.tiles import (
-    Matrix,
     Product,
     inner_products,
     inverse_length,
     load_tile,
     seen_classes,
-    select,
     squared_distance,
     store_tile,
+    unit_squares,
 )
 
 
 @triton.jit
-def nearest_forward(
-    features_ptrs,
-    features_strides_b,
-    features_strides_d,
-    prototypes_ptrs,
-    prototypes_strides_k,
-    prototypes_strides_d,
-    widths,
-    seen_ptrs,
-    distance_out_ptr,
-    index_out_ptr,
-    batch,
-    classes,
-    M: tl.constexpr,
+def closest(distance, offs_k, mask_k, best, winner, CLASSES: tl.constexpr):
+    """The running minimum [B] and its class with one more block of distances [B, K].
+
+    Of equal ones the first. NaN comes before all, as in torch.min: it stands as -1 until the end.
+    """
+    distance = tl.where(distance == distance, distance, -1.0)
+    distance = tl.where(mask_k[None, :], distance, float("inf"))
+    nearest = tl.min(distance, 1)  # [B]
+    is_nearest = mask_k[None, :] & (distance == nearest[:, None])
+    index = tl.min(tl.where(is_nearest, offs_k[None, :], CLASSES), 1)
+    # An infinite distance of a seen class still beats no class at all
+    closer = (nearest < best) | ((winner < 0) & (index < CLASSES))
+    return tl.where(closer, nearest, best), tl.where(closer, index, winner)
+
+
+@triton.jit
+def _search(
+    x,
+    table,
+    seen_ptr,
+    squares_ptr,
+    offs_b,
+    mask_b,
+    WIDTH: tl.constexpr,
+    CLASSES: tl.constexpr,
     COSINE: tl.constexpr,
-    SEEN: tl.constexpr,
+    UNIT: tl.constexpr,
+    HOW: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Least squared distance [B] of rows of one modality, and its class.
+
+    Where the prototypes' lengths are given, nothing but products stands in the inner loop.
+    """
+    best = tl.full((BLOCK_B,), float("inf"), HOW.ACC)
+    winner = tl.full((BLOCK_B,), -1, tl.int32)
+    zz = tl.zeros((BLOCK_B,), HOW.ACC)
+    if squares_ptr is not None:
+        zz = row_squares(x, offs_b, mask_b, WIDTH, HOW.ACC, HOW.BLOCK_D)
+    for start in range(0, CLASSES, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        rows_k = offs_k.to(tl.int64)
+        mask_k = seen_classes(seen_ptr, rows_k, offs_k < CLASSES)
+        if squares_ptr is None:
+            dots, zz, pp = inner_products(
+                x, offs_b, mask_b, table, rows_k, mask_k, WIDTH, HOW
+            )  # [B, K], [B], [K]
+        else:
+            dots = dot_products(x, offs_b, mask_b, table, rows_k, mask_k, WIDTH, HOW)
+            pp = tl.load(squares_ptr + offs_k, mask=mask_k, other=0.0)
+            if UNIT:
+                pp = unit_squares(pp)
+        distance = squared_distance(dots, zz, pp, COSINE)
+        best, winner = closest(distance, offs_k, mask_k, best, winner, CLASSES)
+    return best, winner
+
+
+@triton.jit(do_not_specialize=["batch"])
+def nearest_forward(
+    features,
+    prototypes,
+    seen_ptrs,
+    squares_ptrs,
+    distance_ptr,
+    index_ptr,
+    batch,
+    M: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    COSINE: tl.constexpr,
+    UNITS: tl.constexpr,
     ACC: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -42,146 +105,111 @@ def nearest_forward(
 ):
     """Squared distance to the nearest prototype of a seen class, and that class (-1: none seen).
 
-    BLOCK_B rows of one modality a program, with a running minimum over blocks of classes.
+    BLOCK_B rows of one modality a program, with a running minimum over blocks of classes. UNITS:
+    which modalities' prototypes are copies at unit length.
     """
     offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_b = offs_b < batch
-    m = tl.program_id(1)
+    pid_m = tl.program_id(1)
     HOW: tl.constexpr = Product(ACC, UPCAST, PRECISION, BLOCK_D)
-    seen_ptr = None
-    if SEEN:
-        seen_ptr = select(seen_ptrs, m, M)
-
-    best = tl.full((BLOCK_B,), float("inf"), ACC)
-    winner = tl.full((BLOCK_B,), -1, tl.int64)
-    for start in range(0, classes, BLOCK_K):
-        offs_k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
-        mask_k = seen_classes(seen_ptr, offs_k, offs_k < classes)
-        features = Matrix(
-            select(features_ptrs, m, M),
-            select(features_strides_b, m, M),
-            select(features_strides_d, m, M),
-        )
-        prototypes = Matrix(
-            select(prototypes_ptrs, m, M),
-            select(prototypes_strides_k, m, M),
-            select(prototypes_strides_d, m, M),
-        )
-        width = select(widths, m, M)
-        dots, zz, pp = inner_products(
-            features, offs_b, mask_b, prototypes, offs_k, mask_k, width, HOW
-        )  # [B, K], [B], [K]
-        distance = squared_distance(dots, zz, pp, COSINE)
-
-        # NaN comes first, as in torch.min: it stands as -1 until the end
-        distance = tl.where(distance == distance, distance, -1.0)
-        distance = tl.where(mask_k[None, :], distance, float("inf"))
-        nearest = tl.min(distance, 1)  # [B]
-        is_nearest = mask_k[None, :] & (distance == nearest[:, None])
-        index = tl.min(tl.where(is_nearest, offs_k[None, :], 9223372036854775807), 1)  # the first
-
-        # An infinite distance of a seen class still beats no class at all
-        closer = (nearest < best) | ((winner < 0) & (index < classes))
-        winner = tl.where(closer, index, winner)
-        best = tl.where(closer, nearest, best)
-    best = tl.where(best < 0.0, float("nan"), best)
-    tl.store(distance_out_ptr + offs_b * M + m, tl.where(winner < 0, 0.0, best), mask=mask_b)
-    tl.store(index_out_ptr + offs_b * M + m, winner, mask=mask_b)
+    for m in tl.static_range(M):
+        if pid_m == m:
+            best, winner = _search(
+                features[m],
+                prototypes[m],
+                None if seen_ptrs is None else seen_ptrs[m],
+                None if squares_ptrs is None else squares_ptrs[m],
+                offs_b,
+                mask_b,
+                WIDTHS[m],
+                CLASSES,
+                COSINE,
+                UNITS[m],
+                HOW,
+                BLOCK_B,
+                BLOCK_K,
+            )
+            best = tl.where(best < 0.0, float("nan"), best)
+            best = tl.where(winner < 0, 0.0, best)
+            tl.store(distance_ptr + offs_b * M + m, best, mask=mask_b)
+            tl.store(index_ptr + offs_b * M + m, winner.to(tl.int64), mask=mask_b)
 
 
 @triton.jit
-def _nearest_gradient(z_tile, p_tile, upstream, z_inverse, p_inverse, along):
+def nearest_gradient(z_tile, p_tile, upstream, z_inverse, p_inverse, along):
     """Gradient [B, D] of z, with one prototype p a row and `along` its cosine (1 without it).
 
-    It is the formula at the head of distance/kernels.py, where the sums have one term.
+    It is the formula at the head of distance/kernels_backward.py, where the sums have one term.
     """
     return (2.0 * upstream * z_inverse)[:, None] * (
         z_tile * (along * z_inverse)[:, None] - p_tile * p_inverse[:, None]
     )
 
 
-@triton.jit
-def nearest_backward(
-    features_ptrs,
-    features_strides_b,
-    features_strides_d,
-    prototypes_ptrs,
-    prototypes_strides_k,
-    prototypes_strides_d,
-    widths,
-    index_ptr,
-    grad_distance_ptr,
-    grad_stride_b,
-    grad_stride_m,
-    grad_features_ptrs,
-    batch,
-    M: tl.constexpr,
-    COSINE: tl.constexpr,
-    ACC: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Gradient of the features through the winning prototypes, BLOCK_B rows of one modality.
+class Winners(NamedTuple):
+    """Rows of one modality and the prototypes nearest to them, [B] each."""
 
-    With ONE_BLOCK a row's components fit one block and are read once; else the cosine reads them
-    twice, for the lengths and for the gradient.
-    """
+    offs_b: tl.tensor
+    mask_b: tl.tensor
+    index: tl.tensor  # class of the nearest prototype
+    found: tl.tensor  # whether there is one
+    upstream: tl.tensor  # gradient of the distance to it
+
+
+@triton.jit
+def load_winners(index_ptr, grad, batch, M: tl.constexpr, ACC: tl.constexpr, BLOCK_B: tl.constexpr):
+    """The winners of BLOCK_B rows of this program's modality."""
     offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_b = offs_b < batch
     m = tl.program_id(1)
-    width = select(widths, m, M)
-    features = Matrix(
-        select(features_ptrs, m, M),
-        select(features_strides_b, m, M),
-        select(features_strides_d, m, M),
-    )
-    prototypes = Matrix(
-        select(prototypes_ptrs, m, M),
-        select(prototypes_strides_k, m, M),
-        select(prototypes_strides_d, m, M),
-    )
-    grad_features_ptr = select(grad_features_ptrs, m, M)
+    index = tl.load(index_ptr + offs_b * M + m, mask=mask_b, other=-1)
+    found = index >= 0
+    ptrs = grad.ptr + offs_b * grad.stride_row + m * grad.stride_col
+    upstream = tl.load(ptrs, mask=found, other=0.0).to(ACC)
+    return Winners(offs_b, mask_b, index, found, upstream)
 
-    winner = tl.load(index_ptr + offs_b * M + m, mask=mask_b, other=-1)
-    found = winner >= 0
-    upstream_ptrs = grad_distance_ptr + offs_b * grad_stride_b + m * grad_stride_m
-    upstream = tl.load(upstream_ptrs, mask=found, other=0.0).to(ACC)
 
-    z_inverse = tl.full((BLOCK_B,), 1.0, ACC)
-    p_inverse = tl.full((BLOCK_B,), 1.0, ACC)
-    along = tl.full((BLOCK_B,), 1.0, ACC)
-    if ONE_BLOCK:
-        offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-        mask_d = offs_d < width
-        z_tile = load_tile(features, offs_b, found, offs_d, mask_d).to(ACC)  # [B, D]
-        p_tile = load_tile(prototypes, winner, found, offs_d, mask_d).to(ACC)  # [B, D]
-        if COSINE:
-            z_inverse = inverse_length(tl.sum(z_tile * z_tile, 1))
-            p_inverse = inverse_length(tl.sum(p_tile * p_tile, 1))
-            along = tl.sum(z_tile * p_tile, 1) * z_inverse * p_inverse
-        grad = _nearest_gradient(z_tile, p_tile, upstream, z_inverse, p_inverse, along)
-        store_tile(grad_features_ptr, width, offs_b, mask_b, offs_d, mask_d, grad)
-    else:
-        if COSINE:
-            zz = tl.zeros((BLOCK_B,), ACC)
-            pp = tl.zeros((BLOCK_B,), ACC)
-            dots = tl.zeros((BLOCK_B,), ACC)
-            for start in range(0, width, BLOCK_D):
-                offs_d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
-                mask_d = offs_d < width
-                z_tile = load_tile(features, offs_b, found, offs_d, mask_d).to(ACC)
-                p_tile = load_tile(prototypes, winner, found, offs_d, mask_d).to(ACC)
-                zz += tl.sum(z_tile * z_tile, 1)
-                pp += tl.sum(p_tile * p_tile, 1)
-                dots += tl.sum(z_tile * p_tile, 1)
-            z_inverse = inverse_length(zz)
-            p_inverse = inverse_length(pp)
-            along = dots * z_inverse * p_inverse
-        for start in range(0, width, BLOCK_D):
-            offs_d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
-            mask_d = offs_d < width
-            z_tile = load_tile(features, offs_b, found, offs_d, mask_d).to(ACC)
-            p_tile = load_tile(prototypes, winner, found, offs_d, mask_d).to(ACC)
-            grad = _nearest_gradient(z_tile, p_tile, upstream, z_inverse, p_inverse, along)
-            store_tile(grad_features_ptr, width, offs_b, mask_b, offs_d, mask_d, grad)
+@triton.jit
+def _pull_back(
+    x, table, at, grad_ptr, WIDTH: tl.constexpr, COSINE: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Gradient of rows of one modality, each read once."""
+    ACC: tl.constexpr = at.upstream.dtype
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    mask_d = offs_d < WIDTH
+    z_tile = load_tile(x, at.offs_b, at.found, offs_d, mask_d).to(ACC)  # [B, D]
+    p_tile = load_tile(table, at.index, at.found, offs_d, mask_d).to(ACC)  # [B, D]
+    z_inverse = tl.full(at.upstream.shape, 1.0, ACC)
+    p_inverse = z_inverse
+    along = z_inverse
+    if COSINE:
+        z_inverse = inverse_length(tl.sum(z_tile * z_tile, 1))
+        p_inverse = inverse_length(tl.sum(p_tile * p_tile, 1))
+        along = tl.sum(z_tile * p_tile, 1) * z_inverse * p_inverse
+    gradient = nearest_gradient(z_tile, p_tile, at.upstream, z_inverse, p_inverse, along)
+    store_tile(grad_ptr, WIDTH, at.offs_b, at.mask_b, offs_d, mask_d, gradient)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def nearest_backward(
+    features,
+    prototypes,
+    index_ptr,
+    grad,
+    grad_ptrs,
+    batch,
+    M: tl.constexpr,
+    SIZES: tl.constexpr,
+    COSINE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """Gradient of the features through the winning prototypes, BLOCK_B rows of one modality.
+
+    SIZES: D and BLOCK_D of each modality.
+    """
+    at = load_winners(index_ptr, grad, batch, M, ACC, BLOCK_B)
+    for m in tl.static_range(M):
+        if tl.program_id(1) == m:
+            x = features[m]
+            _pull_back(x, prototypes[m], at, grad_ptrs[m], SIZES[m][0], COSINE, SIZES[m][1])

@@ -1,70 +1,23 @@
-"""The kernel of the prototypes' update as operators and an autograd Function.
+"""The kernels of the prototypes' update as operators and an autograd Function.
 
-One kernel gives class sums, or, where prototypes are given, their moving average
-(method page, section 2).
+Method page, section 2.
 """
 
 from __future__ import annotations
 
 import torch
 
-from iib_kernels import _tuning
-from iib_kernels._registration import register
-from iib_kernels._runtime import accumulator, compute_dtype, on_device, scalar
+from iib_kernels._registration import LIBRARY, register
+from iib_kernels._runtime import compute_dtype
+from iib_kernels.ops.update.launch import move, sum_classes
 
 
-def _launch(
-    prototypes,
-    counts,
-    features,
-    targets,
-    momentum,
-    cosine,
-    ignore_index,
-    prototypes_out,
-    counts_out,
-) -> None:
-    """Fill both outputs: class sums and how many there are, or, given prototypes, the new ones."""
-    from iib_kernels.ops.update.kernels import prototype_update
-
-    (batch, width), classes = features.shape, counts_out.shape[0]
-    move = prototypes is not None
-    dtype = compute_dtype(features, prototypes) if move else compute_dtype(features)
-    if not classes:
-        return
-
-    def launch(config: _tuning.Launch) -> None:
-        prototype_update[(classes,)](
-            prototypes,
-            *(prototypes.stride() if move else (0, 0)),
-            counts,
-            counts.stride(0) if move else 0,
-            features,
-            *features.stride(),
-            targets,
-            targets.stride(0),
-            ignore_index,
-            scalar(momentum, dtype, features.device),
-            prototypes_out,
-            counts_out,
-            batch,
-            width,
-            MOVE=move,
-            COSINE=cosine,
-            NUMBER_POINTER=dtype == torch.float64,
-            ACC=accumulator(dtype),
-            ONE_BLOCK=width <= config.blocks["BLOCK_D"],
-            **config.options(),
-        )
-
-    with on_device(features):
-        key = ("update", batch, width, classes, features.dtype)
-        _tuning.run(key, _tuning.update(width), launch)
-
-
-def _update(*arguments):
-    outputs = _update_fake(*arguments)
-    _launch(*arguments, *outputs)
+def _update(prototypes, counts, features, targets, *constants):
+    """A copy of the table, moved."""
+    moved, total = outputs = _update_fake(prototypes, counts)
+    moved.copy_(prototypes)
+    total.copy_(counts)
+    move([moved], [total], [features], targets, None, *constants)
     return outputs
 
 
@@ -72,9 +25,9 @@ def _update_fake(prototypes, counts, *_):
     return prototypes.new_empty(prototypes.shape), counts.new_empty(counts.shape, dtype=torch.int64)
 
 
-def _sums(features, targets, num_classes, cosine, ignore_index):
+def _sums(features, targets, num_classes, *constants):
     outputs = _sums_fake(features, targets, num_classes)
-    _launch(None, None, features, targets, 0.0, cosine, ignore_index, *outputs)
+    sum_classes(features, targets, *constants, *outputs)
     return outputs
 
 
@@ -92,12 +45,27 @@ UPDATE = register(
     _update,
     _update_fake,
 )
+MOVE = register(
+    "update_prototypes_(Tensor(a!)[] prototypes, Tensor(b!)[] counts, Tensor[] features, "
+    "Tensor targets, Tensor? mask, float momentum, bool cosine, int ignore_index) -> ()",
+    move,
+    lambda *_: None,
+)
 CLASS_SUMS = register(
     "class_sums(Tensor features, Tensor targets, int num_classes, bool cosine, int ignore_index) "
     "-> (Tensor, Tensor)",
     _sums,
     _sums_fake,
 )
+
+
+def _in_place(keys, prototypes, counts, *rest) -> None:
+    """Tell autograd that the tables change: backward through what read them before then raises."""
+    torch.autograd.graph.increment_version([*prototypes, *counts])
+    MOVE.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, prototypes, counts, *rest)
+
+
+LIBRARY.impl("update_prototypes_", _in_place, "ADInplaceOrView", with_keyset=True)
 
 
 class UpdatePrototypesFunction(torch.autograd.Function):

@@ -1,0 +1,387 @@
+"""Allocation, block sizes and launches of the alignment kernels.
+
+Up to `_tuning.ALIGNMENT_CLASSES` classes one tile holds all scores: one launch forward and one
+backward. More are attention: prototypes are laid out, two launches weigh them (by each modality's
+posterior, and by the anchor's), and one makes losses of what they found. Backward is one launch,
+which combines the means that forward kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from iib_kernels import _tuning
+from iib_kernels._runtime import (
+    accumulator,
+    compute_dtype,
+    dot_options,
+    hip,
+    interpreting,
+    on_device,
+    scalar,
+    slope_precision,
+    uniform_dtype,
+)
+
+HALF = (torch.float16, torch.bfloat16)
+PADDING = 128  # classes are padded to a multiple: every block of classes divides it
+
+
+class Inputs(NamedTuple):
+    """What forward and backward both take, in the order of their schemas."""
+
+    features: Sequence[Tensor]  # M of [B, D_m]
+    prototypes: Sequence[Tensor]  # M of [K, D_m]
+    targets: Tensor  # [B]
+    budgets: Tensor  # [M]
+    temperature: float
+    cosine: bool
+    seen: Sequence[Tensor]  # M of [K], or none
+    mask: Tensor | None  # [B, M]
+    ignore_index: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of sums and losses."""
+        return compute_dtype(*self.features)
+
+    @property
+    def batch(self) -> int:
+        return self.targets.shape[0]
+
+    @property
+    def classes(self) -> int:
+        return self.prototypes[0].shape[0]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """D_m of every modality."""
+        return tuple(values.shape[1] for values in self.features)
+
+    @property
+    def many(self) -> bool:
+        """Whether the classes need several tiles."""
+        return self.classes > _tuning.ALIGNMENT_CLASSES
+
+    @property
+    def size(self) -> tuple:
+        """What block sizes depend on, and the key under which they are remembered."""
+        count, kind = len(self.features), self.features[0].dtype
+        return self.batch, self.classes, max(self.widths), count, kind
+
+
+class Results(NamedTuple):
+    """What the forward operator gives."""
+
+    contrastive: Tensor  # [B, M]
+    alignment: Tensor  # [B, M]
+    confidence: Tensor  # [B, M]
+    counts: Tensor  # [B, M] bool
+    share: Tensor  # [B, M], for backward; empty where it computes it itself
+    pulls: Tensor  # [2, M, B, width], likewise: the means of attention.py
+
+
+def empty_results(inputs: Inputs, keep: bool) -> Results:
+    """Results to be filled; ``keep``: with what backward needs."""
+    like, dtype, modalities = inputs.features[0].new_empty, inputs.dtype, len(inputs.features)
+    size = (inputs.batch, modalities)
+    contrastive, alignment, confidence = (like(size, dtype=dtype) for _ in range(3))
+    counts = like(size, dtype=torch.bool)
+    share = like(size if inputs.many else (0, 0), dtype=dtype)
+    # An only modality is the anchor
+    kinds = 1 if modalities == 1 else 2
+    kept = (kinds, modalities, inputs.batch, _tuning.padded(max(inputs.widths)))
+    pulls = like(kept if inputs.many and keep else (0,) * 4, dtype=multiplied(inputs.features))
+    return Results(contrastive, alignment, confidence, counts, share, pulls)
+
+
+def multiplied(features: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that products over many classes are taken in: the features' own, or common one."""
+    return uniform_dtype([values[:0] for values in features])[0].dtype
+
+
+def _matrices(values: Sequence[Tensor]) -> tuple:
+    from iib_kernels.ops.tiles import Matrix
+
+    return tuple(Matrix(value, *value.stride()) for value in values)
+
+
+def _rows(inputs: Inputs):
+    """The kernels' Rows."""
+    from iib_kernels.ops.alignment.kernels import Rows
+
+    return Rows(
+        inputs.targets.contiguous(),
+        inputs.ignore_index,
+        None if inputs.mask is None else inputs.mask.contiguous(),
+        tuple(value.contiguous() for value in inputs.seen) or None,
+        inputs.budgets.contiguous(),
+        scalar(inputs.temperature, inputs.dtype, inputs.targets.device),
+        inputs.classes,
+    )
+
+
+def _upstream(contrastive: Tensor | None, alignment: Tensor | None):
+    """The kernels' Upstream, of tensors [B, M] or None."""
+    from iib_kernels.ops.alignment.kernels import Upstream
+    from iib_kernels.ops.tiles import Matrix
+
+    both = (contrastive, alignment)
+    return Upstream(*(Matrix(None, 0, 0) if v is None else Matrix(v, *v.stride()) for v in both))
+
+
+def _precision(inputs: Inputs) -> dict:
+    """UPCAST and PRECISION of products whose factors may differ in type.
+
+    Half features beside float32 prototypes, as autocast leaves them, are multiplied in TF32 where
+    there is one: it holds half features exactly, and IEEE would do without tensor cores.
+    """
+    options = dot_options(*inputs.features, *inputs.prototypes)
+    if all(values.dtype in HALF for values in inputs.features) and not hip():
+        options["PRECISION"] = "tf32"
+    return options
+
+
+def forward(inputs: Inputs, keep: bool) -> Results:
+    """Losses, and with ``keep`` what :func:`backward` needs."""
+    results = empty_results(inputs, keep)
+    if inputs.batch:
+        with on_device(inputs.targets):
+            (_forward_many if inputs.many else _forward_block)(inputs, results)
+    return results
+
+
+def backward(
+    inputs: Inputs, results: Results, contrastive: Tensor | None, alignment: Tensor | None
+) -> list[Tensor]:
+    """Gradients [B, D_m], from upstream gradients [B, M] of C and A (of any strides)."""
+    gradients = [values.new_empty(values.shape) for values in inputs.features]
+    if inputs.batch:
+        upstream = _upstream(contrastive, alignment)
+        with on_device(inputs.targets):
+            if inputs.many:
+                _backward_many(inputs, results, upstream, gradients)
+            else:
+                _backward_block(inputs, upstream, gradients)
+    return gradients
+
+
+def losses_and_gradients(inputs: Inputs, factors: Tensor) -> tuple[list[Tensor], Results]:
+    """Gradients [B, D_m] of sum(factors[0] C + factors[1] A), and the losses.
+
+    ``factors`` [2, M] is what a row that counts weighs, known before the losses are.
+    """
+    results = forward(inputs, True)
+    weights = factors.unsqueeze(1).expand(2, inputs.batch, -1)  # [2, B, M], a row's stride is 0
+    return backward(inputs, results, weights[0], weights[1]), results
+
+
+# ----- One tile of classes
+
+
+def _block_options(inputs: Inputs) -> dict:
+    return {
+        "M": len(inputs.features),
+        "COSINE": inputs.cosine,
+        "ACC": accumulator(inputs.dtype),
+        **_precision(inputs),
+    }
+
+
+def _run_block(name: str, inputs: Inputs, kernel, arguments: tuple, options: dict) -> None:
+    itemsize = max(value.dtype.itemsize for value in (*inputs.features, *inputs.prototypes))
+    shared = (
+        _matrices(inputs.features),
+        _matrices(inputs.prototypes),
+        inputs.widths,
+        _rows(inputs),
+        *arguments,
+        inputs.batch,
+    )
+
+    def launch(config: _tuning.Launch) -> None:
+        grid = (-(-inputs.batch // config.blocks["BLOCK_B"]),)
+        kernel[grid](*shared, **_block_options(inputs), **options, **config.options())
+
+    width, count = max(inputs.widths), len(inputs.features)
+    launches = _tuning.alignment(inputs.classes, width, count, itemsize)
+    _tuning.run((name, *inputs.size), launches, launch)
+
+
+def _forward_block(inputs: Inputs, results: Results) -> None:
+    from iib_kernels.ops.alignment.kernels import Losses, alignment_forward
+
+    _run_block("alignment", inputs, alignment_forward, (Losses(*results[:4]),), {})
+
+
+def _backward_block(inputs: Inputs, upstream, gradients: list[Tensor]) -> None:
+    from iib_kernels.ops.alignment.kernels_backward import alignment_backward
+
+    options = {"SLOPE_PRECISION": slope_precision(*inputs.features, *inputs.prototypes)}
+    if _precision(inputs)["PRECISION"] == "tf32":
+        options["SLOPE_PRECISION"] = "tf32"
+    arguments = upstream, tuple(gradients)
+    _run_block("alignment_backward", inputs, alignment_backward, arguments, options)
+
+
+# ----- Many classes
+
+
+def _lay_out(inputs: Inputs, dtype: torch.dtype, width: int):
+    """The kernels' Tables of all modalities' prototypes."""
+    from iib_kernels.ops.alignment.tables import Tables, lay_out
+
+    modalities, classes = len(inputs.features), -(-inputs.classes // PADDING) * PADDING
+    like = inputs.features[0].new_empty
+    tables = Tables(
+        like((modalities, classes, width), dtype=dtype),
+        like((modalities, 3, classes), dtype=inputs.dtype),
+        classes,
+        width,
+    )
+    rows = _rows(inputs)
+    config = _tuning.tables(width)
+    lay_out[(-(-classes // config.blocks["BLOCK_K"]), modalities)](
+        _matrices(inputs.prototypes),
+        inputs.widths,
+        rows.seen,
+        rows.temperature,
+        tables,
+        inputs.classes,
+        M=modalities,
+        COSINE=inputs.cosine,
+        ACC=accumulator(inputs.dtype),
+        SCALED=dtype in HALF,
+        **config.options(),
+    )
+    return tables
+
+
+def _forward_many(inputs: Inputs, results: Results) -> None:
+    from iib_kernels.ops.alignment.attention import Given
+    from iib_kernels.ops.alignment.kernels import Losses
+    from iib_kernels.ops.alignment.outcome import losses
+    from iib_kernels.ops.alignment.streamed import evidence
+
+    features = uniform_dtype(inputs.features)
+    dtype, modalities, device = features[0].dtype, len(features), inputs.targets.device
+    width, keep = _tuning.padded(max(inputs.widths)), results.pulls.numel() > 0
+    tables, rows = _lay_out(inputs, dtype, width), _rows(inputs)
+    given = Given(_matrices(features), inputs.widths, rows, tables)
+    options = {
+        "M": modalities,
+        "COSINE": inputs.cosine,
+        "ACC": accumulator(inputs.dtype),
+        "UPCAST": interpreting(),
+        "PRECISION": dot_options(*features)["PRECISION"],
+    }
+    sums = lambda *size: features[0].new_empty(size, dtype=inputs.dtype)
+    chunks = 1
+    if keep:
+        tensor_cores = dtype in HALF or options["PRECISION"] != "ieee"
+        kind = width, dtype.itemsize, tensor_cores, device
+        configs = [_tuning.attention(*kind, across) for across in (False, True)]
+        chunks = width // configs[0].blocks.get("CHUNK", width)
+        blocks = -(-inputs.batch // configs[0].blocks["BLOCK_B"])
+        splits = _tuning.splits(blocks * modalities * chunks, inputs.classes, device)
+        own = sums(splits, 3, modalities, inputs.batch)
+        across = sums(splits, 2 + chunks, modalities, inputs.batch)
+        for place, found in enumerate((own, across)):
+            if place < len(results.pulls):
+                pulls, config = results.pulls[place], configs[place]
+                _attend(config, (blocks, splits), given, pulls, found, place == 1, options)
+    else:
+        config = _tuning.evidence(width, dtype.itemsize)
+        blocks = -(-inputs.batch // config.blocks["BLOCK_B"])
+        splits = _tuning.splits(blocks, inputs.classes, device)
+        own, across = (sums(splits, 3, modalities, inputs.batch) for _ in range(2))
+        evidence[(blocks, splits)](
+            given, own, across, inputs.batch, SPLITS=splits, **options, **config.options()
+        )
+    config = _tuning.Launch({"BLOCK_B": 128})
+    losses[(-(-inputs.batch // 128),)](
+        rows,
+        own,
+        across,
+        Losses(*results[:4]),
+        results.share,
+        inputs.batch,
+        M=modalities,
+        ACC=accumulator(inputs.dtype),
+        SPLITS=splits,
+        CHUNKS=chunks,
+        **config.options(),
+    )
+
+
+def _attend(
+    config: _tuning.Launch,
+    grid: tuple[int, int],
+    given,
+    pulls: Tensor,
+    sums: Tensor,
+    across: bool,
+    options: dict,
+) -> None:
+    """One attention into pulls [M, B, width] and sums [splits, rows, M, B].
+
+    ``grid``: blocks of rows, and parts of the classes.
+    """
+    from iib_kernels.ops.alignment.attention import attend_resident
+    from iib_kernels.ops.alignment.outcome import merge
+    from iib_kernels.ops.alignment.streamed import attend_streamed
+
+    modalities, batch, width = pulls.shape
+    blocks, splits = grid
+    parts = pulls if splits == 1 else pulls.new_empty((splits, *pulls.shape))
+    arguments = given, parts, sums, batch
+    options = {**options, "ACROSS": across, "SPLITS": splits, **config.options()}
+    if "CHUNK" in config.blocks:
+        chunks = width // config.blocks["CHUNK"]
+        attend_streamed[(blocks, modalities, splits * chunks)](*arguments, CHUNKS=chunks, **options)
+    else:
+        # Triton (3.6, 3.7) gives a product whose result goes into another one all warps along its
+        # rows: of 64 rows, both halves of 8 warps would compute all scores. It does not look
+        # through branches: so each step of the scores stands in one that is always taken.
+        steps = width // config.blocks["BLOCK_D"]
+        attend_resident[(blocks, modalities, splits)](*arguments, STEPS=steps, **options)
+    if splits > 1:
+        config = _tuning.Launch({"BLOCK_D": min(1024, _tuning.power_of_two(width))})
+        merge[(batch, modalities, -(-width // config.blocks["BLOCK_D"]))](
+            parts,
+            sums,
+            pulls,
+            batch,
+            width,
+            M=modalities,
+            SPLITS=splits,
+            ROW=sums.shape[1],
+            **config.options(),
+        )
+
+
+def _backward_many(inputs: Inputs, results: Results, upstream, gradients: list[Tensor]) -> None:
+    from iib_kernels.ops.alignment.outcome import Outcome
+    from iib_kernels.ops.alignment.outcome import gradients as kernel
+
+    if not results.pulls.numel():
+        raise RuntimeError("alignment_loss: forward kept nothing for backward (keep=False)")
+    config = _tuning.gradients(max(inputs.widths))
+    outcome = Outcome(*results[2:], results.pulls.shape[-1])
+    kernel[(-(-inputs.batch // config.blocks["BLOCK_B"]),)](
+        _matrices(inputs.features),
+        inputs.widths,
+        _rows(inputs),
+        outcome,
+        upstream,
+        tuple(gradients),
+        inputs.batch,
+        M=len(inputs.features),
+        COSINE=inputs.cosine,
+        ACC=accumulator(inputs.dtype),
+        **config.options(),
+    )

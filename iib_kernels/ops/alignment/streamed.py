@@ -1,0 +1,257 @@
+"""Attention and evidence over many classes, reading rows and prototypes piece by piece.
+
+For widths, types and devices whose rows do not fit shared memory beside a block of prototypes, and
+for the losses alone. The terms are those at the head of attention.py.
+"""
+
+import triton
+import triton.language as tl
+
+from iib_kernels.ops.alignment.attention import (
+    along,
+    finish,
+    part,
+    read_labels,
+    row_scale,
+    row_squares,
+    rows_of,
+    select_matrix,
+    start_running,
+    store_sums,
+    store_zeros,
+    weigh,
+    weighted_score,
+)
+from iib_kernels.ops.alignment.kernels import read_budgets
+from iib_kernels.ops.alignment.tables import load_block, load_scales
+from iib_kernels.ops.tiles import FLOOR, Product, load_scalar, load_tile, multiply, select
+
+
+@triton.jit
+def dots_with(
+    z, offs_b, present, width, tables, m, start_k, BLOCK_K: tl.constexpr, HOW: tl.constexpr
+):
+    """Inner products [B, K] of rows and modality m's classes from `start_k`. HOW: a Product."""
+    OPERAND: tl.constexpr = HOW.ACC if HOW.UPCAST else tables.ptr.dtype.element_ty
+    dots = tl.zeros((offs_b.shape[0], BLOCK_K), HOW.ACC)
+    for start in range(0, width, HOW.BLOCK_D):
+        offs_d = (start + tl.arange(0, HOW.BLOCK_D)).to(tl.int64)
+        tile = load_tile(z, offs_b, present, offs_d, offs_d < width).to(OPERAND)  # [B, D]
+        key = load_block(tables, m, start_k, start, BLOCK_K, HOW.BLOCK_D).to(OPERAND)  # [K, D]
+        dots = multiply(tile, tl.trans(key), dots, HOW.PRECISION, HOW.ACC)
+    return dots
+
+
+@triton.jit(do_not_specialize=["batch"])
+def attend_streamed(
+    given,
+    pulls_ptr,
+    sums_ptr,
+    batch,
+    M: tl.constexpr,
+    COSINE: tl.constexpr,
+    ACROSS: tl.constexpr,
+    ACC: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """D_m, or with ACROSS R_m, as `attend_resident` gives it, in CHUNK components.
+
+    Each of the CHUNKS programs of a row computes all its scores. With ACROSS each stores its part
+    of the weighted mean of s_a - s_m: `sums_ptr` is [SPLITS, 2 + CHUNKS, M, B].
+    """
+    rows = given.rows
+    tables = given.tables
+    offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    mask_b = offs_b < batch
+    value = tl.program_id(1)
+    split = tl.program_id(2) // CHUNKS
+    chunk = tl.program_id(2) % CHUNKS
+    query = value
+    if ACROSS:
+        query = read_budgets(rows.budgets, 1, M, ACC).anchor
+    ROW: tl.constexpr = 2 + CHUNKS if ACROSS else 3
+    sum_ptrs = sums_ptr + (split * ROW * M + value).to(tl.int64) * batch + offs_b
+    chunk_ptrs = sum_ptrs + (2 + chunk) * M * batch.to(tl.int64)
+    value_width = select(given.widths, value, M)
+    # Nothing is found across for the anchor, nor where a narrower modality has no components
+    idle = (chunk > 0) & (chunk * CHUNK >= value_width)
+    if ACROSS:
+        idle = idle | (query == value)
+    if idle:
+        pull_ptrs = rows_of(pulls_ptr, split * M + value, offs_b, batch, tables.width)
+        store_zeros(pull_ptrs, mask_b, chunk * CHUNK, CHUNK)
+        zero = start_running(BLOCK_B, ACC)
+        if ACROSS:
+            tl.store(chunk_ptrs, zero.extra, mask=mask_b)
+            if (chunk == 0) & (query == value):
+                tl.store(sum_ptrs, zero.extra, mask=mask_b)
+                tl.store(sum_ptrs + M * batch.to(tl.int64), zero.extra, mask=mask_b)
+        return
+    inverse_temperature = 1.0 / load_scalar(rows.temperature, ACC == tl.float64, ACC)
+    labels = read_labels(rows, offs_b, mask_b, query, value, M)
+
+    OPERAND: tl.constexpr = ACC if UPCAST else tables.ptr.dtype.element_ty
+    HOW: tl.constexpr = Product(ACC, UPCAST, PRECISION, BLOCK_D)
+    z = select_matrix(given.features, query, M)
+    width = select(given.widths, query, M)
+    squares = row_squares(z, offs_b, labels.query, width, BLOCK_D, ACC)
+    scale = row_scale(squares, inverse_temperature, COSINE)
+    offs_d = (chunk * CHUNK + tl.arange(0, CHUNK)).to(tl.int64)
+
+    running = start_running(BLOCK_B, ACC)
+    pulled = tl.zeros((BLOCK_B, CHUNK), ACC)
+    first, last = part(tables.classes, split, SPLITS, BLOCK_K)
+    for start in range(first, last, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        dots = dots_with(z, offs_b, labels.query, width, tables, query, start, BLOCK_K, HOW)
+        weights, rescale, running = weigh(
+            dots,
+            scale,
+            tables,
+            query,
+            value,
+            offs_k,
+            labels.classes,
+            running,
+            ACROSS,
+            UPCAST,
+        )
+        values = load_block(tables, value, start, chunk * CHUNK, BLOCK_K, CHUNK).to(OPERAND)
+        pulled = multiply(weights.to(OPERAND), values, pulled * rescale[:, None], PRECISION, ACC)
+
+    place = split * M + value + tl.minimum(batch - 1, 0)  # found anew, as in `attend_resident`
+    pull_ptrs = rows_of(pulls_ptr, place, offs_b, batch, tables.width)
+    mean = finish(pulled, running, labels, tables, value, pull_ptrs, mask_b, offs_d)
+    if ACROSS:
+        other = select_matrix(given.features, value, M)
+        squares = row_squares(other, offs_b, labels.value, value_width, BLOCK_D, ACC)
+        scale = row_scale(squares, inverse_temperature, COSINE)
+        moment = -along(mean, other, offs_b, labels.value, offs_d, value_width, scale)
+        if chunk == 0:
+            store_sums(sum_ptrs, running, moment + weighted_score(running), mask_b, batch, M)
+        else:
+            tl.store(chunk_ptrs, moment, mask=mask_b)
+    elif chunk == 0:
+        store_sums(sum_ptrs, running, running.extra, mask_b, batch, M)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def evidence(
+    given,
+    own_ptr,
+    across_ptr,
+    batch,
+    M: tl.constexpr,
+    COSINE: tl.constexpr,
+    ACC: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The sums of BLOCK_B rows over one part of the classes, for the losses alone.
+
+    What attention stores, without its means: `own_ptr` and `across_ptr`, both [SPLITS, 3, M, B].
+    """
+    rows = given.rows
+    tables = given.tables
+    offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    mask_b = offs_b < batch
+    split = tl.program_id(1)
+    inverse_temperature = 1.0 / load_scalar(rows.temperature, ACC == tl.float64, ACC)
+    HOW: tl.constexpr = Product(ACC, UPCAST, PRECISION, BLOCK_D)
+    anchor = read_budgets(rows.budgets, 1, M, ACC).anchor
+
+    present = ()
+    scales = ()
+    maxima = ()  # of the scores so far
+    totals = ()  # of exp(score - maximum)
+    target_scores = ()
+    shares = ()  # sum of exp(s_a - max_a) over the classes that both m and the anchor have seen
+    moments = ()  # the same, times s_a - s_m
+    zeros = tl.zeros((BLOCK_B,), ACC)
+    labels = read_labels(rows, offs_b, mask_b, anchor, anchor, M)
+    for m in tl.static_range(M):
+        index = tl.full((), m, tl.int32)
+        present_m = read_labels(rows, offs_b, mask_b, index, index, M).query
+        squares = row_squares(given.features[m], offs_b, present_m, given.widths[m], BLOCK_D, ACC)
+        present = present + (present_m,)
+        scales = scales + (row_scale(squares, inverse_temperature, COSINE),)
+        maxima = maxima + (tl.full((BLOCK_B,), FLOOR, ACC),)
+        totals = totals + (zeros,)
+        target_scores = target_scores + (zeros,)
+        shares = shares + (zeros,)
+        moments = moments + (zeros,)
+
+    first, last = part(tables.classes, split, SPLITS, BLOCK_K)
+    for start in range(first, last, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        is_target = offs_k[None, :] == labels.classes[:, None]  # [B, K]
+        scores = ()
+        for m in tl.static_range(M):
+            index = tl.full((), m, tl.int32)
+            dots = dots_with(
+                given.features[m],
+                offs_b,
+                present[m],
+                given.widths[m],
+                tables,
+                index,
+                start,
+                BLOCK_K,
+                HOW,
+            )
+            keys = load_scales(tables, index, offs_k)
+            scores = scores + (dots * scales[m][:, None] * keys.unit[None, :] - keys.bias[None, :],)
+        anchor_scores = select(scores, anchor, M)
+        old_maximum = select(maxima, anchor, M)
+        anchor_maximum = tl.maximum(old_maximum, tl.max(anchor_scores, 1))
+        anchor_weights = tl.exp(anchor_scores - anchor_maximum[:, None])
+        rescale = tl.exp(old_maximum - anchor_maximum)
+
+        # A tuple has no item assignment: each running value is gathered anew
+        new_maxima = ()
+        new_totals = ()
+        new_target_scores = ()
+        new_shares = ()
+        new_moments = ()
+        for m in tl.static_range(M):
+            maximum = tl.maximum(maxima[m], tl.max(scores[m], 1))
+            total = tl.sum(tl.exp(scores[m] - maximum[:, None]), 1)
+            target_score = tl.sum(tl.where(is_target, scores[m], 0.0), 1)
+            unseen = scores[m] == float("-inf")
+            weights = tl.where(unseen, 0.0, anchor_weights)
+            difference = tl.where(
+                unseen | (anchor_scores == float("-inf")), 0.0, anchor_scores - scores[m]
+            )
+            new_maxima = new_maxima + (maximum,)
+            new_totals = new_totals + (totals[m] * tl.exp(maxima[m] - maximum) + total,)
+            new_target_scores = new_target_scores + (target_scores[m] + target_score,)
+            new_shares = new_shares + (shares[m] * rescale + tl.sum(weights, 1),)
+            new_moments = new_moments + (moments[m] * rescale + tl.sum(weights * difference, 1),)
+        maxima = new_maxima
+        totals = new_totals
+        target_scores = new_target_scores
+        shares = new_shares
+        moments = new_moments
+
+    apart = M * batch.to(tl.int64)
+    anchor_maximum = select(maxima, anchor, M)
+    for m in tl.static_range(M):
+        place = (split * 3 * M + m).to(tl.int64) * batch + offs_b
+        tl.store(own_ptr + place, maxima[m], mask=mask_b)
+        tl.store(own_ptr + place + apart, totals[m], mask=mask_b)
+        tl.store(own_ptr + place + 2 * apart, target_scores[m], mask=mask_b)
+        mean = moments[m] / tl.where(shares[m] == 0.0, 1.0, shares[m])
+        tl.store(across_ptr + place, anchor_maximum, mask=mask_b)
+        tl.store(across_ptr + place + apart, shares[m], mask=mask_b)
+        tl.store(across_ptr + place + 2 * apart, mean, mask=mask_b)

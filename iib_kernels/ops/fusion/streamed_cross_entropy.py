@@ -1,0 +1,247 @@
+"""The fusion's cross-entropies of rows with more classes than registers hold.
+
+Forward reads the logits twice: for the softmaxes, which the weights need, and for the fused
+cross-entropy. Its second pass also finds the products of that cross-entropy's gradient with each
+modality's logits, so that backward reads the logits once.
+
+`statistics` [B, 4 M + 2], with smoothing [B, 6 M + 4], keeps for backward: M log-sums, M entropies
+and M maxima, then the fused logits' log-sum and maximum, M products, and with smoothing share and
+mass (tiles.py, Smooths) of each modality and of the fused logits.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from iib_kernels.ops.fusion import loading
+from iib_kernels.ops.fusion.partial import add_partial, store_partial, zero_partial
+from iib_kernels.ops.fusion.streamed import load_softmaxes, store_softmaxes
+from iib_kernels.ops.fusion.streaming import Fused, add_each, stream_fused, stream_softmaxes
+from iib_kernels.ops.fusion.tiles import (
+    Smooths,
+    cross_entropy,
+    cross_entropy_slope,
+    finite,
+    fuse,
+    fuse_rows,
+    gate_gradients,
+    gate_weights,
+    logit_slope,
+    own_cross_entropies,
+    own_slope,
+    row_sums,
+    uncertainties,
+    with_class_weight,
+)
+
+
+@triton.jit
+def columns(labels, M: tl.constexpr):
+    """How many columns the statistics have."""
+    if len(labels.smoothing) == 0:
+        return 4 * M + 2
+    else:
+        return 6 * M + 4
+
+
+@triton.jit
+def streamed_cross_entropies(
+    softmax, fused, true_logits, fused_true_logit, labels, available, M: tl.constexpr
+):
+    """The cross-entropies [B], of the fused logits and of each modality's own: a tuple of 1 + M."""
+    smooths = fused.smooths
+    first = cross_entropy(fused.maximum, fused.log_sum, fused_true_logit, smooths, M, labels)
+    return (first,) + own_cross_entropies(softmax, true_logits, smooths, labels, available, M)
+
+
+@triton.jit
+def store_fused(ptrs, mask_b, fused, M: tl.constexpr):
+    """Write a Fused into the statistics, behind the softmaxes."""
+    tl.store(ptrs + 3 * M, fused.log_sum, mask=mask_b)
+    tl.store(ptrs + 3 * M + 1, fused.maximum, mask=mask_b)
+    for m in tl.static_range(M):
+        tl.store(ptrs + 3 * M + 2 + m, fused.product[m], mask=mask_b)
+    if len(fused.smooths.share) > 0:
+        ptrs += 4 * M + 2
+        for i in tl.static_range(M + 1):
+            tl.store(ptrs + 2 * i, fused.smooths.share[i], mask=mask_b)
+            tl.store(ptrs + 2 * i + 1, fused.smooths.mass[i], mask=mask_b)
+
+
+@triton.jit
+def load_fused(ptrs, mask_b, labels, M: tl.constexpr):
+    """A Fused from the statistics; of the Smooths, what gradients need."""
+    log_sum = tl.load(ptrs + 3 * M, mask=mask_b, other=0.0)
+    maximum = tl.load(ptrs + 3 * M + 1, mask=mask_b, other=0.0)
+    product = ()
+    for m in tl.static_range(M):
+        product = product + (tl.load(ptrs + 3 * M + 2 + m, mask=mask_b, other=0.0),)
+    share = ()
+    mass = ()
+    if len(labels.smoothing) > 0:
+        ptrs += 4 * M + 2
+        for i in tl.static_range(M + 1):
+            share = share + (tl.load(ptrs + 2 * i, mask=mask_b, other=0.0),)
+            mass = mass + (tl.load(ptrs + 2 * i + 1, mask=mask_b, other=0.0),)
+    return Fused(maximum, log_sum, product, Smooths(share, mass, (), ()))
+
+
+@triton.jit(do_not_specialize=["batch"])
+def cross_entropy_streamed(
+    logits,
+    gate,
+    targets,
+    nll_ptr,
+    unimodal_ptr,
+    weights_ptr,
+    counts_ptr,
+    statistics_ptr,
+    batch,
+    BLOCK_K: tl.constexpr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    ACC: tl.constexpr,
+    JOINT: tl.constexpr,
+):
+    """`cross_entropy_rows` (rows_cross_entropy.py) of one row at a time, and the statistics."""
+    numbers = loading.load_numbers(gate, M, ACC)
+    for number in range(tl.program_id(0), batch, tl.num_programs(0)):
+        block = loading.load_block(gate, number, batch, 1, M)
+        labels = loading.load_labels(targets, (), block, K, ACC)
+        scores = loading.load_scores(gate, block, M, ACC)
+        true_logits = loading.load_target_logits(logits, numbers, block, labels, M, ACC)
+        softmax = stream_softmaxes(logits, numbers, block, K, M, ACC, JOINT, BLOCK_K)
+        uncertainty = uncertainties(softmax.entropy, K, M, ACC)
+        weights = gate_weights(scores, numbers.kappa, uncertainty, block.available, M)
+        loading.store_each(weights_ptr, block, weights, M)
+        fused_true_logit = fuse_rows(true_logits, weights, numbers.gamma, M)
+        fused = stream_fused(
+            logits,
+            targets,
+            numbers,
+            weights,
+            true_logits,
+            fused_true_logit,
+            labels,
+            block,
+            K,
+            M,
+            ACC,
+            JOINT,
+            BLOCK_K,
+        )
+        losses = streamed_cross_entropies(
+            softmax, fused, true_logits, fused_true_logit, labels, block.available, M
+        )
+        tl.store(nll_ptr + block.offs, losses[0], mask=block.mask)
+        loading.store_each(unimodal_ptr, block, losses[1:], M)
+        loading.store_counts(counts_ptr, block, labels.counted, M)
+        statistics_ptrs = statistics_ptr + block.offs * columns(labels, M)
+        store_softmaxes(statistics_ptrs, block.mask, softmax, M)
+        store_fused(statistics_ptrs, block.mask, fused, M)
+
+
+class Flow(NamedTuple):
+    """What flows back to the logits of a row, besides what they are themselves."""
+
+    weights: tl.tuple  # M of [B]
+    softmax: tl.tuple  # Softmaxes
+    fused: tl.tuple  # Fused
+    labels: tl.tuple  # Labels
+    back: tl.tuple  # GateGradients
+    by_nll: tl.tensor  # [B] by the fused cross-entropy
+    by_unimodal: tl.tuple  # M of [B] by each modality's own, or none
+    rows: tl.tuple  # M of [B]: where a modality's logits get a gradient
+
+
+@triton.jit
+def stream_gradients(
+    logits, targets, numbers, flow, block, grads, BLOCK_K: tl.constexpr, K, M, ACC, JOINT
+):
+    """Write the gradients by the logits in one pass, and give those by the temperature, M of [B].
+
+    `flow`: a Flow.
+    """
+    along = (tl.zeros((block.offs.shape[0], BLOCK_K), ACC),) * M
+    softmax = flow.softmax
+    fused = flow.fused
+    for start in range(0, K, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        is_target = offs_k[None, :] == flow.labels.targets[:, None]
+        class_weight = loading.load_class_weight(targets, offs_k, K, ACC)
+        labels = with_class_weight(flow.labels, class_weight)
+        t = loading.load_scaled(logits, numbers, block, offs_k, K, M, ACC)
+        f = fuse(t, flow.weights, numbers.gamma, M)
+        grad = flow.by_nll[:, None] * cross_entropy_slope(
+            f, fused.maximum, fused.log_sum, fused.smooths, M, labels, is_target
+        )
+        tiles = ()
+        for m in tl.static_range(M):
+            rows = flow.rows[m][:, None]
+            slope = logit_slope(t, m, softmax, flow.back, flow.weights, numbers.gamma, grad)
+            if len(flow.by_unimodal) > 0:
+                own = own_slope(t, m, softmax, fused.smooths, labels, is_target)
+                slope += flow.by_unimodal[m][:, None] * own
+            slope = tl.where(rows, slope, 0.0) * numbers.inverse[m]
+            loading.store_rows(grads.logits_ptrs, m, block, offs_k, slope, K)
+            tiles = tiles + (tl.where(rows, -slope * finite(t[m]), 0.0),)
+        along = add_each(along, tiles, M)
+    return row_sums(along, M, JOINT)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def cross_entropy_streamed_backward(
+    logits,
+    gate,
+    targets,
+    weights_ptr,
+    statistics_ptr,
+    upstream,
+    grads,
+    batch,
+    BLOCK_K: tl.constexpr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    ACC: tl.constexpr,
+    JOINT: tl.constexpr,
+):
+    """`cross_entropy_rows_backward` (rows_cross_entropy.py) of one row at a time."""
+    numbers = loading.load_numbers(gate, M, ACC)
+    partial = zero_partial(grads.partial_ptr, 1, M, ACC)
+    for number in range(tl.program_id(0), batch, tl.num_programs(0)):
+        block = loading.load_block(gate, number, batch, 1, M)
+        labels = loading.load_labels(targets, (), block, K, ACC)
+        active = labels.counted if upstream.weights_ptr is None else block.mask
+        weights = loading.load_each(weights_ptr, block.offs, block.mask, M, ACC)
+        statistics_ptrs = statistics_ptr + block.offs * columns(labels, M)
+        softmax = load_softmaxes(statistics_ptrs, block.mask, M)
+        fused = load_fused(statistics_ptrs, block.mask, labels, M)
+        by_nll = tl.zeros((1,), ACC)
+        if upstream.nll_ptr is not None:
+            by_nll = tl.load(upstream.nll_ptr + block.offs, mask=labels.counted, other=0.0).to(ACC)
+        product = ()
+        rows = ()
+        for m in tl.static_range(M):
+            product = product + (tl.where(by_nll == 0.0, 0.0, by_nll * fused.product[m]),)
+            rows = rows + (active & block.available[m],)
+        back = gate_gradients(
+            product,
+            weights,
+            loading.load_each(upstream.weights_ptr, block.offs, block.mask, M, ACC),
+            (),
+            uncertainties(softmax.entropy, K, M, ACC),
+            numbers,
+            active,
+            K,
+            M,
+            ACC,
+        )
+        loading.store_each(grads.gate_ptr, block, back.score, M)
+        by_unimodal = loading.load_each(upstream.unimodal_ptr, block.offs, labels.counted, M, ACC)
+        flow = Flow(weights, softmax, fused, labels, back, by_nll, by_unimodal, rows)
+        by_temperature = stream_gradients(
+            logits, targets, numbers, flow, block, grads, BLOCK_K, K, M, ACC, JOINT
+        )
+        partial = add_partial(grads.partial_ptr, partial, back, by_temperature, M)
+    store_partial(grads.partial_ptr, partial, M)
