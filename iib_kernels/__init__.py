@@ -5,13 +5,14 @@
     nearest_prototype      distance to the nearest prototype, for the gate's surprise
     gated_fusion           weights and fused logits by prior, uncertainty and gate
     fusion_cross_entropy   the same with all its cross-entropies
+    multimodal_objective   all these losses as one scalar, whose gradients come with it
     update_prototypes_     moving average of all modalities' prototypes, in place;
                            update_prototypes is its pure form for one, class_sums and ema_from_sums
                            are its two halves, for training on several processes
     snapshot               a copy of prototypes for a loss in a compiled forward that moves them
 
-Each runs as Triton kernels or as plain PyTorch (``impl=``). ``cpu`` holds a third implementation:
-a whole training step in one batched pass, for small models on a CPU.
+Each runs as Triton kernels, on a CPU with analytic gradients, or as plain PyTorch (``impl=``).
+GatedFusion, MultimodalObjective, PrototypeDistance and AlignmentLoss are the same as modules.
 
 What lives here, from the equations up to the functions:
 
@@ -19,8 +20,10 @@ What lives here, from the equations up to the functions:
                                             tested against
     ops/                                    an operation a room: Triton kernels, launchers,
                                             operators (torch.ops.iib), autograd Functions
-    alignment, fusion, prototype, update    the public functions: checks, dtypes, bounded memory
-    cpu/                                    the training step for a CPU
+    objective, alignment, fusion,           the public functions: checks, dtypes, bounded memory;
+    prototype, update                       as modules in modules.py
+    cpu/                                    the operations and a whole training step for a CPU
+    compat.py                               what torch.compile and torch.func ask for
     _runtime, _registration, _tuning, ...   what they share
 
 What may come in: torch, and triton where a kernel runs (importing this package does not import it).

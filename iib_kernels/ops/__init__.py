@@ -1,7 +1,9 @@
 """One room an operation, and in each room one idea a file:
 
-    kernels*.py    the Triton kernels and nothing else: `@triton.jit` functions
-    autograd.py    launcher, operator (``torch.ops.iib``) and autograd Function
+    kernels.py     the Triton kernels and nothing else: `@triton.jit` functions, in several files
+                   where they are several algorithms
+    launch.py      allocation, block sizes and grid
+    autograd.py    operator (``torch.ops.iib``) and autograd Function
 
 `tiles.py` holds what the kernels share. Nothing here checks arguments: the public functions, one
 floor up, do so before they call.

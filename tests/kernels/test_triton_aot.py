@@ -105,6 +105,9 @@ def test_every_kernel_compiles_for_every_target(rows):
     one = {
         "distance_forward",
         "distance_backward",
+        "distance_forward_large",
+        "gradient_from_pull",
+        "measure_rows",
         "class_sums",
         "class_sums_streamed",
     }  # no modalities

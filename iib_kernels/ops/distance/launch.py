@@ -19,11 +19,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from iib_kernels import _runtime
 from iib_kernels._runtime import (
     accumulator,
     compute_dtype,
     dot_options,
-    hip,
     interpreting,
     on_device,
     slope_precision,
@@ -48,16 +48,20 @@ def forward_blocks(
     """
     if dtype in HALF:  # 64 rows or more are warp-group products on Hopper
         if large:
-            return Launch(_tile(128, tile(classes, 128), tile(width, 64)), 8, 2 if hip() else 3)
+            return Launch(
+                _tile(128, tile(classes, 128), tile(width, 64)), 8, 2 if _runtime.hip() else 3
+            )
         # One tile holds up to 128 classes, and features are read once; beyond, small tiles of many
         columns = tile(classes, 128 if classes <= 128 else 64)
         if narrow:
             return Launch(_tile(64, columns, 64 if columns <= 32 else 32), 8)
         return Launch(
-            _tile(64, columns, tile(width, 64)), 8 if columns > 64 else 4, 2 if hip() else 3
+            _tile(64, columns, tile(width, 64)),
+            8 if columns > 64 else 4,
+            2 if _runtime.hip() else 3,
         )
     rows = tile(batch, 64 if batch >= 1024 and dtype == torch.float32 else 16)
-    columns = tile(classes, 32 if dtype == torch.float64 else 64 if hip() else 128)
+    columns = tile(classes, 32 if dtype == torch.float64 else 64 if _runtime.hip() else 128)
     blocks = _tile(rows, columns, depth(width, dtype.itemsize))
     return Launch(blocks, 8 if rows * columns > 2048 else 4)
 
@@ -71,7 +75,7 @@ def backward_blocks(batch: int, classes: int, width: int, dtype: torch.dtype) ->
     wide = dtype == torch.float64
     blocks = {
         "BLOCK_B": tile(batch, 16 if wide else 32),
-        "BLOCK_K": tile(classes, 32 if wide or hip() else 128),
+        "BLOCK_K": tile(classes, 32 if wide or _runtime.hip() else 128),
         "CHUNK": tile(width, 32 if wide else 64),
     }
     return Launch(blocks, 8)
@@ -295,7 +299,7 @@ def backward(features, prototypes, cosine, squares, other_squares, distance, gra
 
 def _slope(features: Tensor, prototypes: Tensor) -> str:
     """Precision of products with the upstream gradient: TF32 where a side is of half precision."""
-    if not hip() and (features.dtype in HALF or prototypes.dtype in HALF):
+    if not _runtime.hip() and (features.dtype in HALF or prototypes.dtype in HALF):
         return "tf32"
     return slope_precision(features, prototypes)
 
@@ -331,6 +335,6 @@ def _backward_large(sides, cosine, grad, outputs) -> None:
 def multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b in ``dtype``, whatever autocast says; half factors on their own units."""
     with torch.autocast(a.device.type, enabled=False):
-        if a.dtype != dtype and a.is_cuda and not hip():
+        if a.dtype != dtype and a.is_cuda and not _runtime.hip():
             return torch.mm(a, b, out_dtype=dtype)
         return torch.mm(a.to(dtype), b.to(dtype))

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from iib_kernels._runtime import accumulator, compute_dtype, hip, on_device, scalar
+from iib_kernels import _runtime
+from iib_kernels._runtime import accumulator, compute_dtype, on_device, scalar
 from iib_kernels._tuning import Launch, power_of_two
 
 COMPONENTS = 4096  # rows of up to this many components stay in registers
@@ -49,7 +50,7 @@ def sizes(widths: Sequence[int], classes: int, dtype: torch.dtype) -> tuple[tupl
 def _options() -> dict:
     """Warps, and on NVIDIA registers, of which two programs a multiprocessor leave 128 a thread."""
     options = Launch({}, WARPS, 1).options()
-    return options if hip() else {**options, "maxnreg": 128}
+    return options if _runtime.hip() else {**options, "maxnreg": 128}
 
 
 def _matrix(values: Tensor):
