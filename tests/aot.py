@@ -280,7 +280,10 @@ def _distance(dtype, classes, layout="usual"):
                 torch.empty(batch, width, dtype=features.dtype),
                 torch.empty(count, width, dtype=prototypes.dtype),
             )
-            for batch, count, width in ((4096, classes, 512), (4096, 1000, 309), (64, 31, 77))
+            for batch, count, width in (
+                (4096, classes, 512),
+                *(((4096, 1000, 309), (64, 31, 77)) if _tuning.hopper(None) else ()),
+            )
         ]
     for features, prototypes in sizes:
         distance, squares, others, exact = torch.ops.iib.prototype_distance(

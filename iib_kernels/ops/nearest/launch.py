@@ -77,8 +77,12 @@ def forward(features, prototypes, cosine, seen, distance, index) -> None:
         ready = _prepare(features, prototypes, cosine, dtype)
         narrow = any(map(is_narrow, (*ready.features, *ready.prototypes)))
         config = forward_blocks(batch, classes, width, kind, ready.squares is not None, narrow)
-        if config.num_warps == 8:  # the running minimum takes the registers of a third stage
+        # The minimum takes the registers of a third stage, addresses of many modalities more
+        if config.num_warps == 8:
             config = config._replace(num_stages=2)
+        if count > 3 and classes > 128:
+            smaller = "BLOCK_K" if ready.squares is None else "BLOCK_D"
+            config.blocks[smaller] = max(16, config.blocks[smaller] // 2)
         nearest_forward[(-(-batch // config.blocks["BLOCK_B"]), count)](
             tuple(matrix(rows) for rows in ready.features),
             tuple(matrix(table) for table in ready.prototypes),
