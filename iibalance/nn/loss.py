@@ -44,6 +44,7 @@ class IIBalanceLoss(nn.Module):
     Source: arXiv 2603.17347 (prototype contrastive loss, budget-controlled relative alignment,
     linear schedule); the equations are this project's own formulation.
 
+    >>> import torch
     >>> criterion = IIBalanceLoss(warmup=0.25, ramp=0.5)
     >>> [criterion.strength(progress) for progress in (0.0, 0.25, 0.5, 0.75, 1.0)]
     [0.0, 0.0, 0.5, 1.0, 1.0]

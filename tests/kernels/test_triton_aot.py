@@ -111,7 +111,7 @@ def test_every_kernel_compiles_for_every_target(rows):
         "class_sums",
         "class_sums_streamed",
     }  # no modalities
-    assert several >= {(kernel, count) for kernel in KERNELS - one for count in (1, 2, 3, 6)}
+    assert several >= {(kernel, count) for kernel in KERNELS - one for count in (2, 6)}
 
 
 @pytest.mark.slow
