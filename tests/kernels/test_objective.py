@@ -205,9 +205,10 @@ def test_backward_multiplies_by_what_comes_in_and_may_be_repeated(impl):
         assert bits(a, c)
 
 
-def test_float16_gradients_survive_a_gradient_scaler():
+@pytest.mark.parametrize("batch, classes", [(200, 3), (20, 150)])
+def test_float16_gradients_survive_a_gradient_scaler(batch, classes):
     """Scaled by 65,536 in float32: in float16 they would be 0 before, and the factor infinite."""
-    logits, features, targets, rest = draw(200, 3, 2, 4, torch.float16)
+    logits, features, targets, rest = draw(batch, classes, 2, 4, torch.float16)
     targets[:] = -100
     targets[:2] = 1
     rest["weights"] = tuple(1e-7 * weight for weight in WEIGHTS)

@@ -156,10 +156,17 @@ def forward(inputs: Inputs, keep: bool) -> Results:
 
 
 def backward(
-    inputs: Inputs, results: Results, contrastive: Tensor | None, alignment: Tensor | None
+    inputs: Inputs,
+    results: Results,
+    contrastive: Tensor | None,
+    alignment: Tensor | None,
+    gradients: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Gradients [B, D_m], from upstream gradients [B, M] of C and A (of any strides)."""
-    gradients = [values.new_empty(values.shape) for values in inputs.features]
+    """Gradients [B, D_m], from upstream gradients [B, M] of C and A (of any strides).
+
+    ``gradients``: where they go, in any dtypes; tensors like the features by default.
+    """
+    gradients = list(gradients or [values.new_empty(values.shape) for values in inputs.features])
     if inputs.batch:
         upstream = _upstream(contrastive, alignment)
         with on_device(inputs.targets):
@@ -170,14 +177,17 @@ def backward(
     return gradients
 
 
-def losses_and_gradients(inputs: Inputs, factors: Tensor) -> tuple[list[Tensor], Results]:
+def losses_and_gradients(
+    inputs: Inputs, factors: Tensor, gradients: Sequence[Tensor] | None = None
+) -> tuple[list[Tensor], Results]:
     """Gradients [B, D_m] of sum(factors[0] C + factors[1] A), and the losses.
 
-    ``factors`` [2, M] is what a row that counts weighs, known before the losses are.
+    ``factors`` [2, M] is what a row that counts weighs, known before the losses are; ``gradients``
+    as in :func:`backward`.
     """
     results = forward(inputs, True)
     weights = factors.unsqueeze(1).expand(2, inputs.batch, -1)  # [2, B, M], a row's stride is 0
-    return backward(inputs, results, weights[0], weights[1]), results
+    return backward(inputs, results, weights[0], weights[1], gradients), results
 
 
 # ----- One tile of classes

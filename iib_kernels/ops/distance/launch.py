@@ -29,6 +29,7 @@ from iib_kernels._runtime import (
     slope_precision,
 )
 from iib_kernels._tuning import Launch, depth, power_of_two, tile
+from iib_kernels.ops.arguments import matrix
 
 HALF = (torch.float16, torch.bfloat16)
 LARGE = 1 << 28  # multiplications of a forward product; from 0.1 to 1 ms of a GPU's float32
@@ -93,22 +94,6 @@ def _blocks(size: int, block: int) -> int:
 
 
 # ----- What the launches are given
-
-
-def matrix(values: Tensor):
-    """A matrix as the kernels take it.
-
-    Row-major strides are constants, from which the compiler sees how wide its loads may be: they
-    are the model's. Others may change with the batch.
-    """
-    from triton.language import constexpr
-
-    from iib_kernels.ops.tiles import Matrix
-
-    row, column = values.stride()
-    if column == 1 or values.shape[1] == 1:
-        return Matrix(values, constexpr(row), constexpr(1))
-    return Matrix(values, row, column)
 
 
 def product(total: torch.dtype) -> dict:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from iib_kernels import _tuning
 from iib_kernels._runtime import accumulator, compute_dtype, interpreting, on_device, scalar
+from iib_kernels.ops.arguments import constant, contiguous
 
 MOST_CLASSES = 4096  # of a row in registers
 MOST_ELEMENTS = 8192  # of all modalities of a row, in float32; half of it in float64
@@ -38,6 +39,7 @@ class Gating(NamedTuple):
     parameters: Parameters
     log_prior: Tensor | None = None  # [M]
     gate_logits: Tensor | None = None  # [B, M]
+    present: bool = False  # the scale is the number of modalities that are there
 
 
 class Labels(NamedTuple):
@@ -70,7 +72,7 @@ class Gradients(NamedTuple):
 class Objective(NamedTuple):
     """What :func:`objective` gives."""
 
-    grad_logits: list[Tensor]  # M of [B, K], in the logits' dtypes
+    grad_logits: list[Tensor]  # M of [B, K]
     weights: Tensor  # [B, M]
     losses: Tensor  # [programs, 1 + M]: sums of the fused and the unimodal cross-entropies
     grad_gate: Tensor | None  # [B, M]
@@ -131,28 +133,15 @@ def _registers(warps: int, streamed: bool, modalities: int) -> int:
     return 168 if warps <= 4 else 128
 
 
-@functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def _programs(config: _tuning.Launch, batch: int, device: torch.device) -> int:
     """As many as run at once, each of which walks over the batch; interpreted, three."""
     blocks = -(-batch // config.blocks.get("BLOCK_B", 1))
     if device.type != "cuda":
         return min(blocks, 3)
-    return min(blocks, _multiprocessors(device.index) * max(1, 16 // config.num_warps))
+    return min(blocks, _tuning.processors(device) * max(1, 16 // config.num_warps))
 
 
 # ----- Arguments
-
-
-@functools.lru_cache(256, typed=True)
-def _constant(value):
-    """The number as a constant of the kernel: it belongs to the model, not to the batch."""
-    import triton.language as tl
-
-    return tl.constexpr(value)
 
 
 def _strides(matrix: Tensor) -> tuple:
@@ -165,11 +154,11 @@ def _strides(matrix: Tensor) -> tuple:
     if rows == 1:
         step = columns
     if (along == 1 or columns == 1) and step % columns == 0 and 0 < step <= 16 * columns:
-        return _constant(step), _constant(1)
+        return constant(step), constant(1)
     return step, along
 
 
-def _rows(matrices: Sequence[Tensor]):
+def rows_argument(matrices: Sequence[Tensor]):
     """Rows (loading.py) of one matrix a modality."""
     from iib_kernels.ops.fusion.loading import Rows
 
@@ -184,15 +173,15 @@ def _parameter(value: Tensor | None, number: float, dtype: torch.dtype, device: 
     if value is None and number != 1:
         number = scalar(number, dtype, device)
         if not isinstance(number, Tensor):
-            return Parameter(None, _constant(0), number)
+            return Parameter(None, constant(0), number)
         value = number
     if value is None:
-        return Parameter(None, _constant(0), _constant(1.0))
+        return Parameter(None, constant(0), constant(1.0))
     value = value.contiguous()
-    return Parameter(value, _constant(min(value.dim(), 1)), _constant(1.0))
+    return Parameter(value, constant(min(value.dim(), 1)), constant(1.0))
 
 
-def _gate(gating: Gating, dtype: torch.dtype, device: torch.device):
+def gate_argument(gating: Gating, dtype: torch.dtype, device: torch.device):
     """Gate (loading.py)."""
     from iib_kernels.ops.fusion.loading import Gate
 
@@ -202,29 +191,20 @@ def _gate(gating: Gating, dtype: torch.dtype, device: torch.device):
         _parameter(value, number, dtype, device)
         for value, number in zip(parameters[:3], parameters.numbers)
     ]
-    return Gate(*map(_contiguous, small), *numbers)
+    if gating.present:
+        # Not None: Triton 3.6 cannot tell that from a named tuple with None in it
+        numbers[2] = numbers[2]._replace(ptr=None, number=None)
+    return Gate(*map(contiguous, small), *numbers)
 
 
-def scaled_by_presence(gate):
-    """The Gate with the number of modalities that are there in place of its scale.
-
-    Not None: Triton 3.6 cannot tell that from a named tuple with None in it.
-    """
-    return gate._replace(scale=gate.scale._replace(ptr=None, number=None))
-
-
-def _contiguous(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.contiguous()
-
-
-def _targets(labels: Labels, dtype: torch.dtype, device: torch.device):
+def targets_argument(labels: Labels, dtype: torch.dtype, device: torch.device):
     """Targets (loading.py)."""
     from iib_kernels.ops.fusion.loading import Parameter, Targets
 
-    smoothing = Parameter(None, _constant(0), None)
+    smoothing = Parameter(None, constant(0), None)
     if labels.smoothing:
         smoothing = _parameter(None, float(labels.smoothing), dtype, device)
-    indices, weight = _contiguous(labels.targets), _contiguous(labels.class_weight)
+    indices, weight = contiguous(labels.targets), contiguous(labels.class_weight)
     return Targets(indices, labels.ignore_index, weight, smoothing)
 
 
@@ -232,7 +212,7 @@ def _upstream(fused: Tensor | None, *small: Tensor | None):
     """Upstream (loading.py)."""
     from iib_kernels.ops.fusion.loading import Upstream
 
-    return Upstream(None if fused is None else _rows([fused]), *map(_contiguous, small))
+    return Upstream(None if fused is None else rows_argument([fused]), *map(contiguous, small))
 
 
 def _launch(
@@ -350,13 +330,13 @@ def fusion(
     kept: Tensor,
 ) -> None:
     """Fill the fused logits (or values), weights, uncertainty and statistics."""
-    gate = _gate(gating, weights.dtype, weights.device)
-    given = (_rows(values),) if values else ()
+    gate = gate_argument(gating, weights.dtype, weights.device)
+    given = (rows_argument(values),) if values else ()
     outputs = (fused, weights, uncertainty, *_kept(kept))
     _launch(
         "values" if values else "fusion",
         logits,
-        lambda programs: (_rows(logits), gate, *given, *outputs),
+        lambda programs: (rows_argument(logits), gate, *given, *outputs),
         values,
     )
 
@@ -375,10 +355,10 @@ def fusion_backward(
     if not len(weights):
         return gradients
     by_fused, by_weights, by_uncertainty = upstream
-    gate = _gate(Gating(parameters), weights.dtype, weights.device)
-    given = (_rows(values),) if values else ()
+    gate = gate_argument(Gating(parameters), weights.dtype, weights.device)
+    given = (rows_argument(values),) if values else ()
     given += (weights, *_kept(kept), _upstream(by_fused, None, None, by_weights, by_uncertainty))
-    arguments = lambda programs: (_rows(logits), gate, *given, partial(programs))
+    arguments = lambda programs: (rows_argument(logits), gate, *given, partial(programs))
 
     _launch("values_backward" if values else "fusion_backward", logits, arguments, values)
     return partial.summed()
@@ -396,9 +376,12 @@ def cross_entropy(
 ) -> None:
     """Fill the cross-entropies [B] and [B, M], weights, which rows count, and statistics."""
     device = weights.device
-    gate, targets = _gate(gating, weights.dtype, device), _targets(labels, weights.dtype, device)
+    gate, targets = (
+        gate_argument(gating, weights.dtype, device),
+        targets_argument(labels, weights.dtype, device),
+    )
     outputs = (nll, unimodal, weights, counts, *_kept(kept))
-    arguments = lambda programs: (_rows(logits), gate, targets, *outputs)
+    arguments = lambda programs: (rows_argument(logits), gate, targets, *outputs)
     _launch("cross_entropy", logits, arguments, smoothed=bool(labels.smoothing))
 
 
@@ -416,10 +399,10 @@ def cross_entropy_backward(
     if not len(weights):
         return gradients
     device = weights.device
-    gate = _gate(Gating(parameters), weights.dtype, device)
-    targets = _targets(labels, weights.dtype, device)
+    gate = gate_argument(Gating(parameters), weights.dtype, device)
+    targets = targets_argument(labels, weights.dtype, device)
     given = (weights, *_kept(kept), _upstream(None, *upstream, None))
-    arguments = lambda programs: (_rows(logits), gate, targets, *given, partial(programs))
+    arguments = lambda programs: (rows_argument(logits), gate, targets, *given, partial(programs))
     _launch("cross_entropy_backward", logits, arguments, smoothed=bool(labels.smoothing))
     return partial.summed()
 
@@ -429,37 +412,36 @@ def objective(
     labels: Labels,
     gating: Gating,
     factors: Tensor,
+    gradients: Sequence[Tensor] | None = None,
     *,
-    present: bool = False,
     need_gate: bool = False,
     need_parameters: bool = False,
 ) -> Objective:
     """Cross-entropies and, in the same launch, their gradients.
 
     ``factors`` [1 + M]: what each counted row's cross-entropy weighs in the objective (its weight
-    over the number of rows that count), of the fused logits and of each modality. ``present``: the
-    scale is the number of modalities that are there.
+    over the number of rows that count), of the fused logits and of each modality. ``gradients``:
+    where those by the logits go, in any dtypes; tensors like the logits by default.
     """
     from iib_kernels.ops.fusion.loading import Grads
 
     batch, _, count = sizes(logits)
     dtype, device = compute_dtype(*logits), logits[0].device
     like = functools.partial(logits[0].new_empty, dtype=dtype)
-    grads, weights = [rows.new_empty(rows.shape) for rows in logits], like(batch, count)
+    grads = list(gradients or [rows.new_empty(rows.shape) for rows in logits])
+    weights = like(batch, count)
     gate = like(batch, count) if need_gate else None
     if not batch:
         partial = like(0, 3 * count + 1) if need_parameters else None
         return Objective(grads, weights, like(0, count + 1), gate, partial)
-    gating, targets = _gate(gating, dtype, device), _targets(labels, dtype, device)
-    if present:
-        gating = scaled_by_presence(gating)
+    gating, targets = gate_argument(gating, dtype, device), targets_argument(labels, dtype, device)
     losses = partial = None
 
     def arguments(programs: int) -> tuple:
         nonlocal losses, partial
         losses = like(programs, count + 1)
         partial = like(programs, 3 * count + 1) if need_parameters else None
-        given = (_rows(logits), gating, targets, factors.contiguous(), weights, losses)
+        given = (rows_argument(logits), gating, targets, factors.contiguous(), weights, losses)
         return *given, Grads(tuple(grads), None, gate, partial)
 
     _launch("objective", logits, arguments, smoothed=bool(labels.smoothing))

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from iib_kernels._runtime import accumulator, compute_dtype, on_device
 from iib_kernels._tuning import Launch, power_of_two
+from iib_kernels.ops.arguments import matrix
 from iib_kernels.ops.distance.launch import (
     HALF,
     by_library,
     forward_blocks,
     is_large,
     is_narrow,
-    matrix,
     measure,
     place_of_copy,
     product,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from iib_kernels._runtime import (
     on_device,
     scalar,
 )
+from iib_kernels.ops.arguments import contiguous
 
 CLASSES = 128  # up to this many classes one launch does everything
 WIDTH = 1024  # and features of up to this many components
@@ -111,13 +111,9 @@ def tickets(device: torch.device) -> Tensor:
     return _tickets[key]
 
 
-@functools.cache
 def grid_limit(device: torch.device) -> int:
     """Programs of one launch at most: enough to fill the device."""
-    count = 132  # a Hopper's, where kernels are interpreted
-    if device.type == "cuda":
-        count = torch.cuda.get_device_properties(device).multi_processor_count
-    return PROGRAMS * count
+    return PROGRAMS * _tuning.processors(device)
 
 
 def rows_of(values: Tensor) -> Tensor:
@@ -135,10 +131,6 @@ def _blocks(arguments: Arguments) -> _tuning.Launch:
     return _tuning.Launch({"BLOCK_B": 16, "BLOCK_K": columns}, warps, 1)
 
 
-def _contiguous(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.contiguous()
-
-
 def _labels(arguments: Arguments, numbers: Numbers):
     """What the fusion's launches take cross-entropies of."""
     from iib_kernels.ops.fusion.launch import Labels
@@ -153,7 +145,7 @@ def _gating(arguments: Arguments, numbers: Numbers):
 
     tensors = arguments.temperature, arguments.uncertainty_weight, arguments.scale
     parameters = Parameters(*tensors, numbers[6:], arguments.mask)
-    return Gating(parameters, arguments.log_prior, arguments.gate_logits)
+    return Gating(parameters, arguments.log_prior, arguments.gate_logits, arguments.present)
 
 
 def _weights(numbers: Numbers, dtype: torch.dtype, device: torch.device):
@@ -214,18 +206,15 @@ def _run_small(arguments: Arguments) -> Outputs:
     dtype, device = filled.loss.dtype, filled.loss.device
     numbers = Numbers(*arguments.numbers)
     labels, gating = _labels(arguments, numbers), _gating(arguments, numbers)
-    gate = fusion._gate(gating, dtype, device)
-    if arguments.present:
-        gate = fusion.scaled_by_presence(gate)
     config = _blocks(arguments)
     programs = max(1, min(-(-batch // config.blocks["BLOCK_B"]), grid_limit(device)))
     parts = 3 * count + 1
     with on_device(logits[0]):
         tables, how = _prototypes(arguments, dtype)
         kernels.objective_small[(programs,)](
-            fusion._rows(logits),
-            gate,
-            fusion._targets(labels, dtype, device),
+            fusion.rows_argument(logits),
+            fusion.gate_argument(gating, dtype, device),
+            fusion.targets_argument(labels, dtype, device),
             tables,
             _weights(numbers, dtype, device),
             kernels.Outputs(
@@ -271,8 +260,8 @@ def _run_large(arguments: Arguments) -> Outputs:
     }
     with on_device(factors):
         large.prepare[(1,)](
-            fusion._targets(labels, dtype, device),
-            _contiguous(arguments.mask),
+            fusion.targets_argument(labels, dtype, device),
+            contiguous(arguments.mask),
             tuple(value.contiguous() for value in arguments.seen) or None,
             weights,
             divisors,
@@ -282,10 +271,9 @@ def _run_large(arguments: Arguments) -> Outputs:
             **shared,
         )
     entropies = fusion.objective(
-        arguments.logits, labels, gating, factors[: count + 1], present=arguments.present
+        arguments.logits, labels, gating, factors[: count + 1], filled.gradients[:count]
     )
     contrastive = pulled = None
-    gradients = entropies.grad_logits
     if arguments.features:
         inputs = alignment.Inputs(
             arguments.features,
@@ -298,10 +286,12 @@ def _run_large(arguments: Arguments) -> Outputs:
             arguments.mask,
             arguments.ignore_index,
         )
-        by_features, results = alignment.losses_and_gradients(
-            inputs, factors[count + 1 :].view(2, count)
-        )
-        gradients = [*gradients, *by_features]
+        if arguments.grad:
+            shares = factors[count + 1 :].view(2, count)
+            gradients = filled.gradients[count:]
+            _, results = alignment.losses_and_gradients(inputs, shares, gradients)
+        else:
+            results = alignment.forward(inputs, False)
         contrastive, pulled = results.contrastive, results.alignment
     with on_device(factors):
         large.conclude[(1,)](
@@ -317,8 +307,7 @@ def _run_large(arguments: Arguments) -> Outputs:
             BLOCK=256,
             **shared,
         )
-    kept = gradients if arguments.grad else []
-    return Outputs(filled.loss, filled.parts, entropies.weights, kept)
+    return filled._replace(weights=entropies.weights)
 
 
 def scale_gradients(

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from iib_kernels import _runtime
 from iib_kernels._runtime import accumulator, compute_dtype, on_device, scalar
 from iib_kernels._tuning import Launch, power_of_two
+from iib_kernels.ops.arguments import contiguous, matrix
 
 COMPONENTS = 4096  # rows of up to this many components stay in registers
 STREAMED = 1024  # components at a time of wider ones
@@ -53,22 +53,6 @@ def _options() -> dict:
     return options if _runtime.hip() else {**options, "maxnreg": 128}
 
 
-def _matrix(values: Tensor):
-    """A matrix as the kernels take it.
-
-    Row-major strides are constants, from which the compiler sees how wide its loads may be: they
-    are the model's. Others may change with the batch.
-    """
-    from triton.language import constexpr
-
-    from iib_kernels.ops.tiles import Matrix
-
-    row, column = values.stride()
-    if column == 1 or values.shape[1] == 1:
-        return Matrix(values, constexpr(row), constexpr(1))
-    return Matrix(values, row, column)
-
-
 class _Plan:
     """What the launches of one call have in common."""
 
@@ -82,8 +66,8 @@ class _Plan:
         place = lambda kind: torch.empty(count, batch, dtype=kind, device=targets.device)
         self.inverses = lambda: place(dtype)
         self.grid = (-(-classes // how["GROUP"]), count)
-        self.features = tuple(_matrix(values) for values in features)
-        mask = None if mask is None else mask.contiguous()
+        self.features = tuple(matrix(values) for values in features)
+        mask = contiguous(mask)
         self.rows = Rows(targets.contiguous(), mask, place(torch.int32), ignore_index)
         self.shape = batch, classes
         self.constants = {
@@ -105,7 +89,7 @@ def move(prototypes, counts, features, targets, mask, momentum, cosine, ignore_i
     dtype = compute_dtype(*features, *prototypes)
     with on_device(features[0]):
         plan = _Plan(features, targets, mask, ignore_index, classes, dtype)
-        tables = tuple(_matrix(table) for table in prototypes)
+        tables = tuple(matrix(table) for table in prototypes)
         numbers = tuple(Counts(value, value.stride(0)) for value in counts)
         first = plan.features, tables, numbers, plan.rows
         last = scalar(momentum, dtype, features[0].device), *plan.shape
