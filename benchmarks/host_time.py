@@ -106,7 +106,7 @@ def calls(classes: int = 31, batch: int = 64, width: int = 512, count: int = 2) 
         ),
         "the objective": lambda: objective().sum,
     }
-    found = {name: lambda call=call: call() for name, call in forward.items()}
+    found = dict(forward)
     for name, call in forward.items():
         found[f"{name}, backward"] = _backward(call)
     found["the prototypes' update"] = update
@@ -115,11 +115,7 @@ def calls(classes: int = 31, batch: int = 64, width: int = 512, count: int = 2) 
 
 def _backward(call: Callable) -> Callable:
     """Backward alone, of an output made once."""
-    import torch
-
     output = call()()
-    leaf = torch.autograd.graph.Node
-    assert isinstance(output.grad_fn, leaf)
     return lambda: output.backward(retain_graph=True)
 
 
@@ -192,6 +188,7 @@ def table(here: dict, there: dict | None) -> str:
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--against", type=Path, help="another checkout, to be measured in turn")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)

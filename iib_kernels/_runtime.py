@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from iib_kernels.compat import apply, check_transforms, constant, distinct, first_order  # noqa: F401
+from iib_kernels.compat import check_transforms, constant
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 

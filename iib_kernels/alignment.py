@@ -22,7 +22,8 @@ from iib_kernels._checks import (
     refuse_grad,
 )
 from iib_kernels._chunks import rows_per_chunk, spans
-from iib_kernels._runtime import apply, choose, compute_dtype, distinct
+from iib_kernels._runtime import choose, compute_dtype
+from iib_kernels.compat import apply, distinct
 from iib_kernels.cpu import alignment as cpu_alignment
 from iib_kernels.cpu.shared import takes as cpu_takes
 from iib_kernels.ops.alignment.autograd import AlignmentLossFunction
@@ -118,9 +119,7 @@ def alignment_loss(
     mask = check_mask(mask, (batch, len(features)))
     dtype = compute_dtype(*features)
     budgets = check_budgets(budgets, features)
-    check_number(temperature, "temperature")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: expected a number above 0 and finite, got {temperature}")
+    check_temperature(temperature, "temperature")
     check_device(features[0], targets=targets, mask=mask)
     check_unit(unit_prototypes, metric)
     cosine = metric == "cosine"
@@ -163,6 +162,13 @@ def alignment_loss(
     return AlignmentOutput(
         contrastive.sum(0) / divisor, alignment.sum(0) / divisor, confidence.sum(0) / divisor
     )
+
+
+def check_temperature(value: object, name: str) -> None:
+    """TypeError or ValueError unless ``value`` is a number above 0."""
+    check_number(value, name)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a number above 0 and finite, got {value}")
 
 
 def check_unit(unit_prototypes: object, metric: str) -> None:

@@ -25,7 +25,8 @@ from iib_kernels._checks import (
     refuse_grad,
     tensor_list,
 )
-from iib_kernels._runtime import apply, choose, compute_dtype, distinct, eager_on_cpu
+from iib_kernels._runtime import choose, compute_dtype, eager_on_cpu
+from iib_kernels.compat import apply, distinct
 from iib_kernels.cpu import fusion as cpu_fusion
 from iib_kernels.cpu.shared import takes as cpu_takes
 from iib_kernels.ops.fusion.autograd import FusionCrossEntropyFunction, GatedFusionFunction
@@ -112,7 +113,7 @@ def gated_fusion(
     )
     if values is None and cpu_fusion.is_plain(impl, logits, options):
         return FusionOutput(*cpu_fusion.gated_fusion(logits, *options))
-    logits, arguments, dtype = _prepare(
+    logits, arguments, dtype = prepare(
         logits, log_prior, gate_logits, temperature, uncertainty_weight, scale, mask
     )
     values = _check_values(values, logits)
@@ -185,7 +186,7 @@ def fusion_cross_entropy(
     if plain and cpu_fusion.is_plain(impl, logits, options, targets):
         how = {"reduction": reduction, "complete": True}
         return FusionLossOutput(*cpu_fusion.fusion_cross_entropy(logits, targets, *options, **how))
-    logits, arguments, _ = _prepare(
+    logits, arguments, _ = prepare(
         logits, log_prior, gate_logits, temperature, uncertainty_weight, scale, mask
     )
     leading, count = logits[0].shape[:-1], len(logits)
@@ -193,7 +194,7 @@ def fusion_cross_entropy(
     targets = check_targets(
         targets, leading, logits[0].shape[-1], ignore_index, replace=implementation == "reference"
     )
-    _check_labels(weight, label_smoothing, logits[0])
+    check_labels(weight, label_smoothing, logits[0])
     check_device(logits[0], targets=targets, weight=weight)
     if implementation == "triton":
         numbers, mask, *tensors = _flat(logits, (), **arguments)
@@ -254,7 +255,7 @@ def _divisors(counts: Tensor, targets: Tensor, weight: Tensor | None, dtype: tor
     return torch.where(total == 0, 1, total)
 
 
-def _check_labels(weight: object, label_smoothing: object, logits: Tensor) -> None:
+def check_labels(weight: object, label_smoothing: object, logits: Tensor) -> None:
     """TypeError or ValueError unless both are as ``F.cross_entropy`` takes them."""
     if weight is not None:
         classes = logits.shape[-1]
@@ -282,7 +283,7 @@ def _check_values(values: object, logits: list[Tensor]) -> list[Tensor] | None:
     return values
 
 
-def _prepare(logits, log_prior, gate_logits, temperature, uncertainty_weight, scale, mask):
+def prepare(logits, log_prior, gate_logits, temperature, uncertainty_weight, scale, mask):
     """Checked arguments: the logits as a list, the others by name, and the fused logits' dtype.
 
     The names are those of :func:`~iib_kernels.reference.gated_fusion`.

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from iib_kernels._checks import check_device, check_number, check_shape, check_targets, describe
 from iib_kernels._runtime import choose, compute_dtype
-from iib_kernels.alignment import alignment_loss, check_budgets, check_unit
+from iib_kernels.alignment import alignment_loss, check_budgets, check_temperature, check_unit
 from iib_kernels.compat import apply, distinct
 from iib_kernels.cpu import objective as cpu_objective
 from iib_kernels.cpu.shared import takes as cpu_takes
-from iib_kernels.fusion import _check_labels, _prepare, fusion_cross_entropy
+from iib_kernels.fusion import check_labels, fusion_cross_entropy, prepare
 from iib_kernels.ops.objective.autograd import MultimodalObjectiveFunction
 from iib_kernels.prototype import check_modalities
 from iib_kernels.update import snapshot
@@ -146,13 +146,15 @@ def multimodal_objective(
         "metric": metric,
         "unit_prototypes": unit_prototypes,
     }
-    _check_options(prototype_temperature, metric, unit_prototypes)
+    check_temperature(prototype_temperature, "prototype_temperature")
+    check_unit(unit_prototypes, metric)
+    call = _Call(logits, gate, labels, tables, weights, options)
     if choose(impl, *logits) == "triton":
         if not _asks_gradient(gate):
-            return _by_kernels(logits, gate, labels, tables, weights, options)
-    elif _on_cpu(impl, logits, gate, labels, tables):
-        return _on_the_cpu(logits, gate, labels, tables, weights, options)
-    return _composed(logits, gate, labels, tables, weights, options, impl)
+            return _by_kernels(call)
+    elif _on_cpu(impl, call):
+        return _on_the_cpu(call)
+    return _composed(call, impl)
 
 
 class _Tables(NamedTuple):
@@ -164,18 +166,23 @@ class _Tables(NamedTuple):
     seen: list[Tensor] | None  # M of [K]
 
 
+class _Call(NamedTuple):
+    """The arguments, checked."""
+
+    logits: list[Tensor]  # M of [B, K]
+    gate: dict  # what fusion makes weights of
+    labels: dict  # what cross-entropies are taken of
+    tables: _Tables | None  # None: without prototype losses
+    weights: ObjectiveWeights
+    options: dict  # of the prototype losses
+
+
 # ----- Implementations
 
 
-def _by_kernels(
-    logits: list[Tensor],
-    gate: dict,
-    labels: dict,
-    tables: _Tables | None,
-    weights: ObjectiveWeights,
-    options: dict,
-) -> ObjectiveOutput:
+def _by_kernels(call: _Call) -> ObjectiveOutput:
     """Triton: losses and gradients in one pass."""
+    logits, gate, labels, tables, weights, options = call
     count, present = len(logits), isinstance(gate["scale"], str)
     parameters = [gate[name] for name in ("temperature", "uncertainty_weight", "scale")]
     numbers = [1.0 if isinstance(value, (Tensor, str)) else float(value) for value in parameters]
@@ -206,23 +213,16 @@ def _by_kernels(
     return ObjectiveOutput(loss, ObjectiveParts(fused, *others), shares)
 
 
-def _on_cpu(
-    impl: str, logits: list[Tensor], gate: dict, labels: dict, tables: _Tables | None
-) -> bool:
+def _on_cpu(impl: str, call: _Call) -> bool:
     """Whether the implementation for a CPU takes the call."""
+    logits, gate, labels, tables = call[:4]
     flat = [] if tables is None else [*tables.features, *tables.prototypes, tables.budgets]
     return cpu_takes(impl, *logits, *gate.values(), *labels.values(), *flat)
 
 
-def _on_the_cpu(
-    logits: list[Tensor],
-    gate: dict,
-    labels: dict,
-    tables: _Tables | None,
-    weights: ObjectiveWeights,
-    options: dict,
-) -> ObjectiveOutput:
+def _on_the_cpu(call: _Call) -> ObjectiveOutput:
     """Losses and gradients in one pass, chunk by chunk."""
+    logits, gate, labels, tables, weights, options = call
     dtype = compute_dtype(*logits, *(() if tables is None else tables.features))
     raised = _to(gate, dtype, but="mask")
     if isinstance(gate["scale"], str):  # "present"
@@ -246,16 +246,9 @@ def _on_the_cpu(
     return ObjectiveOutput(loss, ObjectiveParts(*parts), shares)
 
 
-def _composed(
-    logits: list[Tensor],
-    gate: dict,
-    labels: dict,
-    tables: _Tables | None,
-    weights: ObjectiveWeights,
-    options: dict,
-    impl: str,
-) -> ObjectiveOutput:
+def _composed(call: _Call, impl: str) -> ObjectiveOutput:
     """The sum of what the two functions return."""
+    logits, gate, labels, tables, weights, options = call
     entropies = fusion_cross_entropy(logits, **gate, **labels, impl=impl)
     contrastive = alignment = torch.zeros_like(entropies.unimodal)
     loss = weights.fused * entropies.fused + weights.unimodal * entropies.unimodal.sum()
@@ -303,14 +296,14 @@ def _check_fusion(
     logits: object, targets: object, gate: dict, labels: dict, impl: str
 ) -> tuple[list[Tensor], dict, dict]:
     """Checked logits M of [B, K], gate arguments and labels, each by name."""
-    logits, checked, _ = _prepare(logits, **gate)
+    logits, checked, _ = prepare(logits, **gate)
     if logits[0].dim() != 2:
         raise ValueError(f"logits[0]: expected shape [B, K], got {describe(logits[0])}")
     (batch, classes), ignore_index = logits[0].shape, labels["ignore_index"]
     # Kernels look at each target themselves
     replace = choose(impl, *logits) == "reference"
     targets = check_targets(targets, (batch,), classes, ignore_index, replace=replace)
-    _check_labels(labels["weight"], labels["label_smoothing"], logits[0])
+    check_labels(labels["weight"], labels["label_smoothing"], logits[0])
     check_device(logits[0], targets=targets, weight=labels["weight"])
     return logits, checked, {"targets": targets, **labels}
 
@@ -345,16 +338,6 @@ def _check_tables(
         budgets = torch.ones(count, dtype=compute_dtype(*features), device=targets.device)
     budgets = check_budgets(budgets, features)
     return _Tables(features, prototypes, budgets, seen)
-
-
-def _check_options(temperature: object, metric: str, unit_prototypes: object) -> None:
-    """The prototype losses' numbers."""
-    check_number(temperature, "prototype_temperature")
-    if not 0 < temperature < math.inf:
-        raise ValueError(
-            f"prototype_temperature: expected a number above 0 and finite, got {temperature}"
-        )
-    check_unit(unit_prototypes, metric)
 
 
 def _check_weights(weights: object) -> ObjectiveWeights:

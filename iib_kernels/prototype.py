@@ -19,7 +19,8 @@ from iib_kernels._checks import (
     tensor_list,
 )
 from iib_kernels._chunks import rows_per_chunk, spans
-from iib_kernels._runtime import apply, choose, compute_dtype, distinct
+from iib_kernels._runtime import choose, compute_dtype
+from iib_kernels.compat import apply, distinct
 from iib_kernels.ops.distance.autograd import PrototypeDistanceFunction
 from iib_kernels.ops.nearest.autograd import NearestPrototypeFunction
 

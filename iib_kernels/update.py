@@ -25,7 +25,8 @@ from iib_kernels._checks import (
     tensor_list,
 )
 from iib_kernels._chunks import rows_per_chunk, spans
-from iib_kernels._runtime import apply, choose, compute_dtype, distinct, eager_on_cpu
+from iib_kernels._runtime import choose, compute_dtype, eager_on_cpu
+from iib_kernels.compat import apply, distinct
 from iib_kernels.ops.update.autograd import CLASS_SUMS, MOVE, SNAPSHOT, UpdatePrototypesFunction
 from iib_kernels.prototype import METRICS
 

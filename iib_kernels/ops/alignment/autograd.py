@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from iib_kernels._registration import register
-from iib_kernels._runtime import first_order
+from iib_kernels.compat import first_order
 from iib_kernels.ops.alignment.launch import Inputs, Results, backward, empty_results, forward
 
 

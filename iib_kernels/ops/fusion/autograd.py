@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from iib_kernels._registration import register
-from iib_kernels._runtime import compute_dtype, first_order
+from iib_kernels._runtime import compute_dtype
+from iib_kernels.compat import first_order
 from iib_kernels.ops.fusion import launch
 from iib_kernels.ops.fusion.launch import Gating, Labels, Needs, Parameters
 
@@ -124,7 +125,7 @@ def _call_fusion_backward(numbers, count, needs, mask, *tensors):
 
     ``tensors`` are temperature, uncertainty_weight and scale, then weights and statistics, then
     three upstream gradients, then M logits and the values. They arrive flat because autograd sees
-    only tensors that are arguments themselves (:func:`~iib_kernels._runtime.first_order`).
+    only tensors that are arguments themselves (:func:`~iib_kernels.compat.first_order`).
     """
     parameters, rest = (*tensors[:3], numbers, mask), tensors[3:8]
     logits, values = tensors[8 : 8 + count], tensors[8 + count :]

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 
 from iib_kernels._registration import register
-from iib_kernels._runtime import compute_dtype, first_order
+from iib_kernels._runtime import compute_dtype
+from iib_kernels.compat import first_order
 from iib_kernels.ops.nearest import launch
 
 # ----- Calls
