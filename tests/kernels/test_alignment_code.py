@@ -5,18 +5,13 @@ Compiled in a process of its own: the interpreter and the compiler cannot share 
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-from collections import Counter
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parents[2]
+from machine_code import compiled, count, instructions, rows_of, write_rows
+
 CASES = {  # types of features and prototypes, D, and precision of float32 products
     "bf16": ("bfloat16", "bfloat16", 512, "highest"),
     "fp16": ("float16", "float16", 512, "highest"),
@@ -26,24 +21,10 @@ CASES = {  # types of features and prototypes, D, and precision of float32 produ
 }
 
 
-def instructions(cubin: bytes, path: Path, cuobjdump: Path) -> Counter:
-    """How often each instruction stands in the code (not how often it runs)."""
-    path.write_bytes(cubin)
-    text = subprocess.run(
-        [cuobjdump, "-sass", path], capture_output=True, text=True, check=True
-    ).stdout
-    return Counter(
-        re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", text, re.M)
-    )
-
-
-def compile_all(folder: Path) -> list[dict]:
+def compile_all() -> list[dict]:
     """A row for every launch of a forward that keeps, and one that does not."""
-    import torch
-    import triton
-
-    sys.path.insert(0, str(ROOT / "tests"))
     import aot
+    import torch
 
     from iib_kernels import _tuning
     from iib_kernels.ops.alignment import launch
@@ -73,10 +54,7 @@ def compile_all(folder: Path) -> list[dict]:
             if entry[0].__name__.startswith(("attend", "evidence"))
         ]
         for kernel, named, options in launches:
-            compiled = triton.compile(
-                aot.source(kernel, named), target=aot.TARGETS["sm_90"], options=options
-            )
-            code = instructions(compiled.asm["cubin"], folder / "kernel.cubin", aot.CUOBJDUMP)
+            code = compiled(kernel, named, options)
             rows.append(
                 {
                     "case": name,
@@ -84,9 +62,9 @@ def compile_all(folder: Path) -> list[dict]:
                     "across": bool(named.get("ACROSS")),
                     "warps": options["num_warps"],
                     "blocks": {key: named[key] for key in named if key.startswith("BLOCK")},
-                    "code": code,
-                    "ttgir": compiled.asm["ttgir"],
-                    **aot.resources(compiled),
+                    "code": instructions(code),
+                    "ttgir": code.asm["ttgir"],
+                    **aot.resources(code),
                 }
             )
     return rows
@@ -95,20 +73,7 @@ def compile_all(folder: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """The compiled launches of every case."""
-    folder = tmp_path_factory.mktemp("code")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run(
-        [sys.executable, __file__, folder],
-        env={**environment, "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        check=True,
-        timeout=1200,
-    )
-    return json.loads((folder / "rows.json").read_text())
-
-
-def count(row: dict, prefix: str) -> int:
-    return sum(number for name, number in row["code"].items() if name.startswith(prefix))
+    return rows_of(__file__, tmp_path_factory.mktemp("code"))
 
 
 @pytest.mark.slow
@@ -159,5 +124,4 @@ def test_barriers_of_a_block_of_classes_are_few(rows):
 
 
 if __name__ == "__main__":
-    place = Path(sys.argv[1])
-    (place / "rows.json").write_text(json.dumps(compile_all(place)))
+    write_rows(compile_all())

@@ -1,23 +1,13 @@
 """The fusion kernels' machine code for sm_90, compiled ahead of time: loads, barriers, registers.
 
-    python tests/kernels/test_fusion_code.py OUTPUT.json
-
-compiles them. It needs TRITON_INTERPRET unset, so the test runs it in a process of its own.
+Compiled in a process of its own: the interpreter and the compiler cannot share one.
 """
-
-import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from collections import Counter
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parents[2]
+from machine_code import compiled, count, instructions, resident_warps, rows_of, write_rows
+
 CASES = [
     (dtype, modalities, classes, what)
     for dtype in ("bf16", "fp32")
@@ -26,39 +16,17 @@ CASES = [
 ] + [("bf16", 2, 5000, what) for what in ("logits", "losses", "objective")]
 
 
-def instructions(aot, compiled) -> Counter:
-    """How often each instruction stands in the code (not how often it runs)."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [aot.CUOBJDUMP, "-sass", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    pattern = r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)"
-    return Counter(re.findall(pattern, text, re.M))
-
-
-def resident_warps(registers: int, warps: int) -> int:
-    """Warps that a multiprocessor holds: 65,536 registers, in units of 256 a warp."""
-    return min(65536 // (-(-registers * 32 // 256) * 256 * warps), 64 // warps, 32) * warps
-
-
-def main(output: str) -> None:
-    """Compile every case and write what the tests look at."""
-    sys.path.insert(0, str(ROOT / "tests"))
+def compile_all() -> list[dict]:
+    """What the tests look at, of every case."""
     import aot
-    import triton
 
     rows = []
     for case in CASES:
         dtype, *rest = case
         for kernel, named, options in aot.recorded(lambda: aot._fusion(aot.DTYPES[dtype], *rest)):
-            compiled = triton.compile(
-                aot.source(kernel, named), target=aot.TARGETS["sm_90"], options=options
-            )
-            count = instructions(aot, compiled)
-            total = lambda start: sum(n for name, n in count.items() if name.startswith(start))
-            used = aot.resources(compiled)
-            warps = options["num_warps"]
+            code = compiled(kernel, named, options)
+            found, used, warps = instructions(code), aot.resources(code), options["num_warps"]
+            row = {"code": found}
             rows.append(
                 {
                     "kernel": kernel.__name__,
@@ -66,26 +34,22 @@ def main(output: str) -> None:
                     "warps": warps,
                     "registers": used["registers"],
                     "spills": used["spills"],
-                    "resident": resident_warps(used["registers"], warps),
-                    "barriers": total("BAR"),
-                    "wide loads": count["LDG.E.128"],
-                    "wide stores": count["STG.E.128"],
-                    "asynchronous": total("LDGSTS"),
+                    "resident": resident_warps(used["registers"], warps, used["shared"]),
+                    "barriers": count(row, "BAR"),
+                    "wide loads": found["LDG.E.128"],
+                    "wide stores": found["STG.E.128"],
+                    "asynchronous": count(row, "LDGSTS"),
                     # of logits, where the case's dtype has two bytes: [B, M] and targets have not
-                    "narrow loads": count["LDG.E.U16"],
+                    "narrow loads": found["LDG.E.U16"],
                 }
             )
-    Path(output).write_text(json.dumps(rows))
+    return rows
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    output = tmp_path_factory.mktemp("code") / "rows.json"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{environment.get('PYTHONPATH', '')}"}
-    command = [sys.executable, __file__, str(output)]
-    subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=900)
-    return json.loads(output.read_text())
+    """The compiled launches of every case."""
+    return rows_of(__file__, tmp_path_factory.mktemp("code"))
 
 
 @pytest.mark.slow
@@ -121,4 +85,4 @@ def test_twelve_warps_or_more_on_a_multiprocessor_and_no_spills(rows):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    write_rows(compile_all())

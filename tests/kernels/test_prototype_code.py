@@ -6,18 +6,11 @@ share one.
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
-import sys
-from collections import Counter
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parents[2]
+from machine_code import compiled, count, instructions, resident_warps, rows_of, write_rows
+
 # Operator, types of features and prototypes, rows, classes, widths, precision of float32 products
 CASES = {
     "update": ("update", "bfloat16", "float32", 4096, 1000, (768, 768), "highest"),
@@ -37,17 +30,6 @@ CASES = {
     "nearest large odd": ("nearest", "bfloat16", "float32", 4096, 1000, (768, 77), "highest"),
     "nearest large tf32": ("nearest", "float32", "float32", 4096, 1000, (768,), "high"),
 }
-
-
-def instructions(cubin: bytes, path: Path, cuobjdump: Path) -> Counter:
-    """How often each instruction stands in the code (not how often it runs)."""
-    path.write_bytes(cubin)
-    text = subprocess.run(
-        [cuobjdump, "-sass", path], capture_output=True, text=True, check=True
-    ).stdout
-    return Counter(
-        re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", text, re.M)
-    )
 
 
 def calls(torch):
@@ -70,29 +52,23 @@ def calls(torch):
             yield name, lambda: torch.ops.iib.nearest_prototype(features, tables, True, [])
 
 
-def compile_all(folder: Path) -> list[dict]:
+def compile_all() -> list[dict]:
     """A row for every launch of every case."""
-    import torch
-    import triton
-
-    sys.path.insert(0, str(ROOT / "tests"))
     import aot
+    import torch
 
     rows = []
     for name, call in calls(torch):
         for kernel, named, options in aot.recorded(call):
-            compiled = triton.compile(
-                aot.source(kernel, named), target=aot.TARGETS["sm_90"], options=options
-            )
-            code = instructions(compiled.asm["cubin"], folder / "kernel.cubin", aot.CUOBJDUMP)
+            code = compiled(kernel, named, options)
             rows.append(
                 {
                     "case": name,
                     "kernel": kernel.__name__,
                     "warps": options["num_warps"],
                     "arguments": len(named),
-                    "code": code,
-                    **aot.resources(compiled),
+                    "code": instructions(code),
+                    **aot.resources(code),
                 }
             )
     return rows
@@ -101,29 +77,11 @@ def compile_all(folder: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """The compiled launches of every case."""
-    folder = tmp_path_factory.mktemp("code")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run(
-        [sys.executable, __file__, folder],
-        env={**environment, "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        check=True,
-        timeout=1200,
-    )
-    return json.loads((folder / "rows.json").read_text())
+    return rows_of(__file__, tmp_path_factory.mktemp("code"))
 
 
-def count(row: dict, prefix: str) -> int:
-    return sum(number for name, number in row["code"].items() if name.startswith(prefix))
-
-
-def resident_warps(row: dict) -> int:
-    """Warps of a kernel that a Hopper multiprocessor holds at once."""
-    per_warp = -(-row["registers"] * 32 // 256) * 256
-    programs = min(
-        65536 // (per_warp * row["warps"]), 64 // row["warps"], 227 * 1024 // (row["shared"] + 1024)
-    )
-    return programs * row["warps"]
+def resident(row: dict) -> int:
+    return resident_warps(row["registers"], row["warps"], row["shared"])
 
 
 def one(rows, case, kernel):
@@ -176,7 +134,7 @@ def test_rows_of_the_update_load_16_bytes_and_two_programs_fit(rows):
     for name in CASES:
         if name.startswith("update"):
             row = one(rows, name, "move_prototypes")
-            assert resident_warps(row) >= 16 and not row["spills"], row
+            assert resident(row) >= 16 and not row["spills"], row
             assert count(row, "LDG.E.128"), row
     assert count(one(rows, "update", "move_prototypes"), "LDG.E.U16") == 0
 
@@ -184,11 +142,10 @@ def test_rows_of_the_update_load_16_bytes_and_two_programs_fit(rows):
 @pytest.mark.slow
 def test_small_launches_find_room(rows):
     for case, kernel in (("distance", "distance_forward"), ("nearest", "nearest_forward")):
-        assert resident_warps(one(rows, case, kernel)) >= 12
+        assert resident(one(rows, case, kernel)) >= 12
     for row in rows:
         assert row["arguments"] <= 20, row
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    (target / "rows.json").write_text(json.dumps(compile_all(target)))
+    write_rows(compile_all())
