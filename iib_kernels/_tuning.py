@@ -27,8 +27,11 @@ class Launch(NamedTuple):
 
     def options(self) -> dict[str, int | bool]:
         """Keyword arguments of the launch."""
+        return {**self.blocks, **self.compiler()}
+
+    def compiler(self) -> dict[str, int | bool]:
+        """Those among them that are the compiler's."""
         options = {
-            **self.blocks,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,

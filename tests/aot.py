@@ -401,7 +401,8 @@ CALLS = {
 
 def _modalities(named: dict) -> int:
     """How many modalities a launch is given, 1 where it has no such number."""
-    return int(named["M"] if "M" in named else getattr(named.get("HOW"), "M", 1))
+    constants = named.get("plan", named.get("HOW"))
+    return int(named["M"] if "M" in named else getattr(constants, "M", 1))
 
 
 def compile_variant(variant: tuple[str, tuple, tuple[str, ...]]) -> list[dict]:

@@ -41,6 +41,7 @@ SMALL = {
 SHARED = {
     "prototypes",
     "prototypes.ptr",
+    "flow.prototypes",
     "prototypes.squares_ptr",
     "rows.seen",
     "seen_ptrs",

@@ -215,6 +215,25 @@ def _upstream(fused: Tensor | None, *small: Tensor | None):
     return Upstream(None if fused is None else rows_argument([fused]), *map(contiguous, small))
 
 
+@functools.lru_cache(256)
+def plan_argument(
+    classes: int,
+    modalities: int,
+    dtype: torch.dtype,
+    joint: bool,
+    rows: int,
+    columns: int,
+    width: int = 1,
+    components: int = 1,
+):
+    """Plan (loading.py), in the order of its fields; ``dtype`` is what things are computed in."""
+    from iib_kernels.ops.fusion.loading import Plan
+
+    fields = classes, modalities, accumulator(dtype), joint, rows, columns, width, components
+    # The compiler passes on what is a constexpr, and the interpreter counts with what is none
+    return Plan(*(fields if interpreting() else map(constant, fields)))
+
+
 def _launch(
     name: str,
     logits: Sequence[Tensor],
@@ -233,13 +252,20 @@ def _launch(
 
     def launch(config: _tuning.Launch) -> None:
         programs = _programs(config, batch, device)
-        options = {**config.options(), "enable_fp_fusion": False}
+        options = {**config.compiler(), "enable_fp_fusion": False}
         if "maxnreg" in options:
             options["maxnreg"] = _registers(config.num_warps, not registers, count)
-        if values:
-            options |= {"D": values[0].shape[1], "BLOCK_D": _components(values, config)}
-        constants = {"K": classes, "M": count, "ACC": accumulator(dtype), "JOINT": _joint(config)}
-        kernel[(programs,)](*arguments(programs), batch, **constants, **options)
+        components = (values[0].shape[1], _components(values, config)) if values else ()
+        plan = plan_argument(
+            classes,
+            count,
+            dtype,
+            _joint(config),
+            config.blocks.get("BLOCK_B", 1),
+            config.blocks["BLOCK_K"],
+            *components,
+        )
+        kernel[(programs,)](*arguments(programs), batch, plan, **options)
 
     with on_device(logits[0]):
         _tuning.run(
@@ -298,9 +324,9 @@ def _kernel(name: str, registers: bool):
     return (in_rows if registers else in_streams)[name]
 
 
-def _kept(statistics: Tensor) -> tuple:
-    """The statistics as an argument of streamed kernels; the others have none."""
-    return (statistics,) if statistics.shape[1] else ()
+def _statistics(kept: Tensor) -> Tensor | None:
+    """The statistics as an argument: rows in registers have none."""
+    return kept if kept.shape[1] else None
 
 
 # ----- Launches
@@ -330,15 +356,13 @@ def fusion(
     kept: Tensor,
 ) -> None:
     """Fill the fused logits (or values), weights, uncertainty and statistics."""
+    from iib_kernels.ops.fusion.loading import Fusion
+
     gate = gate_argument(gating, weights.dtype, weights.device)
     given = (rows_argument(values),) if values else ()
-    outputs = (fused, weights, uncertainty, *_kept(kept))
-    _launch(
-        "values" if values else "fusion",
-        logits,
-        lambda programs: (rows_argument(logits), gate, *given, *outputs),
-        values,
-    )
+    outputs = Fusion(fused, weights, uncertainty, _statistics(kept))
+    arguments = lambda programs: (rows_argument(logits), gate, *given, outputs)
+    _launch("values" if values else "fusion", logits, arguments, values)
 
 
 def fusion_backward(
@@ -354,12 +378,16 @@ def fusion_backward(
     gradients, partial = _gradients(logits, needs, values)
     if not len(weights):
         return gradients
+    from iib_kernels.ops.fusion.loading import Kept
+
     by_fused, by_weights, by_uncertainty = upstream
     gate = gate_argument(Gating(parameters), weights.dtype, weights.device)
     given = (rows_argument(values),) if values else ()
-    given += (weights, *_kept(kept), _upstream(by_fused, None, None, by_weights, by_uncertainty))
+    given += (
+        Kept(weights, _statistics(kept)),
+        _upstream(by_fused, None, None, by_weights, by_uncertainty),
+    )
     arguments = lambda programs: (rows_argument(logits), gate, *given, partial(programs))
-
     _launch("values_backward" if values else "fusion_backward", logits, arguments, values)
     return partial.summed()
 
@@ -375,13 +403,13 @@ def cross_entropy(
     kept: Tensor,
 ) -> None:
     """Fill the cross-entropies [B] and [B, M], weights, which rows count, and statistics."""
+    from iib_kernels.ops.fusion.loading import CrossEntropies
+
     device = weights.device
-    gate, targets = (
-        gate_argument(gating, weights.dtype, device),
-        targets_argument(labels, weights.dtype, device),
-    )
-    outputs = (nll, unimodal, weights, counts, *_kept(kept))
-    arguments = lambda programs: (rows_argument(logits), gate, targets, *outputs)
+    gate = gate_argument(gating, weights.dtype, device)
+    targets = targets_argument(labels, weights.dtype, device)
+    outputs = CrossEntropies(nll, unimodal, weights, counts, _statistics(kept))
+    arguments = lambda programs: (rows_argument(logits), gate, targets, outputs)
     _launch("cross_entropy", logits, arguments, smoothed=bool(labels.smoothing))
 
 
@@ -398,10 +426,12 @@ def cross_entropy_backward(
     gradients, partial = _gradients(logits, needs)
     if not len(weights):
         return gradients
+    from iib_kernels.ops.fusion.loading import Kept
+
     device = weights.device
     gate = gate_argument(Gating(parameters), weights.dtype, device)
     targets = targets_argument(labels, weights.dtype, device)
-    given = (weights, *_kept(kept), _upstream(None, *upstream, None))
+    given = (Kept(weights, _statistics(kept)), _upstream(None, *upstream, None))
     arguments = lambda programs: (rows_argument(logits), gate, targets, *given, partial(programs))
     _launch("cross_entropy_backward", logits, arguments, smoothed=bool(labels.smoothing))
     return partial.summed()

@@ -71,6 +71,32 @@ class Upstream(NamedTuple):
     uncertainty_ptr: tl.tensor  # [B, M]
 
 
+class Fusion(NamedTuple):
+    """Where the fused rows go, and what they come from."""
+
+    fused_ptr: tl.tensor  # [B, K], or [B, D] of values
+    weights_ptr: tl.tensor  # [B, M]
+    uncertainty_ptr: tl.tensor  # [B, M]
+    statistics_ptr: tl.tensor  # of streamed rows
+
+
+class CrossEntropies(NamedTuple):
+    """Where the cross-entropies go, and what they come from."""
+
+    nll_ptr: tl.tensor  # [B] of the fused logits
+    unimodal_ptr: tl.tensor  # [B, M] of each modality's own
+    weights_ptr: tl.tensor  # [B, M]
+    counts_ptr: tl.tensor  # [B, M + 1] which rows count
+    statistics_ptr: tl.tensor  # of streamed rows
+
+
+class Kept(NamedTuple):
+    """What forward keeps for backward."""
+
+    weights_ptr: tl.tensor  # [B, M]
+    statistics_ptr: tl.tensor  # of streamed rows
+
+
 class Grads(NamedTuple):
     """Where gradients go; None for one that is not asked for."""
 
@@ -78,6 +104,19 @@ class Grads(NamedTuple):
     values_ptrs: tl.tuple  # M of [B, D]
     gate_ptr: tl.tensor  # [B, M]
     partial_ptr: tl.tensor  # [programs, 3 M + 1], see partial.py
+
+
+class Plan(NamedTuple):
+    """What a launch knows before it runs; constants only."""
+
+    K: tl.constexpr  # classes
+    M: tl.constexpr  # modalities
+    ACC: tl.constexpr  # type that everything is computed in
+    JOINT: tl.constexpr  # whether a round's reductions are one, see tiles.py
+    BLOCK_B: tl.constexpr  # rows of a block: 1 where they are streamed
+    BLOCK_K: tl.constexpr  # classes of a block: all of them, unless they are streamed
+    D: tl.constexpr  # components of the values, if there are any
+    BLOCK_D: tl.constexpr  # components of a block
 
 
 class Block(NamedTuple):
@@ -98,40 +137,40 @@ def load_parameter(parameter, m, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_numbers(gate, M: tl.constexpr, ACC: tl.constexpr):
+def load_numbers(gate, plan):
     """The Numbers of a Gate."""
     inverse = ()
     kappa = ()
-    for m in tl.static_range(M):
-        inverse = inverse + (1.0 / load_parameter(gate.temperature, m, ACC),)
-        kappa = kappa + (load_parameter(gate.kappa, m, ACC),)
-    gamma = tl.full((), 1.0, ACC)
+    for m in tl.static_range(plan.M):
+        inverse = inverse + (1.0 / load_parameter(gate.temperature, m, plan.ACC),)
+        kappa = kappa + (load_parameter(gate.kappa, m, plan.ACC),)
+    gamma = tl.full((), 1.0, plan.ACC)
     if gate.scale.ptr is not None or gate.scale.number is not None:
-        gamma = load_parameter(gate.scale, 0, ACC)
+        gamma = load_parameter(gate.scale, 0, plan.ACC)
     return Numbers(inverse, kappa, gamma)
 
 
 @triton.jit
-def load_block(gate, number, batch, SIZE: tl.constexpr, M: tl.constexpr):
-    """The Block of that number, of SIZE rows; without a mask, every modality is there."""
-    offs_b = (number * SIZE + tl.arange(0, SIZE)).to(tl.int64)
+def load_block(gate, number, batch, plan):
+    """The Block of that number; without a mask, every modality is there."""
+    offs_b = (number * plan.BLOCK_B + tl.arange(0, plan.BLOCK_B)).to(tl.int64)
     mask_b = offs_b < batch
     available = ()
-    for m in tl.static_range(M):
+    for m in tl.static_range(plan.M):
         if gate.mask_ptr is None:
             available = available + (mask_b,)
         else:
-            present = tl.load(gate.mask_ptr + offs_b * M + m, mask=mask_b, other=0) != 0
+            present = tl.load(gate.mask_ptr + offs_b * plan.M + m, mask=mask_b, other=0) != 0
             available = available + (present,)
     return Block(offs_b, mask_b, available)
 
 
 @triton.jit
-def row_numbers(numbers, gate, block, M: tl.constexpr, ACC: tl.constexpr):
+def row_numbers(numbers, gate, block):
     """The Numbers of a Block. Without a scale, gamma [B] counts the modalities that are there."""
     if gate.scale.ptr is None and gate.scale.number is None:
-        gamma = tl.zeros((block.offs.shape[0],), ACC)
-        for m in tl.static_range(M):
+        gamma = tl.zeros((block.offs.shape[0],), numbers.gamma.dtype)
+        for m in tl.static_range(len(block.available)):
             gamma += tl.where(block.available[m], 1.0, 0.0)
         return Numbers(numbers.inverse, numbers.kappa, gamma)
     else:
@@ -139,36 +178,39 @@ def row_numbers(numbers, gate, block, M: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_scores(gate, block, M: tl.constexpr, ACC: tl.constexpr):
+def load_scores(gate, block, plan):
     """log-prior + gate logits of each modality, [B]; 0 where neither was given."""
     scores = ()
-    for m in tl.static_range(M):
-        score = tl.zeros((block.offs.shape[0],), ACC)
+    for m in tl.static_range(plan.M):
+        score = tl.zeros((block.offs.shape[0],), plan.ACC)
         if gate.log_prior_ptr is not None:
-            score += tl.load(gate.log_prior_ptr + m).to(ACC)
+            score += tl.load(gate.log_prior_ptr + m).to(plan.ACC)
         if gate.logits_ptr is not None:
-            ptrs = gate.logits_ptr + block.offs * M + m
-            score += tl.load(ptrs, mask=block.mask, other=0.0).to(ACC)
+            ptrs = gate.logits_ptr + block.offs * plan.M + m
+            score += tl.load(ptrs, mask=block.mask, other=0.0).to(plan.ACC)
         scores = scores + (score,)
     return scores
 
 
 @triton.jit
-def load_each(ptr, offs_b, mask_b, M: tl.constexpr, ACC: tl.constexpr):
+def load_each(ptr, offs_b, mask_b, plan):
     """The columns [B] of a contiguous [B, M], 0 outside of the mask; or none."""
     if ptr is None:
         return ()
     else:
         found = ()
-        for m in tl.static_range(M):
-            found = found + (tl.load(ptr + offs_b * M + m, mask=mask_b, other=0.0).to(ACC),)
+        for m in tl.static_range(plan.M):
+            found = found + (
+                tl.load(ptr + offs_b * plan.M + m, mask=mask_b, other=0.0).to(plan.ACC),
+            )
         return found
 
 
 @triton.jit
-def store_each(ptr, block, values, M: tl.constexpr):
-    """Write a tuple of [B] into the columns of a contiguous [B, M], if there is one."""
+def store_each(ptr, block, values):
+    """Write M of [B] into the columns of a contiguous [B, M], if there is one."""
     if ptr is not None:
+        M: tl.constexpr = len(values)
         for m in tl.static_range(M):
             tl.store(ptr + block.offs * M + m, values[m], mask=block.mask)
 
@@ -183,51 +225,51 @@ def load_matrix(rows, m, offs_b, mask_b, offs_k, mask_k, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_scaled(
-    logits, numbers, block, offs_k, K: tl.constexpr, M: tl.constexpr, ACC: tl.constexpr
-):
+def load_scaled(logits, numbers, block, offs_k, plan):
     """Each modality's logits over their temperature: a tuple of tiles t (see tiles.py)."""
     found = ()
-    for m in tl.static_range(M):
-        raw = load_matrix(logits, m, block.offs, block.available[m], offs_k, offs_k < K, ACC)
-        found = found + (tl.where((offs_k < K)[None, :], raw * numbers.inverse[m], NEVER),)
+    for m in tl.static_range(plan.M):
+        raw = load_matrix(
+            logits, m, block.offs, block.available[m], offs_k, offs_k < plan.K, plan.ACC
+        )
+        found = found + (tl.where((offs_k < plan.K)[None, :], raw * numbers.inverse[m], NEVER),)
     return found
 
 
 @triton.jit
-def load_target_logits(logits, numbers, block, labels, M: tl.constexpr, ACC: tl.constexpr):
+def load_target_logits(logits, numbers, block, labels, plan):
     """Each modality's scaled logit [B] of the target; 0 where it does not count."""
     found = ()
-    for m in tl.static_range(M):
+    for m in tl.static_range(plan.M):
         column = labels.targets.to(tl.int64) * logits.strides_k[m]
         offsets = block.offs * logits.strides_b[m] + column
         mask = labels.counted & block.available[m]
-        raw = tl.load(logits.ptrs[m] + offsets, mask=mask, other=0.0).to(ACC)
+        raw = tl.load(logits.ptrs[m] + offsets, mask=mask, other=0.0).to(plan.ACC)
         found = found + (raw * numbers.inverse[m],)
     return found
 
 
 @triton.jit
-def load_class_weight(targets, offs_k, K: tl.constexpr, ACC: tl.constexpr):
+def load_class_weight(targets, offs_k, plan):
     """The classes' weights [1, K], in a tuple of one; or none."""
     if targets.class_weight_ptr is None:
         return ()
     else:
-        weight = tl.load(targets.class_weight_ptr + offs_k, mask=offs_k < K, other=0.0)
-        return (weight.to(ACC)[None, :],)
+        weight = tl.load(targets.class_weight_ptr + offs_k, mask=offs_k < plan.K, other=0.0)
+        return (weight.to(plan.ACC)[None, :],)
 
 
 @triton.jit
-def load_labels(targets, class_weight, block, K: tl.constexpr, ACC: tl.constexpr):
+def load_labels(targets, class_weight, block, plan):
     """The Labels of these rows; `class_weight` as loaded."""
     index = targets.ignore_index
-    indices, counted = valid_targets(targets.ptr, 1, index, block.offs, block.mask, K)
-    true = tl.full((block.offs.shape[0],), 1.0, ACC)
+    indices, counted = valid_targets(targets.ptr, 1, index, block.offs, block.mask, plan.K)
+    true = tl.full((block.offs.shape[0],), 1.0, plan.ACC)
     if targets.class_weight_ptr is not None:
-        true = tl.load(targets.class_weight_ptr + indices, mask=counted, other=0.0).to(ACC)
+        true = tl.load(targets.class_weight_ptr + indices, mask=counted, other=0.0).to(plan.ACC)
     smoothing = ()
     if targets.smoothing.ptr is not None or targets.smoothing.number is not None:
-        smoothing = (load_parameter(targets.smoothing, 0, ACC),)
+        smoothing = (load_parameter(targets.smoothing, 0, plan.ACC),)
         true = true * (1.0 - smoothing[0])
     return Labels(indices.to(tl.int32), counted, true, smoothing, class_weight)
 
@@ -241,10 +283,11 @@ def store_rows(ptrs, m, block, offs_k, values, K: tl.constexpr):
 
 
 @triton.jit
-def store_counts(ptr, block, counted, M: tl.constexpr):
+def store_counts(ptr, block, counted):
     """Write which rows count into a contiguous [B, M + 1]: for the fused logits, and for each
     modality's own.
     """
+    M: tl.constexpr = len(block.available)
     ptrs = ptr + block.offs * (M + 1)
     tl.store(ptrs, counted, mask=block.mask)
     for m in tl.static_range(M):

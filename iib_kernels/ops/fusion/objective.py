@@ -7,17 +7,7 @@ be read again for backward.
 import triton
 import triton.language as tl
 
-from iib_kernels.ops.fusion.loading import (
-    load_block,
-    load_class_weight,
-    load_labels,
-    load_numbers,
-    load_scaled,
-    load_scores,
-    row_numbers,
-    store_each,
-    store_rows,
-)
+from iib_kernels.ops.fusion import loading
 from iib_kernels.ops.fusion.partial import add_partial, store_partial, store_sums, zero_partial
 from iib_kernels.ops.fusion.rows_cross_entropy import find_target_logits
 from iib_kernels.ops.fusion.tiles import (
@@ -37,18 +27,7 @@ from iib_kernels.ops.fusion.tiles import (
 
 @triton.jit
 def objective_of_tiles(
-    t,
-    true_logits,
-    scores,
-    available,
-    labels,
-    is_target,
-    factors,
-    numbers,
-    K: tl.constexpr,
-    M: tl.constexpr,
-    ACC: tl.constexpr,
-    JOINT: tl.constexpr,
+    t, true_logits, scores, available, labels, is_target, factors, numbers, plan
 ):
     """Losses, weights and gradients of BLOCK_B rows whose logits are in registers.
 
@@ -59,27 +38,18 @@ def objective_of_tiles(
     Gives a tuple of 1 + M losses [B], a tuple of M weights [B], GateGradients and a tuple of M
     gradients [B, K] by the logits before their temperature.
     """
-    softmax = softmaxes(t, M, JOINT)
-    smooths = smooth_parts(t, true_logits, labels, M)
-    own = own_cross_entropies(softmax, true_logits, smooths, labels, available, M)
-    uncertainty = uncertainties(softmax.entropy, K, M, ACC)
-    weights = gate_weights(scores, numbers.kappa, uncertainty, available, M)
-    fused, slope = fused_cross_entropy(t, weights, numbers.gamma, true_logits, labels, is_target, M)
+    softmax = softmaxes(t, plan.JOINT)
+    smooths = smooth_parts(t, true_logits, labels)
+    own = own_cross_entropies(softmax, true_logits, smooths, labels, available)
+    uncertainty = uncertainties(softmax.entropy, plan.K)
+    weights = gate_weights(scores, numbers.kappa, uncertainty, available)
+    fused, slope = fused_cross_entropy(t, weights, numbers.gamma, true_logits, labels, is_target)
     grad = factors[0] * slope
     back = gate_gradients(
-        products(grad, t, M, JOINT),
-        weights,
-        (),
-        (),
-        uncertainty,
-        numbers,
-        labels.counted,
-        K,
-        M,
-        ACC,
+        products(grad, t, plan.JOINT), weights, (), (), uncertainty, numbers, labels.counted, plan.K
     )
     grads = ()
-    for m in tl.static_range(M):
+    for m in tl.static_range(plan.M):
         slope = logit_slope(t, m, softmax, back, weights, numbers.gamma, grad)
         slope += factors[m + 1] * own_slope(t, m, softmax, smooths, labels, is_target)
         rows = (labels.counted & available[m])[:, None]
@@ -89,43 +59,28 @@ def objective_of_tiles(
 
 @triton.jit(do_not_specialize=["batch"])
 def objective_rows(
-    logits,
-    gate,
-    targets,
-    factors_ptr,
-    weights_ptr,
-    losses_ptr,
-    grads,
-    batch,
-    K: tl.constexpr,
-    M: tl.constexpr,
-    ACC: tl.constexpr,
-    JOINT: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    logits, gate, targets, factors_ptr, weights_ptr, losses_ptr, grads, batch, plan: tl.constexpr
 ):
     """`objective_of_tiles` over the batch: the gradients by the logits, the weights [B, M], each
     program's sums of the losses [programs, 1 + M] and, if asked for, gradients by the gate's logits
     [B, M] and by the parameters (partial.py).
     """
-    numbers = load_numbers(gate, M, ACC)
-    offs_k = tl.arange(0, BLOCK_K)
-    class_weight = load_class_weight(targets, offs_k, K, ACC)
+    numbers = loading.load_numbers(gate, plan)
+    offs_k = tl.arange(0, plan.BLOCK_K)
+    class_weight = loading.load_class_weight(targets, offs_k, plan)
     factors = ()
     sums = ()
-    for i in tl.static_range(M + 1):
-        factors = factors + (tl.load(factors_ptr + i).to(ACC),)
-        sums = sums + (tl.zeros((BLOCK_B,), ACC),)
-    partial = zero_partial(grads.partial_ptr, BLOCK_B, M, ACC)
-    for number in range(tl.program_id(0), tl.cdiv(batch, BLOCK_B), tl.num_programs(0)):
-        block = load_block(gate, number, batch, BLOCK_B, M)
-        labels = load_labels(targets, class_weight, block, K, ACC)
+    for i in tl.static_range(plan.M + 1):
+        factors = factors + (tl.load(factors_ptr + i).to(plan.ACC),)
+        sums = sums + (tl.zeros((plan.BLOCK_B,), plan.ACC),)
+    partial = zero_partial(grads.partial_ptr, plan)
+    for number in range(tl.program_id(0), tl.cdiv(batch, plan.BLOCK_B), tl.num_programs(0)):
+        block = loading.load_block(gate, number, batch, plan)
+        labels = loading.load_labels(targets, class_weight, block, plan)
         is_target = offs_k[None, :] == labels.targets[:, None]
-        scores = load_scores(gate, block, M, ACC)
-        t = load_scaled(logits, numbers, block, offs_k, K, M, ACC)
-        true_logits = find_target_logits(
-            t, logits, numbers, block, labels, is_target, K, M, ACC, JOINT
-        )
+        scores = loading.load_scores(gate, block, plan)
+        t = loading.load_scaled(logits, numbers, block, offs_k, plan)
+        true_logits = find_target_logits(t, logits, numbers, block, labels, is_target, plan)
         losses, weights, back, slopes = objective_of_tiles(
             t,
             true_logits,
@@ -134,24 +89,21 @@ def objective_rows(
             labels,
             is_target,
             factors,
-            row_numbers(numbers, gate, block, M, ACC),
-            K,
-            M,
-            ACC,
-            JOINT,
+            loading.row_numbers(numbers, gate, block),
+            plan,
         )
         new_sums = ()
-        for i in tl.static_range(M + 1):
+        for i in tl.static_range(plan.M + 1):
             new_sums = new_sums + (sums[i] + losses[i],)
         sums = new_sums
         by_temperature = ()
-        for m in tl.static_range(M):
-            store_rows(grads.logits_ptrs, m, block, offs_k, slopes[m], K)
+        for m in tl.static_range(plan.M):
+            loading.store_rows(grads.logits_ptrs, m, block, offs_k, slopes[m], plan.K)
             if grads.partial_ptr is not None and gate.temperature.ptr is not None:
                 along = tl.sum(slopes[m] * finite(t[m]), 1)
                 by_temperature = by_temperature + (tl.where(labels.counted, -along, 0.0),)
-        store_each(weights_ptr, block, weights, M)
-        store_each(grads.gate_ptr, block, back.score, M)
-        partial = add_partial(grads.partial_ptr, partial, back, by_temperature, M)
-    store_sums(losses_ptr, sums, M + 1)
-    store_partial(grads.partial_ptr, partial, M)
+        loading.store_each(weights_ptr, block, weights)
+        loading.store_each(grads.gate_ptr, block, back.score)
+        partial = add_partial(grads.partial_ptr, partial, back, by_temperature)
+    store_sums(losses_ptr, sums)
+    store_partial(grads.partial_ptr, partial)

@@ -10,20 +10,21 @@ import triton.language as tl
 
 
 @triton.jit
-def zero_partial(partial_ptr, BLOCK_B: tl.constexpr, M: tl.constexpr, ACC: tl.constexpr):
+def zero_partial(partial_ptr, plan):
     """The sums [B] to begin with; none where nobody asks for them."""
     if partial_ptr is None:
         return ()
     else:
-        return (tl.zeros((BLOCK_B,), ACC),) * (3 * M + 1)
+        return (tl.zeros((plan.BLOCK_B,), plan.ACC),) * (3 * plan.M + 1)
 
 
 @triton.jit
-def add_partial(partial_ptr, partial, back, by_temperature, M: tl.constexpr):
+def add_partial(partial_ptr, partial, back, by_temperature):
     """The sums after these rows: `back` are GateGradients, `by_temperature` M of [B] or empty."""
     if partial_ptr is None:
         return ()
     else:
+        M: tl.constexpr = len(back.score)
         found = ()
         for m in tl.static_range(M):
             found = found + (partial[m] + back.score[m],)
@@ -38,15 +39,15 @@ def add_partial(partial_ptr, partial, back, by_temperature, M: tl.constexpr):
 
 
 @triton.jit
-def store_sums(ptr, sums, COUNT: tl.constexpr):
-    """Write the totals of COUNT sums [B] into this program's line of [programs, COUNT]."""
-    line = tl.program_id(0).to(tl.int64) * COUNT
-    for i in tl.static_range(COUNT):
+def store_sums(ptr, sums):
+    """Write the totals of sums [B] into this program's line of [programs, number of sums]."""
+    line = tl.program_id(0).to(tl.int64) * len(sums)
+    for i in tl.static_range(len(sums)):
         tl.store(ptr + line + i, tl.sum(sums[i], 0))
 
 
 @triton.jit
-def store_partial(partial_ptr, partial, M: tl.constexpr):
+def store_partial(partial_ptr, partial):
     """Write this program's line of the parameters' gradients."""
     if partial_ptr is not None:
-        store_sums(partial_ptr, partial, 3 * M + 1)
+        store_sums(partial_ptr, partial)

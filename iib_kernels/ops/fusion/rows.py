@@ -7,16 +7,7 @@ that reductions cost no barrier, or few.
 import triton
 import triton.language as tl
 
-from iib_kernels.ops.fusion.loading import (
-    load_block,
-    load_each,
-    load_matrix,
-    load_numbers,
-    load_scaled,
-    load_scores,
-    store_each,
-    store_rows,
-)
+from iib_kernels.ops.fusion import loading
 from iib_kernels.ops.fusion.partial import add_partial, store_partial, zero_partial
 from iib_kernels.ops.fusion.tiles import (
     NEVER,
@@ -32,85 +23,59 @@ from iib_kernels.ops.fusion.tiles import (
 
 
 @triton.jit(do_not_specialize=["batch"])
-def fusion_rows(
-    logits,
-    gate,
-    fused_ptr,
-    weights_ptr,
-    uncertainty_ptr,
-    batch,
-    K: tl.constexpr,
-    M: tl.constexpr,
-    ACC: tl.constexpr,
-    JOINT: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def fusion_rows(logits, gate, outputs, batch, plan: tl.constexpr):
     """Fused logits [B, K], weights and uncertainty [B, M]. `logits`: Rows, `gate`: a Gate."""
-    numbers = load_numbers(gate, M, ACC)
-    offs_k = tl.arange(0, BLOCK_K)
-    for number in range(tl.program_id(0), tl.cdiv(batch, BLOCK_B), tl.num_programs(0)):
-        block = load_block(gate, number, batch, BLOCK_B, M)
-        scores = load_scores(gate, block, M, ACC)
-        t = load_scaled(logits, numbers, block, offs_k, K, M, ACC)
-        entropy = softmaxes(t, M, JOINT).entropy
-        uncertainty = uncertainties(entropy, K, M, ACC)
-        weights = gate_weights(scores, numbers.kappa, uncertainty, block.available, M)
-        fused = fuse(t, weights, numbers.gamma, M)
-        store_rows((fused_ptr,), 0, block, offs_k, fused, K)
-        store_each(weights_ptr, block, weights, M)
-        store_each(uncertainty_ptr, block, uncertainty, M)
+    numbers = loading.load_numbers(gate, plan)
+    offs_k = tl.arange(0, plan.BLOCK_K)
+    for number in range(tl.program_id(0), tl.cdiv(batch, plan.BLOCK_B), tl.num_programs(0)):
+        block = loading.load_block(gate, number, batch, plan)
+        scores = loading.load_scores(gate, block, plan)
+        t = loading.load_scaled(logits, numbers, block, offs_k, plan)
+        entropy = softmaxes(t, plan.JOINT).entropy
+        uncertainty = uncertainties(entropy, plan.K)
+        weights = gate_weights(scores, numbers.kappa, uncertainty, block.available)
+        fused = fuse(t, weights, numbers.gamma)
+        loading.store_rows((outputs.fused_ptr,), 0, block, offs_k, fused, plan.K)
+        loading.store_each(outputs.weights_ptr, block, weights)
+        loading.store_each(outputs.uncertainty_ptr, block, uncertainty)
 
 
 @triton.jit(do_not_specialize=["batch"])
-def fusion_rows_backward(
-    logits,
-    gate,
-    weights_ptr,
-    upstream,
-    grads,
-    batch,
-    K: tl.constexpr,
-    M: tl.constexpr,
-    ACC: tl.constexpr,
-    JOINT: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def fusion_rows_backward(logits, gate, kept, upstream, grads, batch, plan: tl.constexpr):
     """The Grads of these rows, from those of the fused logits, weights and uncertainties."""
-    numbers = load_numbers(gate, M, ACC)
-    offs_k = tl.arange(0, BLOCK_K)
-    partial = zero_partial(grads.partial_ptr, BLOCK_B, M, ACC)
-    for number in range(tl.program_id(0), tl.cdiv(batch, BLOCK_B), tl.num_programs(0)):
-        block = load_block(gate, number, batch, BLOCK_B, M)
-        weights = load_each(weights_ptr, block.offs, block.mask, M, ACC)
-        t = load_scaled(logits, numbers, block, offs_k, K, M, ACC)
-        softmax = softmaxes(t, M, JOINT)
-        uncertainty = uncertainties(softmax.entropy, K, M, ACC)
+    numbers = loading.load_numbers(gate, plan)
+    offs_k = tl.arange(0, plan.BLOCK_K)
+    partial = zero_partial(grads.partial_ptr, plan)
+    for number in range(tl.program_id(0), tl.cdiv(batch, plan.BLOCK_B), tl.num_programs(0)):
+        block = loading.load_block(gate, number, batch, plan)
+        weights = loading.load_each(kept.weights_ptr, block.offs, block.mask, plan)
+        t = loading.load_scaled(logits, numbers, block, offs_k, plan)
+        softmax = softmaxes(t, plan.JOINT)
+        uncertainty = uncertainties(softmax.entropy, plan.K)
 
         grad = tl.zeros_like(t[0])
         if upstream.fused is not None:
-            grad = load_matrix(upstream.fused, 0, block.offs, block.mask, offs_k, offs_k < K, ACC)
-            grad = tl.where(fuse(t, weights, 1.0, M) == NEVER, 0.0, grad)
+            grad = loading.load_matrix(
+                upstream.fused, 0, block.offs, block.mask, offs_k, offs_k < plan.K, plan.ACC
+            )
+            grad = tl.where(fuse(t, weights, 1.0) == NEVER, 0.0, grad)
         back = gate_gradients(
-            products(grad, t, M, JOINT),
+            products(grad, t, plan.JOINT),
             weights,
-            load_each(upstream.weights_ptr, block.offs, block.mask, M, ACC),
-            load_each(upstream.uncertainty_ptr, block.offs, block.mask, M, ACC),
+            loading.load_each(upstream.weights_ptr, block.offs, block.mask, plan),
+            loading.load_each(upstream.uncertainty_ptr, block.offs, block.mask, plan),
             uncertainty,
             numbers,
             block.mask,
-            K,
-            M,
-            ACC,
+            plan.K,
         )
-        store_each(grads.gate_ptr, block, back.score, M)
+        loading.store_each(grads.gate_ptr, block, back.score)
         by_temperature = ()
-        for m in tl.static_range(M):
+        for m in tl.static_range(plan.M):
             slope = logit_slope(t, m, softmax, back, weights, numbers.gamma, grad)
             slope = tl.where(block.available[m][:, None], slope, 0.0) * numbers.inverse[m]
-            store_rows(grads.logits_ptrs, m, block, offs_k, slope, K)
+            loading.store_rows(grads.logits_ptrs, m, block, offs_k, slope, plan.K)
             if grads.partial_ptr is not None and gate.temperature.ptr is not None:
                 by_temperature = by_temperature + (-tl.sum(slope * finite(t[m]), 1),)
-        partial = add_partial(grads.partial_ptr, partial, back, by_temperature, M)
-    store_partial(grads.partial_ptr, partial, M)
+        partial = add_partial(grads.partial_ptr, partial, back, by_temperature)
+    store_partial(grads.partial_ptr, partial)

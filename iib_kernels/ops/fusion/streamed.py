@@ -26,8 +26,9 @@ from iib_kernels.ops.fusion.tiles import (
 
 
 @triton.jit
-def store_softmaxes(ptrs, mask_b, softmax, M: tl.constexpr):
+def store_softmaxes(ptrs, mask_b, softmax):
     """Write Softmaxes into the first 3 M columns of the statistics."""
+    M: tl.constexpr = len(softmax.maximum)
     for m in tl.static_range(M):
         tl.store(ptrs + m, softmax.log_sum[m], mask=mask_b)
         tl.store(ptrs + M + m, softmax.entropy[m], mask=mask_b)
@@ -35,123 +36,93 @@ def store_softmaxes(ptrs, mask_b, softmax, M: tl.constexpr):
 
 
 @triton.jit
-def load_softmaxes(ptrs, mask_b, M: tl.constexpr):
+def load_softmaxes(ptrs, mask_b, plan):
     """Softmaxes from the first 3 M columns of the statistics."""
     maximum = ()
     log_sum = ()
     entropy = ()
-    for m in tl.static_range(M):
+    for m in tl.static_range(plan.M):
         log_sum = log_sum + (tl.load(ptrs + m, mask=mask_b, other=0.0),)
-        entropy = entropy + (tl.load(ptrs + M + m, mask=mask_b, other=0.0),)
-        maximum = maximum + (tl.load(ptrs + 2 * M + m, mask=mask_b, other=0.0),)
+        entropy = entropy + (tl.load(ptrs + plan.M + m, mask=mask_b, other=0.0),)
+        maximum = maximum + (tl.load(ptrs + 2 * plan.M + m, mask=mask_b, other=0.0),)
     return Softmaxes(maximum, log_sum, entropy)
 
 
 @triton.jit(do_not_specialize=["batch"])
-def fusion_streamed(
-    logits,
-    gate,
-    fused_ptr,
-    weights_ptr,
-    uncertainty_ptr,
-    statistics_ptr,
-    batch,
-    BLOCK_K: tl.constexpr,
-    K: tl.constexpr,
-    M: tl.constexpr,
-    ACC: tl.constexpr,
-    JOINT: tl.constexpr,
-):
+def fusion_streamed(logits, gate, outputs, batch, plan: tl.constexpr):
     """`fusion_rows` (rows.py) of one row at a time, and the statistics."""
-    numbers = loading.load_numbers(gate, M, ACC)
+    numbers = loading.load_numbers(gate, plan)
     for number in range(tl.program_id(0), batch, tl.num_programs(0)):
-        block = loading.load_block(gate, number, batch, 1, M)
-        scores = loading.load_scores(gate, block, M, ACC)
-        softmax = stream_softmaxes(logits, numbers, block, K, M, ACC, JOINT, BLOCK_K)
-        uncertainty = uncertainties(softmax.entropy, K, M, ACC)
-        weights = gate_weights(scores, numbers.kappa, uncertainty, block.available, M)
-        loading.store_each(weights_ptr, block, weights, M)
-        loading.store_each(uncertainty_ptr, block, uncertainty, M)
-        store_softmaxes(statistics_ptr + block.offs * (3 * M), block.mask, softmax, M)
-        for start in range(0, K, BLOCK_K):
-            offs_k = start + tl.arange(0, BLOCK_K)
-            t = loading.load_scaled(logits, numbers, block, offs_k, K, M, ACC)
-            fused = fuse(t, weights, numbers.gamma, M)
-            loading.store_rows((fused_ptr,), 0, block, offs_k, fused, K)
+        block = loading.load_block(gate, number, batch, plan)
+        scores = loading.load_scores(gate, block, plan)
+        softmax = stream_softmaxes(logits, numbers, block, plan)
+        uncertainty = uncertainties(softmax.entropy, plan.K)
+        weights = gate_weights(scores, numbers.kappa, uncertainty, block.available)
+        loading.store_each(outputs.weights_ptr, block, weights)
+        loading.store_each(outputs.uncertainty_ptr, block, uncertainty)
+        store_softmaxes(outputs.statistics_ptr + block.offs * (3 * plan.M), block.mask, softmax)
+        for start in range(0, plan.K, plan.BLOCK_K):
+            offs_k = start + tl.arange(0, plan.BLOCK_K)
+            t = loading.load_scaled(logits, numbers, block, offs_k, plan)
+            fused = fuse(t, weights, numbers.gamma)
+            loading.store_rows((outputs.fused_ptr,), 0, block, offs_k, fused, plan.K)
 
 
 @triton.jit
-def load_fused_gradient(
-    upstream, t, weights, block, offs_k, K: tl.constexpr, M: tl.constexpr, ACC: tl.constexpr
-):
+def load_fused_gradient(upstream, t, weights, block, offs_k, plan):
     """Upstream gradient [B, K] of the fused logits; 0 where they are ruled out or there is none."""
     if upstream.fused is None:
         return tl.zeros_like(t[0])
     else:
         grad = loading.load_matrix(
-            upstream.fused, 0, block.offs, block.mask, offs_k, offs_k < K, ACC
+            upstream.fused, 0, block.offs, block.mask, offs_k, offs_k < plan.K, plan.ACC
         )
-        return tl.where(fuse(t, weights, 1.0, M) == NEVER, 0.0, grad)
+        return tl.where(fuse(t, weights, 1.0) == NEVER, 0.0, grad)
 
 
 @triton.jit(do_not_specialize=["batch"])
-def fusion_streamed_backward(
-    logits,
-    gate,
-    weights_ptr,
-    statistics_ptr,
-    upstream,
-    grads,
-    batch,
-    BLOCK_K: tl.constexpr,
-    K: tl.constexpr,
-    M: tl.constexpr,
-    ACC: tl.constexpr,
-    JOINT: tl.constexpr,
-):
+def fusion_streamed_backward(logits, gate, kept, upstream, grads, batch, plan: tl.constexpr):
     """`fusion_rows_backward` (rows.py) of one row at a time."""
-    numbers = loading.load_numbers(gate, M, ACC)
-    partial = zero_partial(grads.partial_ptr, 1, M, ACC)
-    zero = tl.zeros((1, BLOCK_K), ACC)
+    numbers = loading.load_numbers(gate, plan)
+    partial = zero_partial(grads.partial_ptr, plan)
+    zero = tl.zeros((1, plan.BLOCK_K), plan.ACC)
     for number in range(tl.program_id(0), batch, tl.num_programs(0)):
-        block = loading.load_block(gate, number, batch, 1, M)
-        weights = loading.load_each(weights_ptr, block.offs, block.mask, M, ACC)
-        softmax = load_softmaxes(statistics_ptr + block.offs * (3 * M), block.mask, M)
-        product = (zero,) * M
+        block = loading.load_block(gate, number, batch, plan)
+        weights = loading.load_each(kept.weights_ptr, block.offs, block.mask, plan)
+        softmax = load_softmaxes(kept.statistics_ptr + block.offs * (3 * plan.M), block.mask, plan)
+        product = (zero,) * plan.M
         if upstream.fused is not None:
-            for start in range(0, K, BLOCK_K):
-                offs_k = start + tl.arange(0, BLOCK_K)
-                t = loading.load_scaled(logits, numbers, block, offs_k, K, M, ACC)
-                grad = load_fused_gradient(upstream, t, weights, block, offs_k, K, M, ACC)
+            for start in range(0, plan.K, plan.BLOCK_K):
+                offs_k = start + tl.arange(0, plan.BLOCK_K)
+                t = loading.load_scaled(logits, numbers, block, offs_k, plan)
+                grad = load_fused_gradient(upstream, t, weights, block, offs_k, plan)
                 tiles = ()
-                for m in tl.static_range(M):
+                for m in tl.static_range(plan.M):
                     tiles = tiles + (grad * finite(t[m]),)
-                product = add_each(product, tiles, M)
+                product = add_each(product, tiles)
         back = gate_gradients(
-            row_sums(product, M, JOINT),
+            row_sums(product, plan.JOINT),
             weights,
-            loading.load_each(upstream.weights_ptr, block.offs, block.mask, M, ACC),
-            loading.load_each(upstream.uncertainty_ptr, block.offs, block.mask, M, ACC),
-            uncertainties(softmax.entropy, K, M, ACC),
+            loading.load_each(upstream.weights_ptr, block.offs, block.mask, plan),
+            loading.load_each(upstream.uncertainty_ptr, block.offs, block.mask, plan),
+            uncertainties(softmax.entropy, plan.K),
             numbers,
             block.mask,
-            K,
-            M,
-            ACC,
+            plan.K,
         )
-        loading.store_each(grads.gate_ptr, block, back.score, M)
-        along = (zero,) * M
-        for start in range(0, K, BLOCK_K):
-            offs_k = start + tl.arange(0, BLOCK_K)
-            t = loading.load_scaled(logits, numbers, block, offs_k, K, M, ACC)
-            grad = load_fused_gradient(upstream, t, weights, block, offs_k, K, M, ACC)
+        loading.store_each(grads.gate_ptr, block, back.score)
+        along = (zero,) * plan.M
+        for start in range(0, plan.K, plan.BLOCK_K):
+            offs_k = start + tl.arange(0, plan.BLOCK_K)
+            t = loading.load_scaled(logits, numbers, block, offs_k, plan)
+            grad = load_fused_gradient(upstream, t, weights, block, offs_k, plan)
             tiles = ()
-            for m in tl.static_range(M):
+            for m in tl.static_range(plan.M):
                 slope = logit_slope(t, m, softmax, back, weights, numbers.gamma, grad)
                 slope = tl.where(block.available[m][:, None], slope, 0.0) * numbers.inverse[m]
-                loading.store_rows(grads.logits_ptrs, m, block, offs_k, slope, K)
+                loading.store_rows(grads.logits_ptrs, m, block, offs_k, slope, plan.K)
                 tiles = tiles + (-slope * finite(t[m]),)
-            along = add_each(along, tiles, M)
-        by_temperature = row_sums(along, M, JOINT)
-        partial = add_partial(grads.partial_ptr, partial, back, by_temperature, M)
-    store_partial(grads.partial_ptr, partial, M)
+            along = add_each(along, tiles)
+        by_temperature = row_sums(along, plan.JOINT)
+        partial = add_partial(grads.partial_ptr, partial, back, by_temperature)
+    store_partial(grads.partial_ptr, partial)

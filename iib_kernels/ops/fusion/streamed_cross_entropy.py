@@ -37,27 +37,27 @@ from iib_kernels.ops.fusion.tiles import (
 
 
 @triton.jit
-def columns(labels, M: tl.constexpr):
+def columns(labels, plan):
     """How many columns the statistics have."""
     if len(labels.smoothing) == 0:
-        return 4 * M + 2
+        return 4 * plan.M + 2
     else:
-        return 6 * M + 4
+        return 6 * plan.M + 4
 
 
 @triton.jit
-def streamed_cross_entropies(
-    softmax, fused, true_logits, fused_true_logit, labels, available, M: tl.constexpr
-):
+def streamed_cross_entropies(softmax, fused, true_logits, fused_true_logit, labels, available):
     """The cross-entropies [B], of the fused logits and of each modality's own: a tuple of 1 + M."""
     smooths = fused.smooths
-    first = cross_entropy(fused.maximum, fused.log_sum, fused_true_logit, smooths, M, labels)
-    return (first,) + own_cross_entropies(softmax, true_logits, smooths, labels, available, M)
+    LAST: tl.constexpr = len(true_logits)
+    first = cross_entropy(fused.maximum, fused.log_sum, fused_true_logit, smooths, LAST, labels)
+    return (first,) + own_cross_entropies(softmax, true_logits, smooths, labels, available)
 
 
 @triton.jit
-def store_fused(ptrs, mask_b, fused, M: tl.constexpr):
+def store_fused(ptrs, mask_b, fused):
     """Write a Fused into the statistics, behind the softmaxes."""
+    M: tl.constexpr = len(fused.product)
     tl.store(ptrs + 3 * M, fused.log_sum, mask=mask_b)
     tl.store(ptrs + 3 * M + 1, fused.maximum, mask=mask_b)
     for m in tl.static_range(M):
@@ -70,76 +70,49 @@ def store_fused(ptrs, mask_b, fused, M: tl.constexpr):
 
 
 @triton.jit
-def load_fused(ptrs, mask_b, labels, M: tl.constexpr):
+def load_fused(ptrs, mask_b, labels, plan):
     """A Fused from the statistics; of the Smooths, what gradients need."""
-    log_sum = tl.load(ptrs + 3 * M, mask=mask_b, other=0.0)
-    maximum = tl.load(ptrs + 3 * M + 1, mask=mask_b, other=0.0)
+    log_sum = tl.load(ptrs + 3 * plan.M, mask=mask_b, other=0.0)
+    maximum = tl.load(ptrs + 3 * plan.M + 1, mask=mask_b, other=0.0)
     product = ()
-    for m in tl.static_range(M):
-        product = product + (tl.load(ptrs + 3 * M + 2 + m, mask=mask_b, other=0.0),)
+    for m in tl.static_range(plan.M):
+        product = product + (tl.load(ptrs + 3 * plan.M + 2 + m, mask=mask_b, other=0.0),)
     share = ()
     mass = ()
     if len(labels.smoothing) > 0:
-        ptrs += 4 * M + 2
-        for i in tl.static_range(M + 1):
+        ptrs += 4 * plan.M + 2
+        for i in tl.static_range(plan.M + 1):
             share = share + (tl.load(ptrs + 2 * i, mask=mask_b, other=0.0),)
             mass = mass + (tl.load(ptrs + 2 * i + 1, mask=mask_b, other=0.0),)
     return Fused(maximum, log_sum, product, Smooths(share, mass, (), ()))
 
 
 @triton.jit(do_not_specialize=["batch"])
-def cross_entropy_streamed(
-    logits,
-    gate,
-    targets,
-    nll_ptr,
-    unimodal_ptr,
-    weights_ptr,
-    counts_ptr,
-    statistics_ptr,
-    batch,
-    BLOCK_K: tl.constexpr,
-    K: tl.constexpr,
-    M: tl.constexpr,
-    ACC: tl.constexpr,
-    JOINT: tl.constexpr,
-):
+def cross_entropy_streamed(logits, gate, targets, outputs, batch, plan: tl.constexpr):
     """`cross_entropy_rows` (rows_cross_entropy.py) of one row at a time, and the statistics."""
-    numbers = loading.load_numbers(gate, M, ACC)
+    numbers = loading.load_numbers(gate, plan)
     for number in range(tl.program_id(0), batch, tl.num_programs(0)):
-        block = loading.load_block(gate, number, batch, 1, M)
-        labels = loading.load_labels(targets, (), block, K, ACC)
-        scores = loading.load_scores(gate, block, M, ACC)
-        true_logits = loading.load_target_logits(logits, numbers, block, labels, M, ACC)
-        softmax = stream_softmaxes(logits, numbers, block, K, M, ACC, JOINT, BLOCK_K)
-        uncertainty = uncertainties(softmax.entropy, K, M, ACC)
-        weights = gate_weights(scores, numbers.kappa, uncertainty, block.available, M)
-        loading.store_each(weights_ptr, block, weights, M)
-        fused_true_logit = fuse_rows(true_logits, weights, numbers.gamma, M)
+        block = loading.load_block(gate, number, batch, plan)
+        labels = loading.load_labels(targets, (), block, plan)
+        scores = loading.load_scores(gate, block, plan)
+        true_logits = loading.load_target_logits(logits, numbers, block, labels, plan)
+        softmax = stream_softmaxes(logits, numbers, block, plan)
+        uncertainty = uncertainties(softmax.entropy, plan.K)
+        weights = gate_weights(scores, numbers.kappa, uncertainty, block.available)
+        loading.store_each(outputs.weights_ptr, block, weights)
+        fused_true_logit = fuse_rows(true_logits, weights, numbers.gamma)
         fused = stream_fused(
-            logits,
-            targets,
-            numbers,
-            weights,
-            true_logits,
-            fused_true_logit,
-            labels,
-            block,
-            K,
-            M,
-            ACC,
-            JOINT,
-            BLOCK_K,
+            logits, targets, numbers, weights, true_logits, fused_true_logit, labels, block, plan
         )
         losses = streamed_cross_entropies(
-            softmax, fused, true_logits, fused_true_logit, labels, block.available, M
+            softmax, fused, true_logits, fused_true_logit, labels, block.available
         )
-        tl.store(nll_ptr + block.offs, losses[0], mask=block.mask)
-        loading.store_each(unimodal_ptr, block, losses[1:], M)
-        loading.store_counts(counts_ptr, block, labels.counted, M)
-        statistics_ptrs = statistics_ptr + block.offs * columns(labels, M)
-        store_softmaxes(statistics_ptrs, block.mask, softmax, M)
-        store_fused(statistics_ptrs, block.mask, fused, M)
+        tl.store(outputs.nll_ptr + block.offs, losses[0], mask=block.mask)
+        loading.store_each(outputs.unimodal_ptr, block, losses[1:])
+        loading.store_counts(outputs.counts_ptr, block, labels.counted)
+        statistics_ptrs = outputs.statistics_ptr + block.offs * columns(labels, plan)
+        store_softmaxes(statistics_ptrs, block.mask, softmax)
+        store_fused(statistics_ptrs, block.mask, fused)
 
 
 class Flow(NamedTuple):
@@ -156,92 +129,75 @@ class Flow(NamedTuple):
 
 
 @triton.jit
-def stream_gradients(
-    logits, targets, numbers, flow, block, grads, BLOCK_K: tl.constexpr, K, M, ACC, JOINT
-):
+def stream_gradients(logits, targets, numbers, flow, block, grads, plan):
     """Write the gradients by the logits in one pass, and give those by the temperature, M of [B].
 
     `flow`: a Flow.
     """
-    along = (tl.zeros((block.offs.shape[0], BLOCK_K), ACC),) * M
+    along = (tl.zeros((block.offs.shape[0], plan.BLOCK_K), plan.ACC),) * plan.M
     softmax = flow.softmax
     fused = flow.fused
-    for start in range(0, K, BLOCK_K):
-        offs_k = start + tl.arange(0, BLOCK_K)
+    for start in range(0, plan.K, plan.BLOCK_K):
+        offs_k = start + tl.arange(0, plan.BLOCK_K)
         is_target = offs_k[None, :] == flow.labels.targets[:, None]
-        class_weight = loading.load_class_weight(targets, offs_k, K, ACC)
+        class_weight = loading.load_class_weight(targets, offs_k, plan)
         labels = with_class_weight(flow.labels, class_weight)
-        t = loading.load_scaled(logits, numbers, block, offs_k, K, M, ACC)
-        f = fuse(t, flow.weights, numbers.gamma, M)
+        t = loading.load_scaled(logits, numbers, block, offs_k, plan)
+        f = fuse(t, flow.weights, numbers.gamma)
         grad = flow.by_nll[:, None] * cross_entropy_slope(
-            f, fused.maximum, fused.log_sum, fused.smooths, M, labels, is_target
+            f, fused.maximum, fused.log_sum, fused.smooths, plan.M, labels, is_target
         )
         tiles = ()
-        for m in tl.static_range(M):
+        for m in tl.static_range(plan.M):
             rows = flow.rows[m][:, None]
             slope = logit_slope(t, m, softmax, flow.back, flow.weights, numbers.gamma, grad)
             if len(flow.by_unimodal) > 0:
                 own = own_slope(t, m, softmax, fused.smooths, labels, is_target)
                 slope += flow.by_unimodal[m][:, None] * own
             slope = tl.where(rows, slope, 0.0) * numbers.inverse[m]
-            loading.store_rows(grads.logits_ptrs, m, block, offs_k, slope, K)
+            loading.store_rows(grads.logits_ptrs, m, block, offs_k, slope, plan.K)
             tiles = tiles + (tl.where(rows, -slope * finite(t[m]), 0.0),)
-        along = add_each(along, tiles, M)
-    return row_sums(along, M, JOINT)
+        along = add_each(along, tiles)
+    return row_sums(along, plan.JOINT)
 
 
 @triton.jit(do_not_specialize=["batch"])
 def cross_entropy_streamed_backward(
-    logits,
-    gate,
-    targets,
-    weights_ptr,
-    statistics_ptr,
-    upstream,
-    grads,
-    batch,
-    BLOCK_K: tl.constexpr,
-    K: tl.constexpr,
-    M: tl.constexpr,
-    ACC: tl.constexpr,
-    JOINT: tl.constexpr,
+    logits, gate, targets, kept, upstream, grads, batch, plan: tl.constexpr
 ):
     """`cross_entropy_rows_backward` (rows_cross_entropy.py) of one row at a time."""
-    numbers = loading.load_numbers(gate, M, ACC)
-    partial = zero_partial(grads.partial_ptr, 1, M, ACC)
+    numbers = loading.load_numbers(gate, plan)
+    partial = zero_partial(grads.partial_ptr, plan)
     for number in range(tl.program_id(0), batch, tl.num_programs(0)):
-        block = loading.load_block(gate, number, batch, 1, M)
-        labels = loading.load_labels(targets, (), block, K, ACC)
+        block = loading.load_block(gate, number, batch, plan)
+        labels = loading.load_labels(targets, (), block, plan)
         active = labels.counted if upstream.weights_ptr is None else block.mask
-        weights = loading.load_each(weights_ptr, block.offs, block.mask, M, ACC)
-        statistics_ptrs = statistics_ptr + block.offs * columns(labels, M)
-        softmax = load_softmaxes(statistics_ptrs, block.mask, M)
-        fused = load_fused(statistics_ptrs, block.mask, labels, M)
-        by_nll = tl.zeros((1,), ACC)
+        weights = loading.load_each(kept.weights_ptr, block.offs, block.mask, plan)
+        statistics_ptrs = kept.statistics_ptr + block.offs * columns(labels, plan)
+        softmax = load_softmaxes(statistics_ptrs, block.mask, plan)
+        fused = load_fused(statistics_ptrs, block.mask, labels, plan)
+        by_nll = tl.zeros((1,), plan.ACC)
         if upstream.nll_ptr is not None:
-            by_nll = tl.load(upstream.nll_ptr + block.offs, mask=labels.counted, other=0.0).to(ACC)
+            given = tl.load(upstream.nll_ptr + block.offs, mask=labels.counted, other=0.0)
+            by_nll = given.to(plan.ACC)
         product = ()
         rows = ()
-        for m in tl.static_range(M):
+        for m in tl.static_range(plan.M):
             product = product + (tl.where(by_nll == 0.0, 0.0, by_nll * fused.product[m]),)
             rows = rows + (active & block.available[m],)
         back = gate_gradients(
             product,
             weights,
-            loading.load_each(upstream.weights_ptr, block.offs, block.mask, M, ACC),
+            loading.load_each(upstream.weights_ptr, block.offs, block.mask, plan),
             (),
-            uncertainties(softmax.entropy, K, M, ACC),
+            uncertainties(softmax.entropy, plan.K),
             numbers,
             active,
-            K,
-            M,
-            ACC,
+            plan.K,
         )
-        loading.store_each(grads.gate_ptr, block, back.score, M)
-        by_unimodal = loading.load_each(upstream.unimodal_ptr, block.offs, labels.counted, M, ACC)
+        loading.store_each(grads.gate_ptr, block, back.score)
+        by_unimodal = loading.load_each(upstream.unimodal_ptr, block.offs, labels.counted, plan)
         flow = Flow(weights, softmax, fused, labels, back, by_nll, by_unimodal, rows)
-        by_temperature = stream_gradients(
-            logits, targets, numbers, flow, block, grads, BLOCK_K, K, M, ACC, JOINT
-        )
-        partial = add_partial(grads.partial_ptr, partial, back, by_temperature, M)
-    store_partial(grads.partial_ptr, partial, M)
+        by_temperature = stream_gradients(logits, targets, numbers, flow, block, grads, plan)
+        partial = add_partial(grads.partial_ptr, partial, back, by_temperature)
+    store_partial(grads.partial_ptr, partial)

@@ -35,37 +35,28 @@ class Fused(NamedTuple):
 
 
 @triton.jit
-def add_each(sums, tiles, COUNT: tl.constexpr):
-    """COUNT running sums, after one more tile each."""
+def add_each(sums, tiles):
+    """Running sums, after one more tile each."""
     found = ()
-    for i in tl.static_range(COUNT):
+    for i in tl.static_range(len(sums)):
         found = found + (sums[i] + tiles[i],)
     return found
 
 
 @triton.jit
-def stream_softmaxes(
-    logits,
-    numbers,
-    block,
-    K: tl.constexpr,
-    M: tl.constexpr,
-    ACC: tl.constexpr,
-    JOINT: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def stream_softmaxes(logits, numbers, block, plan):
     """Softmaxes of all modalities, in one pass."""
-    zero = tl.zeros((block.offs.shape[0], BLOCK_K), ACC)
-    maximum = (zero + FLOOR,) * M
-    total = (zero,) * M
-    moment = (zero,) * M  # sum exp(t - maximum) (t - maximum)
-    for start in range(0, K, BLOCK_K):
-        offs_k = start + tl.arange(0, BLOCK_K)
-        t = load_scaled(logits, numbers, block, offs_k, K, M, ACC)
+    zero = tl.zeros((block.offs.shape[0], plan.BLOCK_K), plan.ACC)
+    maximum = (zero + FLOOR,) * plan.M
+    total = (zero,) * plan.M
+    moment = (zero,) * plan.M  # sum exp(t - maximum) (t - maximum)
+    for start in range(0, plan.K, plan.BLOCK_K):
+        offs_k = start + tl.arange(0, plan.BLOCK_K)
+        t = load_scaled(logits, numbers, block, offs_k, plan)
         new_maximum = ()
         new_total = ()
         new_moment = ()
-        for m in tl.static_range(M):
+        for m in tl.static_range(plan.M):
             new = tl.maximum(maximum[m], t[m])
             rescale = tl.exp(maximum[m] - new)
             mass = tl.exp(t[m] - new)
@@ -77,16 +68,16 @@ def stream_softmaxes(
         maximum = new_maximum
         total = new_total
         moment = new_moment
-    whole = row_maxima(maximum, M, JOINT)
+    whole = row_maxima(maximum, plan.JOINT)
     tiles = ()
-    for m in tl.static_range(M):
+    for m in tl.static_range(plan.M):
         below = maximum[m] - whole[m][:, None]
         rescale = tl.exp(below)
         tiles = tiles + (rescale * total[m], rescale * (moment[m] + below * total[m]))
-    sums = row_sums(tiles, 2 * M, JOINT)
+    sums = row_sums(tiles, plan.JOINT)
     log_sum = ()
     entropy = ()
-    for m in tl.static_range(M):
+    for m in tl.static_range(plan.M):
         log_sum = log_sum + (tl.log(sums[2 * m]),)
         entropy = entropy + (tl.log(sums[2 * m]) - sums[2 * m + 1] / sums[2 * m],)
     return Softmaxes(whole, log_sum, entropy)
@@ -94,19 +85,7 @@ def stream_softmaxes(
 
 @triton.jit
 def stream_fused(
-    logits,
-    targets,
-    numbers,
-    weights,
-    true_logits,
-    fused_true_logit,
-    labels,
-    block,
-    K: tl.constexpr,
-    M: tl.constexpr,
-    ACC: tl.constexpr,
-    JOINT: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    logits, targets, numbers, weights, true_logits, fused_true_logit, labels, block, plan
 ):
     """The Fused of a row, in one pass.
 
@@ -114,60 +93,60 @@ def stream_fused(
     t - shift: taken near the target, they lose no digits. (A target that is ruled out is not in
     the gradient, which then does not sum to 0; nothing is shifted.)
     """
-    zero = tl.zeros((block.offs.shape[0], BLOCK_K), ACC)
+    zero = tl.zeros((block.offs.shape[0], plan.BLOCK_K), plan.ACC)
     fused_shift = tl.where(fused_true_logit == NEVER, 0.0, fused_true_logit)
     shifts = ()
-    for m in tl.static_range(M):
+    for m in tl.static_range(plan.M):
         shift = tl.where(fused_true_logit == NEVER, 0.0, finite(true_logits[m]))
         shifts = shifts + (shift,)
     maximum = zero + FLOOR
     total = zero
-    moment = (zero,) * M  # sum exp(f - maximum) (t - shift)
-    smooth = (zero,) * (4 * M + 3)  # 3 of the fused logits, M products with t, 3 a modality
-    for start in range(0, K, BLOCK_K):
-        offs_k = start + tl.arange(0, BLOCK_K)
-        t = load_scaled(logits, numbers, block, offs_k, K, M, ACC)
-        fused = fuse(t, weights, numbers.gamma, M)
+    moment = (zero,) * plan.M  # sum exp(f - maximum) (t - shift)
+    smooth = (zero,) * (4 * plan.M + 3)  # 3 of the fused logits, M products with t, 3 a modality
+    for start in range(0, plan.K, plan.BLOCK_K):
+        offs_k = start + tl.arange(0, plan.BLOCK_K)
+        t = load_scaled(logits, numbers, block, offs_k, plan)
+        fused = fuse(t, weights, numbers.gamma)
         new = tl.maximum(maximum, fused)
         rescale = tl.exp(maximum - new)
         mass = tl.exp(fused - new)
         maximum = new
         total = rescale * total + mass
         new_moment = ()
-        for m in tl.static_range(M):
+        for m in tl.static_range(plan.M):
             shifted = finite(t[m]) - shifts[m][:, None]
             new_moment = new_moment + (rescale * moment[m] + mass * shifted,)
         moment = new_moment
         if len(labels.smoothing) > 0:
-            here = with_class_weight(labels, load_class_weight(targets, offs_k, K, ACC))
+            here = with_class_weight(labels, load_class_weight(targets, offs_k, plan))
             tiles = smooth_tiles(fused, fused_shift, here)
-            for m in tl.static_range(M):
+            for m in tl.static_range(plan.M):
                 tiles = tiles + (tiles[1] * (finite(t[m]) - shifts[m][:, None]),)
-            for m in tl.static_range(M):
+            for m in tl.static_range(plan.M):
                 tiles = tiles + smooth_tiles(t[m], finite(true_logits[m]), here)
-            smooth = add_each(smooth, tiles, 4 * M + 3)
+            smooth = add_each(smooth, tiles)
     whole = tl.max(maximum, 1)
     rescale = tl.exp(maximum - whole[:, None])
     tiles = (rescale * total,)
-    for m in tl.static_range(M):
+    for m in tl.static_range(plan.M):
         tiles = tiles + (rescale * moment[m],)
-    sums = row_sums(tiles, M + 1, JOINT)
+    sums = row_sums(tiles, plan.JOINT)
     product = ()
     own = ()
     own_shifts = ()
     if len(labels.smoothing) > 0:
-        s = row_sums(smooth, 4 * M + 3, JOINT)
-        for m in tl.static_range(M):
-            own = own + (s[M + 3 + 3 * m], s[M + 4 + 3 * m], s[M + 5 + 3 * m])
+        s = row_sums(smooth, plan.JOINT)
+        for m in tl.static_range(plan.M):
+            own = own + (s[plan.M + 3 + 3 * m], s[plan.M + 4 + 3 * m], s[plan.M + 5 + 3 * m])
             own_shifts = own_shifts + (finite(true_logits[m]),)
         own = own + (s[0], s[1], s[2])
         own_shifts = own_shifts + (fused_shift,)
     smooths = smooths_of(own, own_shifts, labels)
     if len(labels.smoothing) == 0:
-        for m in tl.static_range(M):
+        for m in tl.static_range(plan.M):
             product = product + (labels.true * sums[m + 1] / sums[0],)
     else:
-        for m in tl.static_range(M):
-            mean = (labels.true + smooths.mass[M]) * sums[m + 1] / sums[0]
-            product = product + (mean - smooths.share[M] * s[3 + m],)
+        for m in tl.static_range(plan.M):
+            mean = (labels.true + smooths.mass[plan.M]) * sums[m + 1] / sums[0]
+            product = product + (mean - smooths.share[plan.M] * s[3 + m],)
     return Fused(whole, tl.log(sums[0]), product, smooths)

@@ -104,41 +104,38 @@ def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
 
 
 @triton.jit
-def row_maxima(tiles, COUNT: tl.constexpr, JOINT: tl.constexpr):
-    """The maximum [B] of each of COUNT tiles [B, K]."""
+def _reduce_each(tiles, MAXIMUM: tl.constexpr, JOINT: tl.constexpr):
+    """The maximum or the sum [B] of each tile [B, K]."""
     found = ()
-    for i in tl.static_range(0, COUNT, 4 if JOINT else 1):
-        if JOINT and COUNT - i >= 4:
-            a, b, c, d = tl.reduce((tiles[i], tiles[i + 1], tiles[i + 2], tiles[i + 3]), 1, _max4)
+    for i in tl.static_range(0, len(tiles), 4 if JOINT else 1):
+        if JOINT and len(tiles) - i >= 4:
+            four = (tiles[i], tiles[i + 1], tiles[i + 2], tiles[i + 3])
+            a, b, c, d = tl.reduce(four, 1, _max4 if MAXIMUM else _add4)
             found = found + (a, b, c, d)
-        elif JOINT and COUNT - i == 3:
-            a, b, c = tl.reduce((tiles[i], tiles[i + 1], tiles[i + 2]), 1, _max3)
+        elif JOINT and len(tiles) - i == 3:
+            three = (tiles[i], tiles[i + 1], tiles[i + 2])
+            a, b, c = tl.reduce(three, 1, _max3 if MAXIMUM else _add3)
             found = found + (a, b, c)
-        elif JOINT and COUNT - i == 2:
-            a, b = tl.reduce((tiles[i], tiles[i + 1]), 1, _max2)
+        elif JOINT and len(tiles) - i == 2:
+            a, b = tl.reduce((tiles[i], tiles[i + 1]), 1, _max2 if MAXIMUM else _add2)
             found = found + (a, b)
-        else:
+        elif MAXIMUM:
             found = found + (tl.max(tiles[i], 1),)
+        else:
+            found = found + (tl.sum(tiles[i], 1),)
     return found
 
 
 @triton.jit
-def row_sums(tiles, COUNT: tl.constexpr, JOINT: tl.constexpr):
-    """The sum [B] of each of COUNT tiles [B, K]."""
-    found = ()
-    for i in tl.static_range(0, COUNT, 4 if JOINT else 1):
-        if JOINT and COUNT - i >= 4:
-            a, b, c, d = tl.reduce((tiles[i], tiles[i + 1], tiles[i + 2], tiles[i + 3]), 1, _add4)
-            found = found + (a, b, c, d)
-        elif JOINT and COUNT - i == 3:
-            a, b, c = tl.reduce((tiles[i], tiles[i + 1], tiles[i + 2]), 1, _add3)
-            found = found + (a, b, c)
-        elif JOINT and COUNT - i == 2:
-            a, b = tl.reduce((tiles[i], tiles[i + 1]), 1, _add2)
-            found = found + (a, b)
-        else:
-            found = found + (tl.sum(tiles[i], 1),)
-    return found
+def row_maxima(tiles, JOINT: tl.constexpr):
+    """The maximum [B] of each tile [B, K]."""
+    return _reduce_each(tiles, True, JOINT)
+
+
+@triton.jit
+def row_sums(tiles, JOINT: tl.constexpr):
+    """The sum [B] of each tile [B, K]."""
+    return _reduce_each(tiles, False, JOINT)
 
 
 # ----- Forward
@@ -151,59 +148,59 @@ def finite(t):
 
 
 @triton.jit
-def softmaxes(t, M: tl.constexpr, JOINT: tl.constexpr):
+def softmaxes(t, JOINT: tl.constexpr):
     """Softmaxes of all modalities' tiles, in two rounds of reductions."""
-    maximum = row_maxima(t, M, JOINT)
+    maximum = row_maxima(t, JOINT)
     tiles = ()
-    for m in tl.static_range(M):
+    for m in tl.static_range(len(t)):
         shifted = t[m] - maximum[m][:, None]
         mass = tl.exp(shifted)
         tiles = tiles + (mass, mass * tl.where(t[m] == NEVER, 0.0, shifted))
-    sums = row_sums(tiles, 2 * M, JOINT)
+    sums = row_sums(tiles, JOINT)
     log_sum = ()
     entropy = ()
-    for m in tl.static_range(M):
+    for m in tl.static_range(len(t)):
         log_sum = log_sum + (tl.log(sums[2 * m]),)
         entropy = entropy + (tl.log(sums[2 * m]) - sums[2 * m + 1] / sums[2 * m],)
     return Softmaxes(maximum, log_sum, entropy)
 
 
 @triton.jit
-def uncertainties(entropy, K: tl.constexpr, M: tl.constexpr, ACC: tl.constexpr):
+def uncertainties(entropy, K: tl.constexpr):
     """Entropies over the log of the number of classes, [B] each; 0 for a single class."""
     found = ()
-    for m in tl.static_range(M):
+    for m in tl.static_range(len(entropy)):
         if K == 1:
             found = found + (tl.zeros_like(entropy[m]),)
         else:
-            found = found + (entropy[m] / tl.log(tl.full((), K, ACC)),)
+            found = found + (entropy[m] / tl.log(tl.full((), K, entropy[m].dtype)),)
     return found
 
 
 @triton.jit
-def gate_weights(scores, kappa, uncertainty, available, M: tl.constexpr):
+def gate_weights(scores, kappa, uncertainty, available):
     """Softmax over the modalities present of scores - kappa u, [B] each. `scores`: prior + gate."""
     masked = ()
-    for m in tl.static_range(M):
+    for m in tl.static_range(len(scores)):
         score = scores[m] - kappa[m] * uncertainty[m]
         masked = masked + (tl.where(available[m], score, NEVER),)
     maximum = masked[0]
-    for m in tl.static_range(1, M):
+    for m in tl.static_range(1, len(scores)):
         maximum = tl.maximum(maximum, masked[m])
     total = tl.zeros_like(maximum)
-    for m in tl.static_range(M):
+    for m in tl.static_range(len(scores)):
         total += tl.exp(masked[m] - maximum)
     weights = ()
-    for m in tl.static_range(M):
+    for m in tl.static_range(len(scores)):
         weights = weights + (tl.exp(masked[m] - maximum) / total,)
     return weights
 
 
 @triton.jit
-def fuse(t, weights, gamma, M: tl.constexpr):
+def fuse(t, weights, gamma):
     """gamma sum_m w_m t_m [B, K]; -inf where a modality with any weight rules the class out."""
     fused = tl.zeros_like(t[0])
-    for m in tl.static_range(M):
+    for m in tl.static_range(len(t)):
         said = tl.where((weights[m] == 0.0)[:, None], 0.0, t[m])
         fused = tl.fma(said, tl.broadcast_to(weights[m][:, None], said.shape), fused)
     rows = tl.zeros_like(weights[0]) + gamma  # gamma may be one a row
@@ -211,10 +208,10 @@ def fuse(t, weights, gamma, M: tl.constexpr):
 
 
 @triton.jit
-def fuse_rows(t, weights, gamma, M: tl.constexpr):
+def fuse_rows(t, weights, gamma):
     """`fuse` of one logit a row, [B]; to the last bit what `fuse` gives."""
     fused = tl.zeros_like(t[0])
-    for m in tl.static_range(M):
+    for m in tl.static_range(len(t)):
         fused = tl.fma(tl.where(weights[m] == 0.0, 0.0, t[m]), weights[m], fused)
     return tl.where(fused == NEVER, NEVER, gamma * fused)
 
@@ -223,21 +220,21 @@ def fuse_rows(t, weights, gamma, M: tl.constexpr):
 
 
 @triton.jit
-def target_logits(t, is_target, M: tl.constexpr, JOINT: tl.constexpr):
+def target_logits(t, is_target, JOINT: tl.constexpr):
     """Each modality's logit [B] of the target, among tiles of all classes; -inf if ruled out."""
     tiles = ()
-    for m in tl.static_range(M):
+    for m in tl.static_range(len(t)):
         tiles = tiles + (tl.where(is_target, t[m], 0.0),)
-    return row_sums(tiles, M, JOINT)
+    return row_sums(tiles, JOINT)
 
 
 @triton.jit
-def smooth_parts(t, true_logits, labels, COUNT: tl.constexpr):
-    """The Smooths of COUNT tiles [B, K] of all classes, by their target's logits [B]."""
+def smooth_parts(t, true_logits, labels):
+    """The Smooths of tiles [B, K] of all classes, by their target's logits [B]."""
     sums = ()
     shifts = ()
     if len(labels.smoothing) > 0:
-        for i in tl.static_range(COUNT):
+        for i in tl.static_range(len(t)):
             shift = finite(true_logits[i])
             count, mass, moment = smooth_tiles(t[i], shift, labels)
             sums = sums + (tl.sum(count, 1), tl.sum(mass, 1), tl.sum(moment, 1))
@@ -300,11 +297,10 @@ def cross_entropy_slope(t, maximum, log_sum, smooths, i, labels, is_target):
 
 
 @triton.jit
-def own_cross_entropies(softmax, true_logits, smooths, labels, available, M: tl.constexpr):
-    """Cross-entropy [B] of each modality's own logits. `smooths`: their
-    Smooths."""
+def own_cross_entropies(softmax, true_logits, smooths, labels, available):
+    """Cross-entropy [B] of each modality's own logits. `smooths`: their Smooths."""
     losses = ()
-    for m in tl.static_range(M):
+    for m in tl.static_range(len(true_logits)):
         loss = cross_entropy(
             softmax.maximum[m], softmax.log_sum[m], true_logits[m], smooths, m, labels
         )
@@ -321,13 +317,13 @@ def own_slope(t, m, softmax, smooths, labels, is_target):
 
 
 @triton.jit
-def fused_cross_entropy(t, weights, gamma, true_logits, labels, is_target, M: tl.constexpr):
+def fused_cross_entropy(t, weights, gamma, true_logits, labels, is_target):
     """Cross-entropy [B] of the fused logits, and its gradient [B, K] by them."""
-    fused = fuse(t, weights, gamma, M)
+    fused = fuse(t, weights, gamma)
     maximum = tl.max(fused, 1)
     log_sum = tl.log(tl.sum(tl.exp(fused - maximum[:, None]), 1))
-    true_logit = fuse_rows(true_logits, weights, gamma, M)
-    smooths = smooth_parts((fused,), (true_logit,), labels, 1)
+    true_logit = fuse_rows(true_logits, weights, gamma)
+    smooths = smooth_parts((fused,), (true_logit,), labels)
     loss = cross_entropy(maximum, log_sum, true_logit, smooths, 0, labels)
     return loss, cross_entropy_slope(fused, maximum, log_sum, smooths, 0, labels, is_target)
 
@@ -336,26 +332,17 @@ def fused_cross_entropy(t, weights, gamma, true_logits, labels, is_target, M: tl
 
 
 @triton.jit
-def products(grad, t, M: tl.constexpr, JOINT: tl.constexpr):
+def products(grad, t, JOINT: tl.constexpr):
     """sum_k grad_k t_m(k) [B] of every modality; grad [B, K] by the fused logits."""
     tiles = ()
-    for m in tl.static_range(M):
+    for m in tl.static_range(len(t)):
         tiles = tiles + (grad * finite(t[m]),)
-    return row_sums(tiles, M, JOINT)
+    return row_sums(tiles, JOINT)
 
 
 @triton.jit
 def gate_gradients(
-    product,
-    weights,
-    grad_weights,
-    grad_uncertainty,
-    uncertainty,
-    numbers,
-    active,
-    K: tl.constexpr,
-    M: tl.constexpr,
-    ACC: tl.constexpr,
+    product, weights, grad_weights, grad_uncertainty, uncertainty, numbers, active, K: tl.constexpr
 ):
     """Through the softmax over the modalities, in the rows that are `active` [B].
 
@@ -365,7 +352,7 @@ def gate_gradients(
     by_weights = ()
     mean = tl.zeros_like(product[0])  # of the weights' gradients, under the weights
     scale = tl.zeros_like(product[0])
-    for m in tl.static_range(M):
+    for m in tl.static_range(len(weights)):
         by_weight = numbers.gamma * product[m]
         if len(grad_weights) > 0:
             by_weight += grad_weights[m]
@@ -375,7 +362,7 @@ def gate_gradients(
     by_score = ()
     by_kappa = ()
     by_entropy = ()
-    for m in tl.static_range(M):
+    for m in tl.static_range(len(weights)):
         score = tl.where(active, weights[m] * (by_weights[m] - mean), 0.0)
         slope = -numbers.kappa[m] * score
         if len(grad_uncertainty) > 0:
@@ -383,7 +370,7 @@ def gate_gradients(
         if K == 1:
             slope = tl.zeros_like(slope)
         else:
-            slope = slope / tl.log(tl.full((), K, ACC))
+            slope = slope / tl.log(tl.full((), K, slope.dtype))
         by_score = by_score + (score,)
         by_kappa = by_kappa + (tl.where(active, -uncertainty[m] * score, 0.0),)
         by_entropy = by_entropy + (slope,)

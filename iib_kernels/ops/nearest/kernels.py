@@ -12,6 +12,7 @@ import triton.language as tl
 from iib_kernels.ops.distance.kernels import dot_products
 from iib_kernels.ops.distance.lengths import row_squares
 from iib_kernels.ops.tiles import (
+    Matrix,
     Product,
     inner_products,
     inverse_length,
@@ -146,6 +147,16 @@ def nearest_gradient(z_tile, p_tile, upstream, z_inverse, p_inverse, along):
     )
 
 
+class Backward(NamedTuple):
+    """What the gradient is made of, and where it goes."""
+
+    features: tl.tuple  # M Matrix [B, D_m]
+    prototypes: tl.tuple  # M Matrix [K, D_m]
+    index_ptr: tl.tensor  # [B, M] class of the nearest prototype, or -1
+    upstream: Matrix  # [B, M] gradient of the distance to it
+    grad_ptrs: tl.tuple  # M of [B, D_m]
+
+
 class Winners(NamedTuple):
     """Rows of one modality and the prototypes nearest to them, [B] each."""
 
@@ -157,14 +168,14 @@ class Winners(NamedTuple):
 
 
 @triton.jit
-def load_winners(index_ptr, grad, batch, M: tl.constexpr, ACC: tl.constexpr, BLOCK_B: tl.constexpr):
-    """The winners of BLOCK_B rows of this program's modality."""
+def load_winners(flow, batch, ACC: tl.constexpr, BLOCK_B: tl.constexpr):
+    """The winners of BLOCK_B rows of this program's modality. `flow`: a Backward."""
     offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_b = offs_b < batch
     m = tl.program_id(1)
-    index = tl.load(index_ptr + offs_b * M + m, mask=mask_b, other=-1)
+    index = tl.load(flow.index_ptr + offs_b * len(flow.grad_ptrs) + m, mask=mask_b, other=-1)
     found = index >= 0
-    ptrs = grad.ptr + offs_b * grad.stride_row + m * grad.stride_col
+    ptrs = flow.upstream.ptr + offs_b * flow.upstream.stride_row + m * flow.upstream.stride_col
     upstream = tl.load(ptrs, mask=found, other=0.0).to(ACC)
     return Winners(offs_b, mask_b, index, found, upstream)
 
@@ -192,24 +203,21 @@ def _pull_back(
 
 @triton.jit(do_not_specialize=["batch"])
 def nearest_backward(
-    features,
-    prototypes,
-    index_ptr,
-    grad,
-    grad_ptrs,
-    batch,
-    M: tl.constexpr,
-    SIZES: tl.constexpr,
-    COSINE: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    flow, batch, SIZES: tl.constexpr, COSINE: tl.constexpr, ACC: tl.constexpr, BLOCK_B: tl.constexpr
 ):
     """Gradient of the features through the winning prototypes, BLOCK_B rows of one modality.
 
     SIZES: D and BLOCK_D of each modality.
     """
-    at = load_winners(index_ptr, grad, batch, M, ACC, BLOCK_B)
-    for m in tl.static_range(M):
+    at = load_winners(flow, batch, ACC, BLOCK_B)
+    for m in tl.static_range(len(flow.features)):
         if tl.program_id(1) == m:
-            x = features[m]
-            _pull_back(x, prototypes[m], at, grad_ptrs[m], SIZES[m][0], COSINE, SIZES[m][1])
+            _pull_back(
+                flow.features[m],
+                flow.prototypes[m],
+                at,
+                flow.grad_ptrs[m],
+                SIZES[m][0],
+                COSINE,
+                SIZES[m][1],
+            )

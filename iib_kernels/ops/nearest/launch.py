@@ -103,7 +103,7 @@ def forward(features, prototypes, cosine, seen, distance, index) -> None:
 
 def backward(features, prototypes, cosine, index, grad, gradients) -> None:
     """Fill the gradients of the features."""
-    from iib_kernels.ops.nearest.kernels import nearest_backward
+    from iib_kernels.ops.nearest.kernels import Backward, nearest_backward
     from iib_kernels.ops.nearest.streamed import nearest_backward_streamed
     from iib_kernels.ops.tiles import Matrix
 
@@ -111,13 +111,15 @@ def backward(features, prototypes, cosine, index, grad, gradients) -> None:
     sizes, streamed = widths(features), max(widths(features)) > COMPONENTS
     components = power_of_two(STREAMED if streamed else max(sizes))
     rows = max(1, 2048 // components)
-    shared = {"M": count, "COSINE": cosine, "ACC": accumulator(dtype)}
+    shared = {"COSINE": cosine, "ACC": accumulator(dtype)}
     arguments = (
-        tuple(matrix(values) for values in features),
-        tuple(matrix(table) for table in prototypes),
-        index,
-        Matrix(grad, *grad.stride()),
-        tuple(gradients),
+        Backward(
+            tuple(matrix(values) for values in features),
+            tuple(matrix(table) for table in prototypes),
+            index,
+            Matrix(grad, *grad.stride()),
+            tuple(gradients),
+        ),
         batch,
     )
     grid = -(-batch // rows), count

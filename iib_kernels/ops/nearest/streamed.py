@@ -52,13 +52,8 @@ def _pull_back(
 
 @triton.jit(do_not_specialize=["batch"])
 def nearest_backward_streamed(
-    features,
-    prototypes,
-    index_ptr,
-    grad,
-    grad_ptrs,
+    flow,
     batch,
-    M: tl.constexpr,
     WIDTHS: tl.constexpr,
     COSINE: tl.constexpr,
     ACC: tl.constexpr,
@@ -66,7 +61,8 @@ def nearest_backward_streamed(
     BLOCK_D: tl.constexpr,
 ):
     """Gradient of the features through the winning prototypes, BLOCK_B rows of one modality."""
-    at = load_winners(index_ptr, grad, batch, M, ACC, BLOCK_B)
-    for m in tl.static_range(M):
+    at = load_winners(flow, batch, ACC, BLOCK_B)
+    for m in tl.static_range(len(flow.features)):
         if tl.program_id(1) == m:
-            _pull_back(features[m], prototypes[m], at, grad_ptrs[m], WIDTHS[m], COSINE, BLOCK_D)
+            x, table = flow.features[m], flow.prototypes[m]
+            _pull_back(x, table, at, flow.grad_ptrs[m], WIDTHS[m], COSINE, BLOCK_D)

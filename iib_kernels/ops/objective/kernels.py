@@ -11,17 +11,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from iib_kernels.ops.fusion.loading import (
-    load_block,
-    load_class_weight,
-    load_labels,
-    load_numbers,
-    load_scaled,
-    load_scores,
-    row_numbers,
-    store_each,
-    store_rows,
-)
+from iib_kernels.ops.fusion import loading
 from iib_kernels.ops.fusion.objective import objective_of_tiles
 from iib_kernels.ops.fusion.tiles import target_logits
 from iib_kernels.ops.objective.batch import (
@@ -65,67 +55,62 @@ def objective_small(
     weights,
     outputs,
     batch,
-    K: tl.constexpr,
-    M: tl.constexpr,
+    plan: tl.constexpr,
     PROTOTYPES: tl.constexpr,
     NUMBER_POINTER: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     J: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """Losses, their means over the batch, and gradients.
 
-    PROTOTYPES: how the prototype losses are computed (prototypes.How), or None to leave them out.
+    `plan`: a Plan (fusion/loading.py). PROTOTYPES: how the prototype losses are computed
+    (prototypes.How), or None to leave them out.
     """
     seen_ptrs = None if PROTOTYPES is None else tables.seen
-    divisors = count_batch(targets, gate.mask_ptr, seen_ptrs, batch, K, M, J, ACC)  # [J]
-    factors = load_weights(weights, M, J, NUMBER_POINTER, ACC)
+    # What a part's mean is divided by, [J]
+    divisors = count_batch(targets, gate.mask_ptr, seen_ptrs, batch, plan.K, plan.M, J, plan.ACC)
+    factors = load_weights(weights, plan.M, J, NUMBER_POINTER, plan.ACC)
     shares = factors / divisors  # what a row's losses weigh
-    numbers = load_numbers(gate, M, ACC)
-    offs_k = tl.arange(0, BLOCK_K)
-    class_weight = load_class_weight(targets, offs_k, K, ACC)
-    sums = tl.zeros((J,), ACC)
-    for number in range(tl.program_id(0), tl.cdiv(batch, BLOCK_B), tl.num_programs(0)):
-        block = load_block(gate, number, batch, BLOCK_B, M)
-        labels = load_labels(targets, class_weight, block, K, ACC)
+    numbers = loading.load_numbers(gate, plan)
+    offs_k = tl.arange(0, plan.BLOCK_K)
+    class_weight = loading.load_class_weight(targets, offs_k, plan)
+    sums = tl.zeros((J,), plan.ACC)
+    for number in range(tl.program_id(0), tl.cdiv(batch, plan.BLOCK_B), tl.num_programs(0)):
+        block = loading.load_block(gate, number, batch, plan)
+        labels = loading.load_labels(targets, class_weight, block, plan)
         is_target = offs_k[None, :] == labels.targets[:, None]
-        t = load_scaled(logits, numbers, block, offs_k, K, M, ACC)
+        t = loading.load_scaled(logits, numbers, block, offs_k, plan)
         losses, fusion_weights, _, slopes = objective_of_tiles(
             t,
-            target_logits(t, is_target, M, False),
-            load_scores(gate, block, M, ACC),
+            target_logits(t, is_target, plan.JOINT),
+            loading.load_scores(gate, block, plan),
             block.available,
             labels,
             is_target,
-            entries(shares, 0, M + 1),
-            row_numbers(numbers, gate, block, M, ACC),
-            K,
-            M,
-            ACC,
-            False,
+            entries(shares, 0, plan.M + 1),
+            loading.row_numbers(numbers, gate, block),
+            plan,
         )
-        store_each(outputs.weights, block, fusion_weights, M)
+        loading.store_each(outputs.weights, block, fusion_weights)
         if outputs.grad_logits is not None:
-            for m in tl.static_range(M):
-                store_rows(outputs.grad_logits, m, block, offs_k, slopes[m], K)
-        sums = add_entries(sums, 0, losses, M + 1)
+            for m in tl.static_range(plan.M):
+                loading.store_rows(outputs.grad_logits, m, block, offs_k, slopes[m], plan.K)
+        sums = add_entries(sums, 0, losses, plan.M + 1)
         if PROTOTYPES is not None:
             contrastive, alignment = prototype_losses(
                 tables,
                 block,
                 labels,
-                load_scalar(weights.contrastive, NUMBER_POINTER, ACC),
-                load_scalar(weights.alignment, NUMBER_POINTER, ACC),
-                entries(divisors, M + 1, M),
+                load_scalar(weights.contrastive, NUMBER_POINTER, plan.ACC),
+                load_scalar(weights.alignment, NUMBER_POINTER, plan.ACC),
+                entries(divisors, plan.M + 1, plan.M),
                 outputs.grad_features,
-                K,
-                M,
-                ACC,
-                BLOCK_K,
+                plan.K,
+                plan.M,
+                plan.ACC,
+                plan.BLOCK_K,
                 PROTOTYPES,
             )
-            sums = add_entries(sums, M + 1, contrastive, M)
-            sums = add_entries(sums, 2 * M + 1, alignment, M)
-    finish(sums, divisors, factors, outputs, 3 * M + 1, J, ACC, BLOCK_P)
+            sums = add_entries(sums, plan.M + 1, contrastive, plan.M)
+            sums = add_entries(sums, 2 * plan.M + 1, alignment, plan.M)
+    finish(sums, divisors, factors, outputs, 3 * plan.M + 1, J, plan.ACC, BLOCK_P)

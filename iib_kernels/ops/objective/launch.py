@@ -209,6 +209,8 @@ def _run_small(arguments: Arguments) -> Outputs:
     config = _blocks(arguments)
     programs = max(1, min(-(-batch // config.blocks["BLOCK_B"]), grid_limit(device)))
     parts = 3 * count + 1
+    blocks = config.blocks["BLOCK_B"], config.blocks["BLOCK_K"]
+    plan = fusion.plan_argument(logits[0].shape[1], count, dtype, False, *blocks)
     with on_device(logits[0]):
         tables, how = _prototypes(arguments, dtype)
         kernels.objective_small[(programs,)](
@@ -227,14 +229,12 @@ def _run_small(arguments: Arguments) -> Outputs:
                 tickets(device),
             ),
             batch,
-            K=logits[0].shape[1],
-            M=count,
+            plan,
             PROTOTYPES=how,
             NUMBER_POINTER=dtype == torch.float64,
-            ACC=accumulator(dtype),
             J=_tuning.power_of_two(parts),
             BLOCK_P=32,
-            **config.options(),
+            **config.compiler(),
         )
     return filled
 
