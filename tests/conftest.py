@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import shutil
 import signal
@@ -35,6 +36,38 @@ def one_parser() -> None:
     cli = sys.modules.get("iibalance.cli")  # where no test module imports it, none runs a command
     if cli is not None:
         cli._parser = functools.cache(cli._parser)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def light_collections() -> None:
+    """What a file finds in memory is left out of garbage collections.
+
+    Every training ends with a collection of its own, which would take 0.3 s to walk through all
+    imported modules, longer than a small training.
+    """
+    if "iibalance.training.stages" in sys.modules:
+        import torch._dynamo  # noqa: F401, every optimiser does
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> None:
+    """Triton's interpreter takes half the time for the same results."""
+    interpreter = sys.modules.get("interpreter")  # imported where a test runs a kernel
+    if interpreter is not None and interpreter.interpreted():
+        interpreter.quicken()
+
+
+@pytest.fixture
+def no_pictures(monkeypatch) -> None:
+    """Runs and comparisons draw nothing: a picture takes as long as a small training."""
+    import iibalance.comparison.protocol
+    import iibalance.training.stages
+
+    nothing = lambda *_, **__: None
+    monkeypatch.setattr(iibalance.training.stages, "write_report", nothing)
+    monkeypatch.setattr(iibalance.comparison.protocol, "write_picture", nothing)
 
 
 @pytest.fixture(scope="session")

@@ -257,6 +257,66 @@ def interpreted() -> bool:
     return isinstance(tl.sum, internals.InterpretedFunction)
 
 
+def quicken() -> None:
+    """Spare the interpreter what it does again and again, most of its time; results are the same.
+
+    It patches ``triton.language`` anew at each call of a device function, though the launch has
+    patched it: now once a launch for each module. And a type's numpy dtype, a block's shape and its
+    name are made once.
+    """
+    _patch_once()
+    _keep_types()
+
+
+def _patch_once() -> None:
+    executor = internals.GridExecutor
+    call, patch = executor.__call__, internals._patch_lang
+    patched: set[int] = set()  # the globals of kernels' modules: those of the launch that runs
+
+    def launched(self, *args, **kwargs):
+        patched.clear()
+        return call(self, *args, **kwargs)
+
+    def patch_once(function):
+        if id(function.__globals__) in patched:
+            return None  # only a launch, the first to ask, restores what was patched
+        patched.add(id(function.__globals__))
+        return patch(function)
+
+    executor.__call__, internals._patch_lang = launched, patch_once
+
+
+def _keep_types() -> None:
+    look_up, dtypes = internals._get_np_dtype, {}
+    block, blocks = tl.core.block_type.__init__, {}
+    tensor, shapes = tl.core.tensor.__init__, {}
+
+    def np_dtype(kind):
+        name = kind.scalar.name
+        if name not in dtypes:
+            dtypes[name] = look_up(kind)
+        return dtypes[name]
+
+    def block_type(self, element_ty, shape):
+        sizes = tuple(s.value if isinstance(s, tl.constexpr) else s for s in shape)
+        if (kept := blocks.get((element_ty.name, sizes))) is None:
+            block(self, element_ty, shape)
+            blocks[element_ty.name, sizes] = dict(vars(self))
+        else:
+            vars(self).update(kept, element_ty=element_ty)
+
+    def tensor_of(self, handle, type):
+        sizes = tuple(type.shape) if type.is_block() else ()
+        if (kept := shapes.get(sizes)) is None:
+            tensor(self, handle, type)
+            shapes[sizes] = {name: getattr(self, name) for name in ("shape", "numel")}
+        else:
+            vars(self).update(kept, handle=handle, type=type, dtype=type.scalar)
+
+    internals._get_np_dtype = np_dtype
+    tl.core.block_type.__init__, tl.core.tensor.__init__ = block_type, tensor_of
+
+
 @contextlib.contextmanager
 def sanitized() -> Iterator[Report]:
     """Check and count every access of the kernels launched inside; int32 overflow raises.

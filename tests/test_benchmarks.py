@@ -244,11 +244,13 @@ def fatal():
     os._exit(3)
 
 
-def test_a_task_that_hangs_fails_or_ends_its_process_does_not_cost_the_others():
+@pytest.mark.parametrize("wait", [0.0, pytest.param(60.0, marks=pytest.mark.slow)])
+def test_a_task_that_hangs_fails_or_ends_its_process_does_not_cost_the_others(wait):
+    """Each that hangs or is fatal takes a process more, a second or two to start."""
     tasks = [
         Task(numbers, (3,), "first"),
         Task(sick, (), "sick"),
-        Task(numbers, (1, 60.0), "hangs"),
+        Task(numbers, (1, wait), "hangs"),
         Task(fatal, (), "fatal"),
         Task(numbers, (2,), "last"),
     ]
@@ -263,7 +265,7 @@ def test_a_task_that_hangs_fails_or_ends_its_process_does_not_cost_the_others():
         found.setdefault(event.task.label, []).append((event.kind, event.value))
     assert found["first"] == [("value", 0), ("value", 1), ("value", 2), ("done", None)]
     assert found["sick"] == [("value", 1), ("error", "ValueError: on purpose")]
-    assert found["hangs"] == [("late", "over 2 s")]
+    assert found["hangs"] == ([("late", "over 2 s")] if wait else [("value", 0), ("done", None)])
     assert found["fatal"] == [("value", 1), ("error", "its process ended with status 3")]
     assert found["last"] == [("value", 0), ("value", 1), ("done", None)]
     assert [event.kind for event in left] == ["left out", "left out"]
@@ -496,7 +498,7 @@ def test_work_that_does_not_fit_the_time_is_left_out_and_said_so(session):
 def test_a_command_that_hangs_is_stopped_and_its_output_kept(tmp_path):
     script = "import time; print('begun', flush=True); time.sleep(60)"
     for log in (None, tmp_path / "log"):
-        done = gpu_checks.limited([sys.executable, "-c", script], 2.0, log=log)
+        done = gpu_checks.limited([sys.executable, "-c", script], 1.5, log=log)
         assert done["out_of_time"] and done["output"] == "begun\n" and done["returncode"] != 0
 
 
@@ -737,5 +739,6 @@ def test_the_sweep_reaches_the_launches_of_the_main_kernels():
         case = OPS[op](SMALL, FP32, "cpu")
         with gpu_sweep.launches(lambda name, own: own) as seen:
             case.run("triton", case.inputs)[0].sum().backward()
-        assert len(seen) >= 2, (op, seen)  # forward and backward
+        # Forward and backward, but for the objective, whose gradients come out of its forward
+        assert len(seen) >= 2 - (op == "multimodal_objective"), (op, seen)
         assert all(isinstance(launch, _tuning.Launch) for launch in seen.values())

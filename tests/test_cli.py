@@ -481,6 +481,7 @@ def test_help_lists_every_option_with_its_description(capsys):
     assert "Folds of the training split" in text
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_seeds(train, data, tmp_path):
     first = train(*QUICK)
     for seed, same in ((0, True), (1, False)):
@@ -502,6 +503,7 @@ def test_seeds(train, data, tmp_path):
             assert ((folder / name).read_bytes() == (first / name).read_bytes()) is same
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_budgets_alone_and_budgets_given(data, train, tmp_path):
     printed = run(
         "budgets",
@@ -556,6 +558,7 @@ def test_budgets_alone_by_unimodal_trainings(data, tmp_path):
     )
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("source", SOURCES)
 def test_budgets_alone_are_those_that_train_estimates_to_the_last_digit(
     data, train, tmp_path, source
@@ -592,6 +595,7 @@ def test_budgets_that_stand_in_a_file_are_not_estimated(data, capsys):
     assert "budgets.path: given.json holds budgets already" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("source", ["probe", "online"])
 def test_other_sources_of_budgets(source, train):
     folder = train("--budgets.source", source, "--training.alone", "false")
@@ -663,6 +667,7 @@ def test_mixed_precision_is_close_but_not_equal(train):
     ), "the precision of an earlier run must not stay"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_modality_dropout_hides_modalities_in_training_alone(data, tmp_path, monkeypatch):
     masks = []
 
@@ -694,6 +699,7 @@ def test_modality_dropout_hides_modalities_in_training_alone(data, tmp_path, mon
     assert before > 0.9 and 0.5 < after / before < 0.85
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_groups_keep_speakers_apart_in_splits_and_folds(tmp_path, monkeypatch):
     path, folds = synthetic.write(tmp_path / "clips.npz"), []
     make = budget_stage.make_folds
@@ -728,6 +734,7 @@ def test_groups_keep_speakers_apart_in_splits_and_folds(tmp_path, monkeypatch):
     assert sum(map(len, parts)) == len(set.union(*parts)) == len(set(data.train.groups.tolist()))
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_digits_from_the_command_line(tmp_path):
     run(
         "train",

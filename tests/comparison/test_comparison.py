@@ -288,6 +288,7 @@ def test_the_setting_with_the_lowest_mean_is_chosen_and_one_that_failed_once_is_
         }
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_going_on_trains_nothing_again(done, npz):
     folder, first = done
     stamps = {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
@@ -349,6 +350,7 @@ def test_trainings_of_another_version_of_the_code_are_not_shared(npz, tmp_path, 
     assert len(alone()) == 4
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_predictions_of_a_cell_without_numbers_count_for_nothing(npz, tmp_path, monkeypatch):
     options = config(
         npz, tmp_path, methods="concat,sum", focus="concat", trials=1, low_data=0.0, timing_steps=0
@@ -384,6 +386,7 @@ def test_predictions_of_a_cell_without_numbers_count_for_nothing(npz, tmp_path, 
     assert "data: gone" in result["failures"]["test-two-concat-seed1"] and not predictions.exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_cell_that_was_lost_comes_back_the_same(done, npz):
     folder, first = done
     numbers, predictions = cell_files(folder, Cell("two", "concat", 1, 0, "test"))
@@ -574,6 +577,7 @@ def test_a_users_file_that_changed_is_trained_anew(npz, tmp_path):
     }
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_users_file_that_changes_under_a_process_is_read_again(npz, tmp_path):
     """As in a notebook; and the focus may be given as the methods are."""
     place = tmp_path / "shifting.py"
@@ -619,6 +623,7 @@ def test_a_cell_of_another_setting_is_made_anew(npz, tmp_path):
     assert seen[0] == seen[1] < seen[2] < seen[3]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_it_says_which_versions_made_it(done, npz):
     folder, result = done
     ((only, count),) = result["made_by"].items()
@@ -743,6 +748,7 @@ def test_wrong_options_are_refused_before_anything_is_written(npz, tmp_path, opt
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_failed_cell_is_reported_and_the_others_go_on(npz, tmp_path, monkeypatch):
     from iibalance.methods.concat import Concat
 

@@ -143,8 +143,15 @@ def test_of_many_classes(classes, modalities, dtype, smoothing):
     check(3, classes, modalities, dtype, smoothing=smoothing)
 
 
-@pytest.mark.parametrize("form", ["streamed", "joint"])
-@pytest.mark.parametrize("modalities", [1, 3])
+@pytest.mark.parametrize(
+    "modalities, form",
+    [
+        (1, "streamed"),
+        pytest.param(1, "joint", marks=pytest.mark.slow),
+        pytest.param(3, "streamed", marks=pytest.mark.slow),
+        (3, "joint"),
+    ],
+)
 def test_streamed_rows_and_joint_reductions(modalities, form, monkeypatch):
     if form == "joint":
         monkeypatch.setattr(launch, "_joint", lambda config: True)
@@ -155,8 +162,10 @@ def test_streamed_rows_and_joint_reductions(modalities, form, monkeypatch):
         check(4, 7, modalities, torch.float64, **options)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("most", [0, 4096])
+@pytest.mark.parametrize(
+    "most, smoothing",
+    [(0, 0.2), pytest.param(0, 0.0, marks=pytest.mark.slow), (4096, 0.0), (4096, 0.2)],
+)
 def test_garbage_changes_nothing_and_results_repeat(most, smoothing, monkeypatch):
     monkeypatch.setattr(launch, "MOST_CLASSES", most)
     options = dict(weight=True, smoothing=smoothing)

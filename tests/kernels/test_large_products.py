@@ -6,6 +6,8 @@ test_triton_values.py in its sanitizer.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -60,8 +62,13 @@ def test_distances_and_both_gradients(dtype, metric, watched):  # noqa: F811
     assert names(watched) in (None, forward + side * 2)
 
 
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "dtype, metric",
+    [
+        *zip(FLOATS, METRICS * 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in zip(FLOATS, METRICS[::-1] * 2)),
+    ],
+)
 def test_nearest_prototypes_and_gradient(dtype, metric, watched):  # noqa: F811
     for seen in ("none", "all", "blind"):
         case = nearest_case(5, 9, 70, 3, (13, 24), dtype, metric=metric, seen=seen)
@@ -69,8 +76,17 @@ def test_nearest_prototypes_and_gradient(dtype, metric, watched):  # noqa: F811
     assert watched is None or ("measure_rows" in names(watched)) == (dtype in HALF)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("table_layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "table_layout, layout",
+    [
+        *zip(LAYOUTS, LAYOUTS[::-1]),
+        *(
+            pytest.param(table_layout, layout, marks=pytest.mark.slow)
+            for table_layout, layout in itertools.product(LAYOUTS, LAYOUTS)
+            if (table_layout, layout) not in zip(LAYOUTS, LAYOUTS[::-1])
+        ),
+    ],
+)
 def test_any_strides(layout, table_layout):
     check(distance_case(7, (2, 3), 18, 16, torch.float16, None, "cosine", layout, table_layout))
     check(nearest_case(7, 5, 18, 2, (16, 5), torch.float16, None, "cosine", "all", layout))
@@ -126,7 +142,7 @@ def test_rows_wider_than_registers_are_streamed_backward(metric, monkeypatch, wa
     assert watched is None or "nearest_backward_streamed" in names(watched)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", ["sqeuclidean", pytest.param("cosine", marks=pytest.mark.slow)])
 def test_float64_gradcheck(metric):
     g = torch.Generator().manual_seed(0)
     draw = lambda *size: torch.randn(size, generator=g, dtype=torch.float64).to(DEVICE)

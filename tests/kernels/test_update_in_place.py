@@ -144,13 +144,20 @@ def test_targets_of_other_types(kind, ignored):
     Batch(3, kind=kind, ignored=ignored).check()
 
 
-@pytest.mark.parametrize("classes", [1, 2, 31, 130])
+@pytest.mark.parametrize("classes", [1, 2, 31, pytest.param(130, marks=pytest.mark.slow)])
 def test_few_and_many_classes(classes):
     Batch(5, batch=37, classes=classes, masked=True).check()
 
 
-@pytest.mark.parametrize("metric", ["cosine", "sqeuclidean"])
-@pytest.mark.parametrize("dtype", [F32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype, metric",
+    [
+        (F32, "cosine"),
+        pytest.param(F32, "sqeuclidean", marks=pytest.mark.slow),
+        pytest.param(torch.float64, "cosine", marks=pytest.mark.slow),
+        (torch.float64, "sqeuclidean"),
+    ],
+)
 def test_rows_wider_than_registers_are_streamed(monkeypatch, watched, dtype, metric):
     monkeypatch.setattr(launch, "COMPONENTS", 32)
     monkeypatch.setattr(launch, "STREAMED", 16)
@@ -167,7 +174,7 @@ def test_rows_wider_than_registers_are_streamed(monkeypatch, watched, dtype, met
         assert names == ["move_prototypes_streamed", "class_sums_streamed"]
 
 
-@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("streamed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_more_targets_than_are_looked_at_at_once_and_many_classes_a_program(monkeypatch, streamed):
     """The same bits as with one look and a class a program: rows are added in the same order."""
     batch = Batch(13, batch=75, classes=11, masked=True)
@@ -287,9 +294,21 @@ class Moving(torch.nn.Module):
         return loss
 
 
-@pytest.mark.parametrize("pure", [False, True])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize(
+    "impl, backend, pure",
+    [
+        ("triton", "aot_eager", False),
+        ("reference", "aot_eager", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("triton", "aot_eager", True),
+                ("reference", "aot_eager", False),
+                *itertools.product(("triton", "reference"), ("inductor",), (False, True)),
+            ]
+        ),
+    ],
+)
 def test_fullgraph_compile_moves_buffers_as_eager_code_does(impl, backend, pure):
     torch._dynamo.reset()
     eager, model = Moving(impl, pure), Moving(impl, pure)

@@ -92,6 +92,7 @@ def test_trained_loaded_and_asked(npz, tmp_path, name):
     assert metrics["test"]["nll"] < 1.3 and metrics["test"]["modalities"]["b"]["accuracy"] > 0.4
 
 
+@pytest.mark.usefixtures("no_pictures")
 @by_method(STATEFUL)
 def test_stopped_in_the_middle_it_ends_with_the_same_numbers(npz, tmp_path, name, monkeypatch):
     whole = train(config(npz, tmp_path / "whole", name))
@@ -159,6 +160,7 @@ def test_training_starts_from_the_models_of_the_budget_stage(npz, tmp_path, monk
     )
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_method_options_reach_the_method_and_wrong_ones_are_refused(npz, tmp_path):
     weak, strong = (
         train(config(npz, tmp_path / str(alpha), "agm", method_options={"alpha": alpha}))["test"][
@@ -177,6 +179,7 @@ def test_method_options_reach_the_method_and_wrong_ones_are_refused(npz, tmp_pat
     assert not (tmp_path / "wrong").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_step_of_several_micro_batches_is_modulated_once(npz, tmp_path, monkeypatch):
     """On the whole gradient.
 
@@ -282,6 +285,7 @@ def test_own_loop_with_hooks_called_one_by_one_equals_step():
     assert torch.equal(*results)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_of_a_users_own_method_loads_from_any_directory(npz, tmp_path, monkeypatch):
     own = tmp_path / "own"
     own.mkdir()

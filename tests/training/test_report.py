@@ -285,7 +285,7 @@ def apart(first, second, slack=0.5):
         (SHORT[:2], HEADS | {"epochs": 200}),
         (LONG[:3], HEADS | {"epochs": 3}),
         (SHORT, HEADS),
-        (LONG, HEADS | {"epochs": 60}),
+        pytest.param(LONG, HEADS | {"epochs": 60}, marks=pytest.mark.slow),
         (LONG, CONCAT | {"epochs": 2}),
         (["$x_1$", "_hidden", "x" * 60], HEADS),
     ],

@@ -22,11 +22,12 @@ from iibalance import cli
 # state on disk changes. Forking saves importing torch for each.
 KILLER = """
 import json, os, signal, sys
-import matplotlib.pyplot, sklearn.linear_model, sklearn.model_selection, torch._dynamo
-try:
-    import torch.utils.tensorboard
-except ImportError:
-    pass
+if sum(len(moments) for _, moments in json.loads(sys.argv[1])) > 1:  # imported once for all
+    import matplotlib.pyplot, sklearn.linear_model, sklearn.model_selection, torch._dynamo
+    try:
+        import torch.utils.tensorboard
+    except ImportError:
+        pass
 from iibalance import cli
 
 def arm(moment):
@@ -300,6 +301,7 @@ def test_a_finished_run_is_left_as_it_is(capsys, whole):
     assert f"{100 * accuracy:.1f}" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_options_come_from_the_run_and_may_be_repeated_but_not_changed(capsys, killed):
     before = contents(killed)
     for more, name in [
@@ -353,6 +355,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(name, damage, capsys, killed):
     assert contents(killed) == before
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_without_the_damaged_checkpoint_the_one_before_is_taken(
     capsys, killed, half, tmp_path, one_thread
 ):
