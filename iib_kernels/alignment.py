@@ -127,12 +127,14 @@ def alignment_loss(
         # Compiled code does not know whether it stands inside torch.func.grad
         asked = torch.compiler.is_compiling() or any(rows.requires_grad for rows in features)
         keep = torch.is_grad_enabled() and asked
-        constants = float(temperature), cosine, ignore_index, len(features), keep
+        constants = float(temperature), cosine, ignore_index, len(features)
         tensors = distinct([*features, *prototypes, *(seen or [])])
-        contrastive, alignment, confidence, counts, *_ = apply(
-            AlignmentLossFunction, *constants, targets, budgets, mask, *tensors
+        how = constants, keep, reduction
+        contrastive, alignment, mean, confidence, *_ = apply(
+            AlignmentLossFunction, *how, targets, budgets, mask, *tensors
         )
-    elif cpu_takes(impl, targets, budgets, mask, *features, *prototypes, *(seen or [])):
+        return AlignmentOutput(contrastive, alignment, confidence if reduction == "none" else mean)
+    if cpu_takes(impl, targets, budgets, mask, *features, *prototypes, *(seen or [])):
         contrastive, alignment, confidence, counts = cpu_alignment.alignment_loss(
             [rows.to(dtype) for rows in features],
             prototypes,

@@ -198,7 +198,7 @@ def fusion_cross_entropy(
     check_device(logits[0], targets=targets, weight=weight)
     if implementation == "triton":
         numbers, mask, *tensors = _flat(logits, (), **arguments)
-        options = ignore_index, float(label_smoothing)
+        options = ignore_index, float(label_smoothing), reduction
         outputs = apply(
             FusionCrossEntropyFunction,
             options,
@@ -208,32 +208,34 @@ def fusion_cross_entropy(
             mask,
             *tensors,
         )
-        fused, unimodal, weights, counts = outputs[:4]
-        fused, counts = fused.reshape(leading), counts.reshape(*leading, count + 1)
-        unimodal, weights = (value.reshape(*leading, count) for value in (unimodal, weights))
-    else:
-        arguments = _raised(logits, arguments)
-        labels = {"weight": weight, "label_smoothing": label_smoothing}
-        if weight is not None:
-            labels["weight"] = weight.to(arguments["logits"][0].dtype)
-        if not _by_row(arguments) and cpu_takes(impl, targets, *logits, *arguments.values()):
-            return FusionLossOutput(
-                *cpu_fusion.fusion_cross_entropy(
-                    targets=targets,
-                    ignore_index=ignore_index,
-                    reduction=reduction,
-                    **labels,
-                    **arguments,
-                )
+        fused, unimodal, weights = outputs[:3]
+        if len(leading) != 1:
+            weights = weights.reshape(*leading, count)
+            if reduction == "none":
+                fused, unimodal = fused.reshape(leading), unimodal.reshape(*leading, count)
+        return FusionLossOutput(fused, unimodal, weights)
+    arguments = _raised(logits, arguments)
+    labels = {"weight": weight, "label_smoothing": label_smoothing}
+    if weight is not None:
+        labels["weight"] = weight.to(arguments["logits"][0].dtype)
+    if not _by_row(arguments) and cpu_takes(impl, targets, *logits, *arguments.values()):
+        return FusionLossOutput(
+            *cpu_fusion.fusion_cross_entropy(
+                targets=targets,
+                ignore_index=ignore_index,
+                reduction=reduction,
+                **labels,
+                **arguments,
             )
-        with torch.autocast(logits[0].device.type, enabled=False):
-            fused, weights, _, scaled = reference.gated_fusion(**arguments)
-            valid = (targets != ignore_index)[..., None]
-            present = valid.expand(weights.shape) if mask is None else valid & mask
-            counts = torch.cat([valid, present], -1)  # [..., 1 + M]
-            every = targets[..., None].expand(weights.shape)
-            fused = reference.cross_entropy(fused, targets, valid[..., 0], **labels)
-            unimodal = reference.cross_entropy(scaled, every, present, **labels)
+        )
+    with torch.autocast(logits[0].device.type, enabled=False):
+        fused, weights, _, scaled = reference.gated_fusion(**arguments)
+        valid = (targets != ignore_index)[..., None]
+        present = valid.expand(weights.shape) if mask is None else valid & mask
+        counts = torch.cat([valid, present], -1)  # [..., 1 + M]
+        every = targets[..., None].expand(weights.shape)
+        fused = reference.cross_entropy(fused, targets, valid[..., 0], **labels)
+        unimodal = reference.cross_entropy(scaled, every, present, **labels)
     if reduction == "none":
         return FusionLossOutput(fused, unimodal, weights)
     fused, unimodal = fused.sum(), unimodal.reshape(-1, count).sum(0)

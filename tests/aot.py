@@ -176,12 +176,13 @@ def _fusion(dtype, modalities, classes, what, layout="usual"):
             need_parameters=True,
         )
     elif what in ("losses", "smoothed"):
-        nll, unimodal, weights, _, kept = torch.ops.iib.fusion_cross_entropy(
-            logits, *labels, vector, table, *parameters
-        )
-        torch.ops.iib.fusion_cross_entropy_backward(
-            logits, *labels, *parameters, weights, kept, nll, unimodal, weights, *needs
-        )
+        for reduction in ("none", "mean"):
+            fused, unimodal, weights, *kept = torch.ops.iib.fusion_cross_entropy(
+                logits, *labels, vector, table, *parameters, reduction
+            )
+            torch.ops.iib.fusion_cross_entropy_backward(
+                logits, *labels, *parameters, weights, *kept, fused, unimodal, weights, *needs
+            )
     else:
         values = [_matrix(batch, 512, dtype, layout) for _ in logits] if what == "values" else []
         *outputs, kept = torch.ops.iib.gated_fusion(logits, values, vector, table, *parameters)
@@ -215,9 +216,10 @@ def _alignment(dtype, modalities, classes, layout="usual"):
         torch.empty(batch, modalities, dtype=torch.bool),
         -100,
     )
-    torch.ops.iib.alignment_loss(*shared, False)
-    contrastive, alignment, *kept = torch.ops.iib.alignment_loss(*shared, True)
-    torch.ops.iib.alignment_loss_backward(*shared, *kept, contrastive, alignment)
+    torch.ops.iib.alignment_loss(*shared, False, "mean")
+    for reduction in ("none", "mean"):
+        contrastive, alignment, _, *kept = torch.ops.iib.alignment_loss(*shared, True, reduction)
+        torch.ops.iib.alignment_loss_backward(*shared, *kept, contrastive, alignment)
 
 
 def _objective(dtype, modalities, classes, layout="usual"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -32,3 +34,24 @@ def matrix(values: Tensor):
     if column == 1 or values.shape[1] == 1:
         return Matrix(values, constant(row), constant(1))
     return Matrix(values, row, column)
+
+
+_tickets: dict[tuple, Tensor] = {}
+
+
+def tickets(device: torch.device) -> Tensor:
+    """A counter at 0, of this stream alone; the kernel leaves it at 0."""
+    key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if key not in _tickets:
+        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _tickets[key]
+
+
+def reduction_argument(reduction: str, programs: int, means: Sequence[Tensor], divisors: Tensor):
+    """Reduction (means.py) for "mean" or "sum", for a launch of so many programs."""
+    from iib_kernels.ops.means import Reduction
+
+    columns = sum(values.numel() for values in means) + len(divisors)
+    sums = divisors.new_empty(programs, columns)
+    mean = constant(reduction == "mean")
+    return Reduction(sums, tickets(divisors.device), tuple(means), divisors, mean)

@@ -85,14 +85,25 @@ def value_and_gradients(logits, features, targets, rest, impl):
     return named | {f"gradient {i}": value for i, value in enumerate(gradients)}
 
 
+EQUATIONS = [(size, name) for size in (SIZES[0], SIZES[-1]) for name in NAMES]
+EQUATIONS += [(size, "plain") for size in SIZES[1:-1]]
+ONCE_IN_MANY = ("plain", "gate")  # masked; the kernels of many classes take the longest
+
+
+def _slow(impl, masked, size, name):
+    return impl == "triton" and size == SIZES[-1] and not (masked and name in ONCE_IN_MANY)
+
+
 @pytest.mark.parametrize(
-    "size, name",
-    [(size, name) for size in (SIZES[0], SIZES[-1]) for name in NAMES]
-    + [(size, "plain") for size in SIZES[1:-1]],
+    "impl, masked, size, name",
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] if _slow(*case) else [])
+        for impl in IMPLEMENTATIONS
+        for masked in (False, True)
+        for case in ((impl, masked, *equation) for equation in EQUATIONS)
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_it_is_what_autograd_makes_of_the_equations(impl, masked, size, name):
     logits, features, targets, rest = draw(*size, masked=masked)
     rest |= options(name, *size[:3], torch.float64)
@@ -244,7 +255,7 @@ def test_parameters_of_the_gate_are_differentiated_as_well(impl):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("classes", [5, 150])
+@pytest.mark.parametrize("classes", [5, pytest.param(150, marks=pytest.mark.slow)])
 def test_repeats_are_equal_bit_for_bit_and_inputs_stay_as_they_are(classes):
     logits, features, targets, rest = draw(20, classes, 2, 20, torch.float32, masked=True)
     before = [value.detach().clone() for value in (*logits, *features, *rest["prototypes"])]
@@ -263,6 +274,28 @@ def test_several_programs_share_the_rows(monkeypatch):
         found = value_and_gradients(logits, features, targets, rest, "triton")
         for key, value in truth.items():
             torch.testing.assert_close(found[key], value, atol=1e-9, rtol=1e-9, msg=key)
+
+
+@pytest.mark.parametrize("place", [1, 2])
+@pytest.mark.parametrize("classes", [5, 17])
+def test_every_launch_to_choose_from_gives_the_same(monkeypatch, classes, place):
+    """What IIB_KERNELS_AUTOTUNE times beside the table's: 40 rows are more than a block of each."""
+    original, seen = launch._candidates, []
+
+    def candidates(arguments):
+        found = original(arguments)
+        seen.append(found)
+        return [found[place], *found]
+
+    logits, features, targets, rest = draw(40, classes, 2, 20, masked=True)
+    truth = value_and_gradients(logits, features, targets, rest, "reference")
+    monkeypatch.setattr(launch, "_candidates", candidates)
+    found = value_and_gradients(logits, features, targets, rest, "triton")
+    for key, value in truth.items():
+        torch.testing.assert_close(found[key], value, atol=1e-9, rtol=1e-9, msg=key)
+    (offered,) = seen
+    assert len(set(map(str, offered))) == len(offered) == 3
+    assert offered[0].blocks["BLOCK_B"] == 16  # the table's own
 
 
 @pytest.mark.parametrize("classes, launches", [(31, 1), (128, 1)])
@@ -296,8 +329,22 @@ def test_bytes(watched, dtype):
 # ----- What PyTorch asks for
 
 
-def test_dispatcher_operations(monkeypatch):
-    """One forward, and one for backward beside the 1 that comes in."""
+LOSSES = {
+    "multimodal_objective": lambda logits, features, targets, rest: (
+        multimodal_objective(logits, targets, features=features, **rest, impl="triton").loss
+    ),
+    "fusion_cross_entropy": lambda logits, features, targets, rest: (
+        fusion_cross_entropy(logits, targets, impl="triton").fused
+    ),
+    "alignment_loss": lambda logits, features, targets, rest: alignment_loss(
+        features, rest["prototypes"], targets, rest["budgets"], impl="triton"
+    )[0],
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_dispatcher_operations(name, monkeypatch):
+    """One forward, its means included, and one for backward beside the 1 that comes in."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Record(TorchDispatchMode):
@@ -310,18 +357,19 @@ def test_dispatcher_operations(monkeypatch):
     monkeypatch.setattr("iib_kernels._checks.eager_on_cpu", lambda tensor: False)  # as on a GPU
     logits, features, targets, rest = draw(6, 31, 2, 4, torch.float32)
     with Record() as record:
-        out = multimodal_objective(logits, targets, features=features, **rest, impl="triton")
+        loss = LOSSES[name](logits, features, targets, rest)
         mine = [name for name in record.names if name.startswith("iib.")]
         free = ("view", "detach", "select", "split", "slice", "alias", "unbind", "empty")
         others = [n for n in record.names if n not in mine and not any(f in n for f in free)]
-        assert mine == ["iib.multimodal_objective.default"] and not others
+        assert mine == [f"iib.{name}.default"] and not others
         record.names.clear()
-        out.loss.backward()
+        loss.backward(torch.ones_like(loss))
     done = [name for name in record.names if not any(part in name for part in free)]
-    assert done == ["aten.ones_like.default", "iib.scale_gradients.default"]
+    last = "scale_gradients" if name == "multimodal_objective" else f"{name}_backward"
+    assert done == ["aten.ones_like.default", f"iib.{last}.default"]
 
 
-@pytest.mark.parametrize("classes", [5, 150])
+@pytest.mark.parametrize("classes", [5, pytest.param(150, marks=pytest.mark.slow)])
 def test_compiles_in_full(classes):
     logits, features, targets, rest = draw(6, classes, 2, 4, torch.float32, masked=True)
 

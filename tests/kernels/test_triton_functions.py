@@ -281,10 +281,11 @@ def operator_calls():
                 full,
             ),
         )
-        yield ops.fusion_cross_entropy, (logits, *labels, *first, *parameters)
-        nll, unimodal, weights, _, statistics = (
+        reduction = "mean" if full else "none"
+        yield ops.fusion_cross_entropy, (logits, *labels, *first, *parameters, reduction)
+        nll, unimodal, weights, statistics, divisors = (
             value.detach()
-            for value in ops.fusion_cross_entropy(plain, *labels, *first, *parameters)
+            for value in ops.fusion_cross_entropy(plain, *labels, *first, *parameters, reduction)
         )
         yield (
             ops.fusion_cross_entropy_backward,
@@ -294,6 +295,7 @@ def operator_calls():
                 *parameters,
                 weights,
                 statistics,
+                divisors,
                 nll,
                 unimodal if full else None,
                 None,
@@ -315,9 +317,10 @@ def operator_calls():
                 torch.ones(3, 2, dtype=torch.bool, device=DEVICE) if full else None,
                 -100,
             )
-            yield ops.alignment_loss, (features, *rest, full)
-            contrastive, alignment, *kept = (
-                value.detach() for value in ops.alignment_loss(plain, *rest, True)
+            reduction = "mean" if full else "none"
+            yield ops.alignment_loss, (features, *rest, full, reduction)
+            contrastive, alignment, _, *kept = (
+                value.detach() for value in ops.alignment_loss(plain, *rest, True, reduction)
             )
             yield (
                 ops.alignment_loss_backward,
@@ -495,7 +498,15 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("fusion_cross_entropy", "nearest_prototype", "a distance to itself")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in COMPILED
+    ],
+)
 def test_compiled_code_without_gradients_and_inside_func_grad(name):
     """Evaluation, inputs new at each call, and ``torch.func.grad`` give what eager code gives.
 
@@ -698,7 +709,7 @@ def test_an_empty_batch_launches_nothing_but_has_gradients(checked):
     assert checked is None or checked.count == 0
 
 
-@pytest.mark.parametrize("classes", [7, 150])
+@pytest.mark.parametrize("classes", [pytest.param(7, marks=pytest.mark.slow), 150])
 def test_nothing_of_the_size_of_rows_times_classes_is_kept_or_made(classes, monkeypatch):
     batch = 13
     features, prototypes, targets, budgets = tables(batch, classes, dtype=torch.float32)
@@ -912,6 +923,7 @@ def test_autotuning_times_candidates_once_and_never_when_interpreting(monkeypatc
         return {16: 3.0, 32: 1.0, 64: 2.0}[launched[-1]]
 
     monkeypatch.setattr("triton.testing.do_bench", bench)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(_tuning, "_best", {})
     monkeypatch.setattr(_tuning, "interpreting", lambda: True)
     monkeypatch.setenv("IIB_KERNELS_AUTOTUNE", "1")
@@ -924,6 +936,31 @@ def test_autotuning_times_candidates_once_and_never_when_interpreting(monkeypatc
     monkeypatch.setenv("IIB_KERNELS_AUTOTUNE", "0")
     _tuning.run(("k",), candidates, launch)
     assert launched[-1] == 16 and len(timed) == 3
+
+
+def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch):
+    """Timing synchronises, which ends the capture; afterwards the size is timed as any other."""
+    candidates = [_tuning.Launch({"BLOCK": size}) for size in (16, 32)]
+    launched, capturing = [], [True]
+    launch = lambda candidate: launched.append(candidate.blocks["BLOCK"])
+
+    def bench(call, return_mode):
+        assert not capturing[0]
+        call()
+        return -launched[-1]
+
+    monkeypatch.setattr("triton.testing.do_bench", bench)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(_tuning, "_best", {})
+    monkeypatch.setattr(_tuning, "autotuning", lambda: True)
+    _tuning.run(("k",), candidates, launch)
+    assert launched == [16] and not _tuning._best
+    capturing[0] = False
+    _tuning.run(("k",), candidates, launch)
+    assert launched == [16, 16, 32, 32]
+    capturing[0] = True
+    _tuning.run(("k",), candidates, launch)
+    assert launched[-1] == 32  # what was timed before holds inside a capture too
 
 
 # ----- on a GPU

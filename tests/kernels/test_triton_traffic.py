@@ -37,7 +37,13 @@ SMALL = {
     "factors_ptr",
     "temperature",
     "rows.budgets",
-}  # a few numbers that every program reads
+    "means.sums_ptr",
+    "means.tickets_ptr",
+    "means.means_ptrs",
+    "means.divisors_ptr",
+    "upstream.divisors_ptr",
+    "upstream.divisors.ptr",
+}  # a few numbers that every program reads or writes
 SHARED = {
     "prototypes",
     "prototypes.ptr",
@@ -113,24 +119,27 @@ def fusion_rows(batch, classes, modalities, dtype=torch.float32):
         moved, launches = traffic(once(fused, leaves, grads))
         least = size(leaves, mask, fused.weights, grads, leaves) + kept(3 * modalities)
         out.append((name, "backward", moved, least, launches))
-    name = "fusion_cross_entropy"
-    call = lambda: fusion_cross_entropy(logits, targets, reduction="none", **options)
-    loss = call()
-    counts = torch.empty(batch, modalities + 1, dtype=torch.bool)
-    moved, launches = traffic(call)
-    least = size(logits, gate, mask, targets, loss, counts) + kept(4 * modalities + 2) + again
-    out.append((name, "forward", moved, least, launches))
-    moved, launches = traffic(once(loss, logits))
-    again = 0 if streamed else again
-    least = size(logits, mask, targets, loss.weights, loss, logits) + kept(4 * modalities + 2)
-    out.append((name, "backward", moved, least + again, launches))
+    name, both = "fusion_cross_entropy", kept(4 * modalities + 2)
+    backward = both + (0 if streamed else again)
+    for reduction in ("none", "mean"):
+        call = lambda: fusion_cross_entropy(logits, targets, reduction=reduction, **options)
+        loss = call()
+        # Of means the losses and their gradients are a few numbers too
+        stored = loss if reduction == "none" else loss.weights
+        few = set() if reduction == "none" else {"upstream.nll_ptr", "upstream.unimodal_ptr"}
+        moved, launches = traffic(call)
+        least = size(logits, gate, mask, targets, stored) + both + again
+        out.append((name, "forward", moved, least, launches))
+        moved, launches = traffic(once(loss, logits), SMALL | SHARED | few)
+        least = size(logits, mask, targets, loss.weights, stored, logits) + backward
+        out.append((name, "backward", moved, least, launches))
     gating = launch.Gating(launch.Parameters(None, None, None, [1.0, 1.0, 1.0], mask), None, gate)
     labels, factors = launch.Labels(targets, -100), torch.rand(modalities + 1)
     plain = [rows.detach() for rows in logits]
     call = lambda: launch.objective(plain, labels, gating, factors, need_gate=True)
     found = call()
     moved, launches = traffic(call)
-    least = size(logits, gate, mask, targets, found) + (size(logits) // classes if again else 0)
+    least = size(logits, gate, mask, targets, found) + (0 if streamed else again)
     out.append(("fusion objective", "both", moved, least, launches))
     return out
 
@@ -140,7 +149,6 @@ def prototype_rows(batch, classes, width, modalities, dtype=torch.float32, metri
     features = [torch.randn(batch, width, dtype=dtype).requires_grad_() for _ in range(modalities)]
     tables = [torch.randn(classes, width, dtype=dtype) for _ in range(modalities)]
     targets, budgets = torch.randint(classes, (batch,)), torch.rand(modalities)
-    per_row = torch.empty(batch, modalities)
     out = []
     call = lambda: alignment_loss(
         features, tables, targets, budgets, metric=metric, reduction="none", impl="triton"
@@ -152,7 +160,7 @@ def prototype_rows(batch, classes, width, modalities, dtype=torch.float32, metri
             "alignment_loss",
             "forward",
             moved,
-            size(features, targets, loss, per_row.bool()),
+            size(features, targets, loss),
             launches,
         )
     )

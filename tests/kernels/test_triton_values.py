@@ -886,13 +886,15 @@ def test_values_and_gradients_of_more_cases(what):
 # ----- Chosen sizes: the other code paths
 
 
-@pytest.mark.parametrize("metric", ["cosine", "sqeuclidean"])
 @pytest.mark.parametrize(
-    "leading, classes, width, dtype",
+    "leading, classes, width, dtype, metric",
     [
-        pytest.param((67,), 309, 130, torch.float32, marks=pytest.mark.slow),
-        ((1031,), 2, 5, torch.bfloat16),
-        ((5,), 131, 300, torch.float16),
+        pytest.param((67,), 309, 130, torch.float32, "cosine", marks=pytest.mark.slow),
+        pytest.param((67,), 309, 130, torch.float32, "sqeuclidean", marks=pytest.mark.slow),
+        pytest.param((1031,), 2, 5, torch.bfloat16, "cosine", marks=pytest.mark.slow),
+        ((1031,), 2, 5, torch.bfloat16, "sqeuclidean"),
+        ((5,), 131, 300, torch.float16, "cosine"),
+        pytest.param((5,), 131, 300, torch.float16, "sqeuclidean", marks=pytest.mark.slow),
     ],
 )
 def test_distances_over_several_blocks(leading, classes, width, dtype, metric):
@@ -1025,8 +1027,17 @@ def test_fusion_of_many_classes(classes, modalities, dtype, layout, loss):
         )
 
 
-@pytest.mark.parametrize("form", ["streamed", "joint"])
-@pytest.mark.parametrize("modalities", [1, 3, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "modalities, form",
+    [
+        (1, "streamed"),
+        pytest.param(1, "joint", marks=pytest.mark.slow),
+        pytest.param(3, "streamed", marks=pytest.mark.slow),
+        (3, "joint"),
+        pytest.param(5, "streamed", marks=pytest.mark.slow),
+        pytest.param(5, "joint", marks=pytest.mark.slow),
+    ],
+)
 def test_fusion_where_registers_hold_little_or_reductions_are_joined(modalities, form, monkeypatch):
     """Streamed rows of few classes, and the reductions of rows that several warps share."""
     from iib_kernels.ops.fusion import launch
@@ -1104,9 +1115,9 @@ def test_updates_of_many_classes(classes):
 LARGE = ("alignment tiled", "fusion two passes", "losses two passes", "update wide")
 
 
-def by_name(builds: dict[str, Callable[..., Case]]):
+def by_name(builds: dict[str, Callable[..., Case]], slow: Sequence[str] = LARGE):
     """The test for each of these cases; the large ones are slow in the interpreter."""
-    mark = lambda name: [pytest.mark.slow] if name in LARGE else []
+    mark = lambda name: [pytest.mark.slow] if name in slow else []
     return pytest.mark.parametrize(
         "build", [pytest.param(build, id=name, marks=mark(name)) for name, build in builds.items()]
     )
@@ -1144,6 +1155,9 @@ ROUGH = {
     "sums": lambda: update_case(25, 17, 7, 33, torch.float16, sums=True),
 }
 rough = by_name(ROUGH)
+QUICK = ("distance sqeuclidean", "nearest", "alignment mixed", "fusion of one", "losses smoothed")
+QUICK += ("update",)
+few = by_name(ROUGH, [name for name in ROUGH if name not in QUICK])
 
 
 @rough
@@ -1154,7 +1168,7 @@ def test_garbage_where_nothing_counts_changes_nothing(build):
     )  # of classes never seen they stay what they were
 
 
-@rough
+@few
 def test_results_are_the_same_whatever_the_memory_held(build, monkeypatch):
     case, found, empty = build(), [], Tensor.new_empty
     for number, integer, truth in ((math.nan, -7, False), (1e4, 10**4, True)):
@@ -1179,7 +1193,7 @@ def test_results_are_the_same_whatever_the_memory_held(build, monkeypatch):
             assert bits(value, other[name]), name
 
 
-@rough
+@few
 def test_results_repeat_bit_for_bit(build):
     case = build()
     first, second = evaluate(case, "triton", {}), evaluate(case, "triton", {})
@@ -1296,11 +1310,11 @@ def test_operators_ignore_targets_out_of_range(monkeypatch):
     )
     calls = (
         lambda targets: torch.ops.iib.alignment_loss(
-            [rows], [table], targets, budgets, 0.5, True, [seen], None, -100, False
+            [rows], [table], targets, budgets, 0.5, True, [seen], None, -100, False, "none"
         )[:4],
         lambda targets: torch.ops.iib.fusion_cross_entropy(
-            [rows], targets, -100, None, 0.0, None, None, None, None, None, [1.0, 1.0, 1.0], None
-        )[:4],
+            [rows], targets, -100, None, 0.0, *[None] * 5, [1.0, 1.0, 1.0], None, "none"
+        )[:3],
         lambda targets: torch.ops.iib.update_prototypes(
             table, counts, rows, targets, 0.9, True, -100
         ),

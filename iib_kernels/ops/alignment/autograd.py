@@ -10,20 +10,19 @@ from iib_kernels.ops.alignment.launch import Inputs, Results, backward, empty_re
 
 
 def _forward(*arguments):
-    *arguments, keep = arguments
-    return tuple(forward(Inputs(*arguments), keep))
+    *inputs, keep, reduction = arguments
+    return tuple(forward(Inputs(*inputs), keep, reduction))
 
 
 def _forward_fake(*arguments):
-    *arguments, keep = arguments
-    return tuple(empty_results(Inputs(*arguments), keep))
+    *inputs, keep, reduction = arguments
+    return tuple(empty_results(Inputs(*inputs), keep, reduction))
 
 
 def _backward(*arguments):
     count = len(Inputs._fields)
-    inputs, (confidence, counts, share, pulls, *upstream) = arguments[:count], arguments[count:]
-    results = Results(None, None, confidence, counts, share, pulls)
-    return backward(Inputs(*inputs), results, *upstream)
+    inputs, kept, upstream = arguments[:count], arguments[count:-2], arguments[-2:]
+    return backward(Inputs(*inputs), Results(None, None, None, *kept), *upstream)
 
 
 def _backward_fake(features, *_):
@@ -37,13 +36,15 @@ _INPUTS = (
     "bool cosine, Tensor[] seen, Tensor? mask, int ignore_index"
 )
 ALIGNMENT_LOSS = register(
-    f"alignment_loss({_INPUTS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"alignment_loss({_INPUTS}, bool keep, str reduction) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 ALIGNMENT_LOSS_BACKWARD = register(
     f"alignment_loss_backward({_INPUTS}, Tensor confidence, Tensor counts, "
-    "Tensor share, Tensor pulls, Tensor? grad_contrastive, Tensor? grad_alignment) -> Tensor[]",
+    "Tensor share, Tensor pulls, Tensor divisors, Tensor? grad_contrastive, "
+    "Tensor? grad_alignment) -> Tensor[]",
     _backward,
     _backward_fake,
 )
@@ -62,35 +63,34 @@ def _inputs(constants, targets, budgets, mask, values) -> tuple:
 def _call_backward(constants, targets, budgets, mask, *tensors):
     """The backward operator; its gradients in one tuple.
 
-    ``tensors`` are what forward kept (four) and the two upstream gradients, then features,
+    ``tensors`` are what forward kept (five) and the two upstream gradients, then features,
     prototypes and seen. They arrive flat because autograd sees only tensors that are arguments
     themselves.
     """
-    inputs = _inputs(constants, targets, budgets, mask, tensors[6:])
-    return tuple(ALIGNMENT_LOSS_BACKWARD(*inputs, *tensors[:6]))
+    inputs = _inputs(constants, targets, budgets, mask, tensors[7:])
+    return tuple(ALIGNMENT_LOSS_BACKWARD(*inputs, *tensors[:7]))
 
 
 class AlignmentLossFunction(torch.autograd.Function):
     """The kernels of :func:`~iib_kernels.alignment_loss`, which checks the arguments, for autograd.
 
     Takes temperature, cosine, ignore_index, M, whether backward will come (then forward over many
-    classes keeps what it needs), targets [B], budgets [M], mask [B, M], M features, M prototypes,
-    and M ``seen`` or none. Gives C, A, q(y) and which rows count, each [B, M], and what backward
-    needs.
+    classes keeps what it needs), the reduction, targets [B], budgets [M], mask [B, M], M features,
+    M prototypes, and M ``seen`` or none. Gives C and A, the mean of q(y), and what backward needs,
+    q(y) first: see launch.Results.
     """
 
     @staticmethod
-    def forward(temperature, cosine, ignore_index, count, keep, targets, budgets, mask, *values):
-        constants = temperature, cosine, ignore_index, count
-        return ALIGNMENT_LOSS(*_inputs(constants, targets, budgets, mask, values), keep)
+    def forward(constants, keep, reduction, targets, budgets, mask, *values):
+        inputs = _inputs(constants, targets, budgets, mask, values)
+        return ALIGNMENT_LOSS(*inputs, keep, reduction)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *ctx.constants, targets, budgets, mask = inputs[:8]
-        kept = output[2:]
+        ctx.constants, _, _, targets, budgets, mask = inputs[:6]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*kept)
-        ctx.save_for_backward(targets, budgets, mask, *kept, *inputs[8:])
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(targets, budgets, mask, *output[3:], *inputs[6:])
 
     @staticmethod
     def backward(ctx, grad_contrastive, grad_alignment, *_):
@@ -101,13 +101,13 @@ class AlignmentLossFunction(torch.autograd.Function):
                 "alignment_loss",
                 _call_backward,
                 ctx.constants,
-                *saved[:7],
+                *saved[:8],
                 grad_contrastive,
                 grad_alignment,
-                *saved[7:],
+                *saved[8:],
             )
         needed = [
-            value if need else None for value, need in zip(gradients, ctx.needs_input_grad[8:])
+            value if need else None for value, need in zip(gradients, ctx.needs_input_grad[6:])
         ]
-        without = len(ctx.needs_input_grad) - 8 - len(needed)  # prototypes and seen
-        return (None,) * 8 + (*needed,) + (None,) * without
+        without = len(ctx.needs_input_grad) - 6 - len(needed)  # prototypes and seen
+        return (None,) * 6 + (*needed,) + (None,) * without

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from iib_kernels.ops.means import store_means
 from iib_kernels.ops.tiles import (
     FLOOR,
     Matrix,
@@ -49,14 +50,18 @@ class Rows(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """Upstream gradients [B, M], each a Matrix; a pointer is None where there is none."""
+    """Upstream gradients [B, M], each a Matrix; a pointer is None where there is none.
+
+    Those of means have a row's stride of 0, and come before their division.
+    """
 
     contrastive: tl.tensor
     alignment: tl.tensor
+    divisors: Matrix  # [M]
 
 
 class Losses(NamedTuple):
-    """What forward stores, [B, M] each and contiguous."""
+    """What forward stores, [B, M] each and contiguous; None where it is not asked for."""
 
     contrastive: tl.tensor
     alignment: tl.tensor
@@ -163,17 +168,32 @@ def load_upstream(upstream, counted, aligned, offs_b, m, ACC: tl.constexpr):
         values = upstream.alignment
         ptrs = values.ptr + offs_b * values.stride_row + m * values.stride_col
         g = tl.load(ptrs, mask=aligned, other=0.0).to(ACC)
+    if upstream.divisors.ptr is not None:
+        divisor = tl.load(upstream.divisors.ptr + m)
+        c = c / divisor
+        g = g / divisor
     return c, g
 
 
 @triton.jit
-def store_losses(outputs, contrastive, alignment, confidence, counted, offs_b, mask_b, m, M):
-    """One modality's column of each."""
-    offsets = offs_b * M + m
-    tl.store(outputs.contrastive + offsets, contrastive, mask=mask_b)
-    tl.store(outputs.alignment + offsets, alignment, mask=mask_b)
-    tl.store(outputs.confidence + offsets, confidence, mask=mask_b)
-    tl.store(outputs.counts + offsets, counted, mask=mask_b)
+def _store_column(ptr, column, offs_b, mask_b, m, M):
+    if ptr is not None:
+        tl.store(ptr + offs_b * M + m, column, mask=mask_b)
+
+
+@triton.jit
+def store_losses(outputs, means, contrastive, alignment, confidence, counted, offs_b, mask_b):
+    """Each of M of [B], as columns; and with `means`, a Reduction, the means of the first three."""
+    M: tl.constexpr = len(contrastive)
+    rows = ()
+    for m in tl.static_range(M):
+        _store_column(outputs.contrastive, contrastive[m], offs_b, mask_b, m, M)
+        _store_column(outputs.alignment, alignment[m], offs_b, mask_b, m, M)
+        _store_column(outputs.confidence, confidence[m], offs_b, mask_b, m, M)
+        _store_column(outputs.counts, counted[m], offs_b, mask_b, m, M)
+        rows = rows + (tl.where(counted[m], 1.0, 0.0).to(contrastive[m].dtype),)
+    if outputs.contrastive is None:
+        store_means(means, contrastive + alignment + confidence, rows, M, 64)
 
 
 @triton.jit
@@ -239,6 +259,7 @@ def alignment_forward(
     widths,
     rows,
     outputs,
+    means,
     batch,
     M: tl.constexpr,
     COSINE: tl.constexpr,
@@ -260,15 +281,19 @@ def alignment_forward(
     anchor_log_q -= select(found.lse, budgets.anchor, M)[:, None]
     anchor_q = select(found.confidences, budgets.anchor, M)
     anchor_counted = select(found.counted, budgets.anchor, M)
+    contrastive = ()
+    alignment = ()
     for m in tl.static_range(M):
         counted = found.counted[m]
-        confidence = found.confidences[m]
         log_q = found.scores[m] - found.lse[m][:, None]
         neither = (log_q == float("-inf")) | (anchor_log_q == float("-inf"))
         difference = tl.where(neither, 0.0, anchor_log_q - log_q)
         divergence = tl.sum(tl.where(neither, 0.0, tl.exp(anchor_log_q)) * difference, 1)
-        deviation = shortfall(confidence, anchor_q, budgets, m, ACC)
+        deviation = shortfall(found.confidences[m], anchor_q, budgets, m, ACC)
         aligned = is_aligned(counted, anchor_counted, budgets.anchor, m, offs_b)
-        contrastive = tl.where(counted, found.lse[m] - found.target_scores[m], 0.0)
-        alignment = tl.where(aligned, deviation * divergence, 0.0)
-        store_losses(outputs, contrastive, alignment, confidence, counted, offs_b, mask_b, m, M)
+        contrast = tl.where(counted, found.lse[m] - found.target_scores[m], 0.0)
+        contrastive = contrastive + (contrast,)
+        alignment = alignment + (tl.where(aligned, deviation * divergence, 0.0),)
+    store_losses(
+        outputs, means, contrastive, alignment, found.confidences, found.counted, offs_b, mask_b
+    )

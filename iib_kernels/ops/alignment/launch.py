@@ -8,7 +8,7 @@ which combines the means that forward kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from iib_kernels._runtime import (
     slope_precision,
     uniform_dtype,
 )
+from iib_kernels.ops.arguments import reduction_argument
 
 HALF = (torch.float16, torch.bfloat16)
 PADDING = 128  # classes are padded to a multiple: every block of classes divides it
@@ -77,26 +78,31 @@ class Inputs(NamedTuple):
 class Results(NamedTuple):
     """What the forward operator gives."""
 
-    contrastive: Tensor  # [B, M]
-    alignment: Tensor  # [B, M]
-    confidence: Tensor  # [B, M]
-    counts: Tensor  # [B, M] bool
-    share: Tensor  # [B, M], for backward; empty where it computes it itself
+    contrastive: Tensor  # [B, M], reduced [M]
+    alignment: Tensor  # [B, M], reduced [M]
+    mean: Tensor  # [M], the confidences reduced; else empty
+    confidence: Tensor  # [B, M]; empty where it is neither asked for nor kept
+    counts: Tensor  # [B, M] bool, for backward; empty where it computes it itself
+    share: Tensor  # [B, M], likewise
     pulls: Tensor  # [2, M, B, width], likewise: the means of attention.py
+    divisors: Tensor  # [M] of what is reduced; else empty
 
 
-def empty_results(inputs: Inputs, keep: bool) -> Results:
+def empty_results(inputs: Inputs, keep: bool, reduction: str = "none") -> Results:
     """Results to be filled; ``keep``: with what backward needs."""
     like, dtype, modalities = inputs.features[0].new_empty, inputs.dtype, len(inputs.features)
-    size = (inputs.batch, modalities)
-    contrastive, alignment, confidence = (like(size, dtype=dtype) for _ in range(3))
-    counts = like(size, dtype=torch.bool)
+    size, apart = (inputs.batch, modalities), reduction == "none"
+    found = size if apart else (modalities,)
+    contrastive, alignment = (like(found, dtype=dtype) for _ in range(2))
+    mean, divisors = (like(0 if apart else modalities, dtype=dtype) for _ in range(2))
+    confidence = like(size if apart or inputs.many else (0, 0), dtype=dtype)
+    counts = like(size if inputs.many else (0, 0), dtype=torch.bool)
     share = like(size if inputs.many else (0, 0), dtype=dtype)
     # An only modality is the anchor
     kinds = 1 if modalities == 1 else 2
     kept = (kinds, modalities, inputs.batch, _tuning.padded(max(inputs.widths)))
     pulls = like(kept if inputs.many and keep else (0,) * 4, dtype=multiplied(inputs.features))
-    return Results(contrastive, alignment, confidence, counts, share, pulls)
+    return Results(contrastive, alignment, mean, confidence, counts, share, pulls, divisors)
 
 
 def multiplied(features: Sequence[Tensor]) -> torch.dtype:
@@ -125,13 +131,31 @@ def _rows(inputs: Inputs):
     )
 
 
-def _upstream(contrastive: Tensor | None, alignment: Tensor | None):
-    """The kernels' Upstream, of tensors [B, M] or None."""
+def _upstream(contrastive: Tensor | None, alignment: Tensor | None, divisors: Tensor):
+    """The kernels' Upstream, of tensors [B, M] or, with divisors, [M]; or None."""
     from iib_kernels.ops.alignment.kernels import Upstream
     from iib_kernels.ops.tiles import Matrix
 
-    both = (contrastive, alignment)
-    return Upstream(*(Matrix(None, 0, 0) if v is None else Matrix(v, *v.stride()) for v in both))
+    matrices = (
+        Matrix(None, 0, 0)
+        if values is None
+        else Matrix(values, *((0,) * (2 - values.dim())), *values.stride())
+        for values in (contrastive, alignment)
+    )
+    # As a matrix: Triton 3.6 loses the strides beside a None
+    return Upstream(*matrices, Matrix(divisors if len(divisors) else None, 0, 0))
+
+
+def _outputs(results: Results, programs: int, reduction: str) -> tuple:
+    """Losses and Reduction, for a launch of so many programs."""
+    from iib_kernels.ops.alignment.kernels import Losses
+
+    contrastive, alignment, mean, confidence, counts, *_ = results
+    kept = (value if value.numel() else None for value in (confidence, counts))
+    if reduction == "none":
+        return Losses(contrastive, alignment, *kept), None
+    means = reduction_argument(reduction, programs, results[:3], results.divisors)
+    return Losses(None, None, *kept), means
 
 
 def _precision(inputs: Inputs) -> dict:
@@ -146,12 +170,16 @@ def _precision(inputs: Inputs) -> dict:
     return options
 
 
-def forward(inputs: Inputs, keep: bool) -> Results:
+def forward(inputs: Inputs, keep: bool, reduction: str = "none") -> Results:
     """Losses, and with ``keep`` what :func:`backward` needs."""
-    results = empty_results(inputs, keep)
+    results = empty_results(inputs, keep, reduction)
     if inputs.batch:
         with on_device(inputs.targets):
-            (_forward_many if inputs.many else _forward_block)(inputs, results)
+            (_forward_many if inputs.many else _forward_block)(inputs, results, reduction)
+    else:
+        for values in results[:3]:
+            values.zero_()
+        results.divisors.fill_(1)
     return results
 
 
@@ -168,7 +196,7 @@ def backward(
     """
     gradients = list(gradients or [values.new_empty(values.shape) for values in inputs.features])
     if inputs.batch:
-        upstream = _upstream(contrastive, alignment)
+        upstream = _upstream(contrastive, alignment, results.divisors)
         with on_device(inputs.targets):
             if inputs.many:
                 _backward_many(inputs, results, upstream, gradients)
@@ -202,30 +230,31 @@ def _block_options(inputs: Inputs) -> dict:
     }
 
 
-def _run_block(name: str, inputs: Inputs, kernel, arguments: tuple, options: dict) -> None:
+def _run_block(name: str, inputs: Inputs, kernel, arguments: Callable, options: dict) -> None:
+    """Launch a kernel. ``arguments(programs)``: those between the rows and the batch."""
     itemsize = max(value.dtype.itemsize for value in (*inputs.features, *inputs.prototypes))
     shared = (
         _matrices(inputs.features),
         _matrices(inputs.prototypes),
         inputs.widths,
         _rows(inputs),
-        *arguments,
-        inputs.batch,
     )
 
     def launch(config: _tuning.Launch) -> None:
-        grid = (-(-inputs.batch // config.blocks["BLOCK_B"]),)
-        kernel[grid](*shared, **_block_options(inputs), **options, **config.options())
+        programs = -(-inputs.batch // config.blocks["BLOCK_B"])
+        everything = *shared, *arguments(programs), inputs.batch
+        kernel[(programs,)](*everything, **_block_options(inputs), **options, **config.options())
 
     width, count = max(inputs.widths), len(inputs.features)
     launches = _tuning.alignment(inputs.classes, width, count, itemsize)
     _tuning.run((name, *inputs.size), launches, launch)
 
 
-def _forward_block(inputs: Inputs, results: Results) -> None:
-    from iib_kernels.ops.alignment.kernels import Losses, alignment_forward
+def _forward_block(inputs: Inputs, results: Results, reduction: str) -> None:
+    from iib_kernels.ops.alignment.kernels import alignment_forward
 
-    _run_block("alignment", inputs, alignment_forward, (Losses(*results[:4]),), {})
+    outputs = lambda programs: _outputs(results, programs, reduction)
+    _run_block("alignment", inputs, alignment_forward, outputs, {})
 
 
 def _backward_block(inputs: Inputs, upstream, gradients: list[Tensor]) -> None:
@@ -235,7 +264,7 @@ def _backward_block(inputs: Inputs, upstream, gradients: list[Tensor]) -> None:
     if _precision(inputs)["PRECISION"] == "tf32":
         options["SLOPE_PRECISION"] = "tf32"
     arguments = upstream, tuple(gradients)
-    _run_block("alignment_backward", inputs, alignment_backward, arguments, options)
+    _run_block("alignment_backward", inputs, alignment_backward, lambda _: arguments, options)
 
 
 # ----- Many classes
@@ -271,9 +300,8 @@ def _lay_out(inputs: Inputs, dtype: torch.dtype, width: int):
     return tables
 
 
-def _forward_many(inputs: Inputs, results: Results) -> None:
+def _forward_many(inputs: Inputs, results: Results, reduction: str) -> None:
     from iib_kernels.ops.alignment.attention import Given
-    from iib_kernels.ops.alignment.kernels import Losses
     from iib_kernels.ops.alignment.outcome import losses
     from iib_kernels.ops.alignment.streamed import evidence
 
@@ -313,11 +341,12 @@ def _forward_many(inputs: Inputs, results: Results) -> None:
             given, own, across, inputs.batch, SPLITS=splits, **options, **config.options()
         )
     config = _tuning.Launch({"BLOCK_B": 128})
-    losses[(-(-inputs.batch // 128),)](
+    programs = -(-inputs.batch // 128)
+    losses[(programs,)](
         rows,
         own,
         across,
-        Losses(*results[:4]),
+        *_outputs(results, programs, reduction),
         results.share,
         inputs.batch,
         M=modalities,
@@ -381,7 +410,7 @@ def _backward_many(inputs: Inputs, results: Results, upstream, gradients: list[T
     if not results.pulls.numel():
         raise RuntimeError("alignment_loss: forward kept nothing for backward (keep=False)")
     config = _tuning.gradients(max(inputs.widths))
-    outcome = Outcome(*results[2:], results.pulls.shape[-1])
+    outcome = Outcome(*results[3:7], results.pulls.shape[-1])
     kernel[(-(-inputs.batch // config.blocks["BLOCK_B"]),)](
         _matrices(inputs.features),
         inputs.widths,

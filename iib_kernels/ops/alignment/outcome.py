@@ -65,6 +65,7 @@ def losses(
     own_ptr,
     across_ptr,
     outputs,
+    means,
     share_ptr,
     batch,
     M: tl.constexpr,
@@ -73,7 +74,7 @@ def losses(
     CHUNKS: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """C, A, q(y), which rows count, and the share, each [B, M].
+    """C, A, q(y), which rows count, and the share, each [B, M]; the means of the first three [M].
 
     The share is that of q_a on classes that m has seen; 0 in rows that are not aligned.
     """
@@ -99,6 +100,8 @@ def losses(
     anchor_counted = select(counted, budgets.anchor, M)
 
     apart = M * batch.to(tl.int64)
+    contrastive = ()
+    alignment = ()
     for m in tl.static_range(M):
         aligned = is_aligned(counted[m], anchor_counted, budgets.anchor, m, offs_b)
         share = tl.zeros((BLOCK_B,), ACC)
@@ -113,13 +116,11 @@ def losses(
                 moment += weight * mean
         divergence = moment + share * (lse[m] - anchor_lse)
         deviation = shortfall(confidences[m], anchor_q, budgets, m, ACC)
-        contrastive = tl.where(counted[m], lse[m] - target_scores[m], 0.0)
-        alignment = tl.where(aligned, deviation * divergence, 0.0)
-        store_losses(
-            outputs, contrastive, alignment, confidences[m], counted[m], offs_b, mask_b, m, M
-        )
+        contrastive = contrastive + (tl.where(counted[m], lse[m] - target_scores[m], 0.0),)
+        alignment = alignment + (tl.where(aligned, deviation * divergence, 0.0),)
         share = tl.where(aligned, share, 0.0)
         tl.store(share_ptr + offs_b * M + m, share, mask=mask_b)
+    store_losses(outputs, means, contrastive, alignment, confidences, counted, offs_b, mask_b)
 
 
 @triton.jit(do_not_specialize=["batch"])

@@ -52,22 +52,25 @@ def _gated_fusion_backward(logits, values, *rest):
 
 def _cross_entropy_fake(logits, *rest):
     (batch, _, count), dtype = launch.sizes(logits), compute_dtype(*logits)
-    like = logits[0].new_empty
+    like = functools.partial(logits[0].new_empty, dtype=dtype)
+    rows, divisors = ((batch,), 0) if rest[-1] == "none" else ((), count + 1)
     return (
-        like(batch, dtype=dtype),
-        like(batch, count, dtype=dtype),
-        like(batch, count, dtype=dtype),
-        like(batch, count + 1, dtype=torch.bool),
+        like(rows),
+        like((*rows, count)),
+        like((batch, count)),
         launch.statistics(logits, labels=Labels(*rest[:4])),
+        like(divisors),
     )
 
 
 def _cross_entropy(logits, *rest):
     outputs = _cross_entropy_fake(logits, *rest)
     if len(logits[0]):
-        gating = Gating(Parameters(*rest[6:]), *rest[4:6])
-        launch.cross_entropy(logits, Labels(*rest[:4]), gating, *outputs)
-    return outputs
+        gating = Gating(Parameters(*rest[6:-1]), *rest[4:6])
+        launch.cross_entropy(logits, Labels(*rest[:4]), gating, rest[-1], *outputs)
+        return outputs
+    fused, unimodal, *others, divisors = outputs
+    return fused.zero_(), unimodal.zero_(), *others, divisors.fill_(1)
 
 
 def _cross_entropy_backward_fake(logits, *rest):
@@ -75,10 +78,10 @@ def _cross_entropy_backward_fake(logits, *rest):
 
 
 def _cross_entropy_backward(logits, *rest):
-    labels, parameters, (weights, kept) = Labels(*rest[:4]), Parameters(*rest[4:9]), rest[9:11]
-    upstream, needs = rest[11:14], Needs(*rest[14:])
+    labels, parameters, saved = Labels(*rest[:4]), Parameters(*rest[4:9]), rest[9:12]
+    upstream, needs = rest[12:15], Needs(*rest[15:])
     return tuple(
-        launch.cross_entropy_backward(logits, labels, parameters, weights, kept, upstream, needs)
+        launch.cross_entropy_backward(logits, labels, parameters, *saved, upstream, needs)
     )[:3]
 
 
@@ -103,14 +106,15 @@ GATED_FUSION_BACKWARD = register(
     _gated_fusion_backward_fake,
 )
 CROSS_ENTROPY = register(
-    f"fusion_cross_entropy(Tensor[] logits, {_LABELS}, {_GATING}, {_PARAMETERS}) "
+    f"fusion_cross_entropy(Tensor[] logits, {_LABELS}, {_GATING}, {_PARAMETERS}, str reduction) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _cross_entropy,
     _cross_entropy_fake,
 )
 CROSS_ENTROPY_BACKWARD = register(
     f"fusion_cross_entropy_backward(Tensor[] logits, {_LABELS}, {_PARAMETERS}, Tensor weights, "
-    "Tensor statistics, Tensor? grad_nll, Tensor? grad_unimodal, Tensor? grad_weights, "
+    "Tensor statistics, Tensor divisors, Tensor? grad_fused, Tensor? grad_unimodal, "
+    "Tensor? grad_weights, "
     f"{_NEEDS}) -> (Tensor[], Tensor, Tensor)",
     _cross_entropy_backward,
     _cross_entropy_backward_fake,
@@ -135,9 +139,12 @@ def _call_fusion_backward(numbers, count, needs, mask, *tensors):
 
 
 def _call_cross_entropy_backward(numbers, options, needs, mask, targets, class_weight, *tensors):
-    """The same of the cross-entropies; ``options`` are ignore_index and label_smoothing."""
+    """The same of the cross-entropies; ``options`` are ignore_index and label_smoothing.
+
+    Divisors come behind the statistics.
+    """
     labels = targets, options[0], class_weight, options[1]
-    parameters, rest, logits = (*tensors[:3], numbers, mask), tensors[3:8], tensors[8:]
+    parameters, rest, logits = (*tensors[:3], numbers, mask), tensors[3:9], tensors[9:]
     found = CROSS_ENTROPY_BACKWARD(logits, *labels, *parameters, *rest, *needs[:3])
     by_logits, by_gate, by_parameters = found
     return by_gate, by_parameters, *by_logits
@@ -145,11 +152,12 @@ def _call_cross_entropy_backward(numbers, options, needs, mask, targets, class_w
 
 def _save(ctx, numbers, inputs, kept, *others) -> None:
     """Keep what backward needs: ``others``, then ``inputs`` that get gradients, with ``kept``
-    (weights and statistics) behind the first of them.
+    (weights, statistics, divisors) behind the first of them.
     """
     log_prior, gate_logits, *parameters = inputs[:5]
     ctx.set_materialize_grads(False)
     ctx.numbers = numbers
+    ctx.first = len(others) + 3 + len(kept)
     ctx.kinds = [
         None if value is None else (value.dtype, value.dim()) for value in (log_prior, *parameters)
     ]
@@ -157,12 +165,12 @@ def _save(ctx, numbers, inputs, kept, *others) -> None:
     ctx.save_for_backward(*others, *parameters, *kept, *inputs[5:])
 
 
-def _gradients(ctx, call, option, others: int, upstream, needs: Sequence[bool], count: int):
+def _gradients(ctx, call, option, upstream, needs: Sequence[bool], count: int):
     """Gradients of log_prior, gate_logits, temperature, uncertainty_weight, scale, and M logits
     with the values; None where ``needs`` does not ask for one.
 
-    ``call`` takes the numbers, ``option``, which gradients are wanted, and tensors: the first
-    ``others`` of those saved, and then as above.
+    ``call`` takes the numbers, ``option``, which gradients are wanted, and tensors: those saved,
+    with the upstream gradients before the logits.
     """
     if all(value is None for value in upstream):
         return (None,) * len(needs)
@@ -174,8 +182,7 @@ def _gradients(ctx, call, option, others: int, upstream, needs: Sequence[bool], 
         ctx.gate_dtype if by_gate else None,
         any(by_values),
     )
-    saved = ctx.saved_tensors  # once: checkpointing unpacks each tensor once
-    first = others + 5
+    saved, first = ctx.saved_tensors, ctx.first  # once: checkpointing unpacks each tensor once
     grad_gate, grad_parameters, *grads = first_order(
         ctx.name,
         call,
@@ -229,35 +236,35 @@ class GatedFusionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_fused, grad_weights, grad_uncertainty, _):
         upstream, needs = (grad_fused, grad_weights, grad_uncertainty), ctx.needs_input_grad[3:]
-        found = _gradients(ctx, _call_fusion_backward, ctx.count, 1, upstream, needs, ctx.count)
+        found = _gradients(ctx, _call_fusion_backward, ctx.count, upstream, needs, ctx.count)
         return None, None, None, *found
 
 
 class FusionCrossEntropyFunction(torch.autograd.Function):
     """The kernels of :func:`~iib_kernels.fusion_cross_entropy`, which checks, for autograd.
 
-    Takes (ignore_index, label_smoothing), targets [B], class_weight [K] or None, and numbers, mask
-    and the rest as :class:`GatedFusionFunction`, without values. Gives the cross-entropies of the
-    fused logits [B] and of each modality's [B, M], weights [B, M], which of them count [B, M + 1],
-    and what backward needs.
+    Takes (ignore_index, label_smoothing, reduction), targets [B], class_weight [K] or None, and
+    numbers, mask and the rest as :class:`GatedFusionFunction`, without values. Gives the
+    cross-entropies of the fused logits [B] and of each modality's [B, M] (reduced: [] and [M]),
+    weights [B, M], and what backward needs.
     """
 
     @staticmethod
     def forward(options, targets, class_weight, numbers, mask, log_prior, gate_logits, *tensors):
         labels = targets, options[0], class_weight, options[1]
         parameters, logits = (*tensors[:3], numbers, mask), tensors[3:]
-        return CROSS_ENTROPY(logits, *labels, log_prior, gate_logits, *parameters)
+        return CROSS_ENTROPY(logits, *labels, log_prior, gate_logits, *parameters, options[2])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.options, targets, class_weight, numbers, mask, *inputs = inputs
-        _, _, weights, counts, kept = output
+        kept = output[2:]  # weights, statistics, divisors
         ctx.name = "fusion_cross_entropy"
-        ctx.mark_non_differentiable(counts, kept)
-        _save(ctx, numbers, inputs, (weights, kept), mask, targets, class_weight)
+        ctx.mark_non_differentiable(*kept[1:])
+        _save(ctx, numbers, inputs, kept, mask, targets, class_weight)
 
     @staticmethod
     def backward(ctx, grad_fused, grad_unimodal, grad_weights, *_):
         upstream, needs = (grad_fused, grad_unimodal, grad_weights), ctx.needs_input_grad[5:]
         call, count = _call_cross_entropy_backward, len(needs) - 5
-        return (None,) * 5 + _gradients(ctx, call, ctx.options, 3, upstream, needs, count)
+        return (None,) * 5 + _gradients(ctx, call, ctx.options, upstream, needs, count)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from iib_kernels import _tuning
 from iib_kernels._runtime import accumulator, compute_dtype, interpreting, on_device, scalar
-from iib_kernels.ops.arguments import constant, contiguous
+from iib_kernels.ops.arguments import constant, contiguous, reduction_argument
 
 MOST_CLASSES = 4096  # of a row in registers
 MOST_ELEMENTS = 8192  # of all modalities of a row, in float32; half of it in float64
@@ -385,7 +385,7 @@ def fusion_backward(
     given = (rows_argument(values),) if values else ()
     given += (
         Kept(weights, _statistics(kept)),
-        _upstream(by_fused, None, None, by_weights, by_uncertainty),
+        _upstream(by_fused, None, None, by_weights, by_uncertainty, None),
     )
     arguments = lambda programs: (rows_argument(logits), gate, *given, partial(programs))
     _launch("values_backward" if values else "fusion_backward", logits, arguments, values)
@@ -396,20 +396,31 @@ def cross_entropy(
     logits: Sequence[Tensor],
     labels: Labels,
     gating: Gating,
-    nll: Tensor,
+    reduction: str,
+    fused: Tensor,
     unimodal: Tensor,
     weights: Tensor,
-    counts: Tensor,
     kept: Tensor,
+    divisors: Tensor,
 ) -> None:
-    """Fill the cross-entropies [B] and [B, M], weights, which rows count, and statistics."""
+    """Fill the cross-entropies [B] and [B, M] or, reduced, [] and [M], with what means are divided
+    by [1 + M]; and the weights and statistics.
+    """
     from iib_kernels.ops.fusion.loading import CrossEntropies
 
     device = weights.device
     gate = gate_argument(gating, weights.dtype, device)
     targets = targets_argument(labels, weights.dtype, device)
-    outputs = CrossEntropies(nll, unimodal, weights, counts, _statistics(kept))
-    arguments = lambda programs: (rows_argument(logits), gate, targets, outputs)
+    apart = reduction == "none"
+    losses = (fused, unimodal) if apart else (None, None)
+    outputs = CrossEntropies(*losses, weights, _statistics(kept))
+
+    def arguments(programs: int) -> tuple:
+        means = None
+        if not apart:
+            means = reduction_argument(reduction, programs, (fused, unimodal), divisors)
+        return rows_argument(logits), gate, targets, outputs, means
+
     _launch("cross_entropy", logits, arguments, smoothed=bool(labels.smoothing))
 
 
@@ -419,10 +430,14 @@ def cross_entropy_backward(
     parameters: Parameters,
     weights: Tensor,
     kept: Tensor,
+    divisors: Tensor,
     upstream: Sequence[Tensor | None],
     needs: Needs,
 ) -> Gradients:
-    """Gradients from those of the cross-entropies, [B] and [B, M], and of the weights."""
+    """Gradients from those of the cross-entropies, [B] and [B, M], and of the weights.
+
+    Reduced ones have ``divisors``, and gradients [] and [M].
+    """
     gradients, partial = _gradients(logits, needs)
     if not len(weights):
         return gradients
@@ -431,7 +446,8 @@ def cross_entropy_backward(
     device = weights.device
     gate = gate_argument(Gating(parameters), weights.dtype, device)
     targets = targets_argument(labels, weights.dtype, device)
-    given = (Kept(weights, _statistics(kept)), _upstream(None, *upstream, None))
+    reduced = divisors if len(divisors) else None
+    given = (Kept(weights, _statistics(kept)), _upstream(None, *upstream, None, reduced))
     arguments = lambda programs: (rows_argument(logits), gate, targets, *given, partial(programs))
     _launch("cross_entropy_backward", logits, arguments, smoothed=bool(labels.smoothing))
     return partial.summed()

@@ -69,6 +69,7 @@ class Upstream(NamedTuple):
     unimodal_ptr: tl.tensor  # [B, M]
     weights_ptr: tl.tensor  # [B, M]
     uncertainty_ptr: tl.tensor  # [B, M]
+    divisors_ptr: tl.tensor  # [1 + M] of means, whose gradients are [] and [M]
 
 
 class Fusion(NamedTuple):
@@ -81,12 +82,11 @@ class Fusion(NamedTuple):
 
 
 class CrossEntropies(NamedTuple):
-    """Where the cross-entropies go, and what they come from."""
+    """Where the cross-entropies go, unless their means do, and what they come from."""
 
     nll_ptr: tl.tensor  # [B] of the fused logits
     unimodal_ptr: tl.tensor  # [B, M] of each modality's own
     weights_ptr: tl.tensor  # [B, M]
-    counts_ptr: tl.tensor  # [B, M + 1] which rows count
     statistics_ptr: tl.tensor  # of streamed rows
 
 
@@ -283,12 +283,35 @@ def store_rows(ptrs, m, block, offs_k, values, K: tl.constexpr):
 
 
 @triton.jit
-def store_counts(ptr, block, counted):
-    """Write which rows count into a contiguous [B, M + 1]: for the fused logits, and for each
-    modality's own.
+def counted_weights(targets, labels, block, plan):
+    """What rows count for in the means of the cross-entropies, 1 + M of [B]."""
+    weight = tl.where(labels.counted, 1.0, 0.0).to(plan.ACC)
+    if targets.class_weight_ptr is not None:
+        ptrs = targets.class_weight_ptr + labels.targets
+        weight = tl.load(ptrs, mask=labels.counted, other=0.0).to(plan.ACC)
+    found = (weight,)
+    for m in tl.static_range(plan.M):
+        found = found + (tl.where(block.available[m], weight, 0.0),)
+    return found
+
+
+@triton.jit
+def load_loss_gradients(ptr, first, upstream, block, counted, COUNT: tl.constexpr, plan):
+    """Gradients of COUNT cross-entropies of each row, [B]; 0 where it does not count; or none.
+
+    From those of the rows [B, COUNT], or of the means [COUNT], whose divisors begin at `first`.
     """
-    M: tl.constexpr = len(block.available)
-    ptrs = ptr + block.offs * (M + 1)
-    tl.store(ptrs, counted, mask=block.mask)
-    for m in tl.static_range(M):
-        tl.store(ptrs + m + 1, counted & block.available[m], mask=block.mask)
+    if ptr is None:
+        return ()
+    elif upstream.divisors_ptr is None:
+        found = ()
+        for i in tl.static_range(COUNT):
+            grad = tl.load(ptr + block.offs * COUNT + i, mask=counted, other=0.0)
+            found = found + (grad.to(plan.ACC),)
+        return found
+    else:
+        found = ()
+        for i in tl.static_range(COUNT):
+            grad = tl.load(ptr + i).to(plan.ACC) / tl.load(upstream.divisors_ptr + first + i)
+            found = found + (tl.where(counted, grad, 0.0),)
+        return found

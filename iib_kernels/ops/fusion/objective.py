@@ -11,6 +11,7 @@ from iib_kernels.ops.fusion import loading
 from iib_kernels.ops.fusion.partial import add_partial, store_partial, store_sums, zero_partial
 from iib_kernels.ops.fusion.rows_cross_entropy import find_target_logits
 from iib_kernels.ops.fusion.tiles import (
+    add_each,
     finite,
     fused_cross_entropy,
     gate_gradients,
@@ -92,10 +93,7 @@ def objective_rows(
             loading.row_numbers(numbers, gate, block),
             plan,
         )
-        new_sums = ()
-        for i in tl.static_range(plan.M + 1):
-            new_sums = new_sums + (sums[i] + losses[i],)
-        sums = new_sums
+        sums = add_each(sums, losses)
         by_temperature = ()
         for m in tl.static_range(plan.M):
             loading.store_rows(grads.logits_ptrs, m, block, offs_k, slopes[m], plan.K)

@@ -14,8 +14,14 @@ from iib_kernels.ops.fusion.streamed_cross_entropy import (
     stream_gradients,
     streamed_cross_entropies,
 )
-from iib_kernels.ops.fusion.streaming import add_each, stream_fused, stream_softmaxes
-from iib_kernels.ops.fusion.tiles import fuse_rows, gate_gradients, gate_weights, uncertainties
+from iib_kernels.ops.fusion.streaming import stream_fused, stream_softmaxes
+from iib_kernels.ops.fusion.tiles import (
+    add_each,
+    fuse_rows,
+    gate_gradients,
+    gate_weights,
+    uncertainties,
+)
 
 
 @triton.jit(do_not_specialize=["batch"])

@@ -10,6 +10,7 @@ import triton.language as tl
 from iib_kernels.ops.fusion import loading
 from iib_kernels.ops.fusion.partial import add_partial, store_partial, zero_partial
 from iib_kernels.ops.fusion.tiles import (
+    add_each,
     finite,
     fused_cross_entropy,
     gate_gradients,
@@ -23,6 +24,7 @@ from iib_kernels.ops.fusion.tiles import (
     target_logits,
     uncertainties,
 )
+from iib_kernels.ops.means import store_means
 
 
 @triton.jit
@@ -37,14 +39,32 @@ def find_target_logits(t, logits, numbers, block, labels, is_target, plan):
         return target_logits(t, is_target, plan.JOINT)
 
 
+@triton.jit
+def zero_losses(plan):
+    """Sums to begin with: of the 1 + M cross-entropies, and of what their rows count for."""
+    return (tl.zeros((plan.BLOCK_B,), plan.ACC),) * (2 * plan.M + 2)
+
+
+@triton.jit
+def store_losses(outputs, sums, losses, targets, labels, block, plan):
+    """Write the 1 + M cross-entropies of a block, or add them to the sums."""
+    if outputs.nll_ptr is None:
+        return add_each(sums, losses + loading.counted_weights(targets, labels, block, plan))
+    else:
+        tl.store(outputs.nll_ptr + block.offs, losses[0], mask=block.mask)
+        loading.store_each(outputs.unimodal_ptr, block, losses[1:])
+        return sums
+
+
 @triton.jit(do_not_specialize=["batch"])
-def cross_entropy_rows(logits, gate, targets, outputs, batch, plan: tl.constexpr):
-    """Cross-entropies of the fused logits [B] and of each modality's [B, M], the weights [B, M],
-    and which rows count [B, M + 1]. `targets`: Targets.
+def cross_entropy_rows(logits, gate, targets, outputs, means, batch, plan: tl.constexpr):
+    """Cross-entropies of the fused logits [B] and of each modality's [B, M], or their means [] and
+    [M]; and the weights [B, M]. `targets`: Targets, `means`: a Reduction.
     """
     numbers = loading.load_numbers(gate, plan)
     offs_k = tl.arange(0, plan.BLOCK_K)
     class_weight = loading.load_class_weight(targets, offs_k, plan)
+    sums = zero_losses(plan)
     for number in range(tl.program_id(0), tl.cdiv(batch, plan.BLOCK_B), tl.num_programs(0)):
         block = loading.load_block(gate, number, batch, plan)
         labels = loading.load_labels(targets, class_weight, block, plan)
@@ -58,10 +78,10 @@ def cross_entropy_rows(logits, gate, targets, outputs, batch, plan: tl.constexpr
         uncertainty = uncertainties(softmax.entropy, plan.K)
         weights = gate_weights(scores, numbers.kappa, uncertainty, block.available)
         nll, _ = fused_cross_entropy(t, weights, numbers.gamma, true_logits, labels, is_target)
-        tl.store(outputs.nll_ptr + block.offs, nll, mask=block.mask)
-        loading.store_each(outputs.unimodal_ptr, block, unimodal)
         loading.store_each(outputs.weights_ptr, block, weights)
-        loading.store_counts(outputs.counts_ptr, block, labels.counted)
+        sums = store_losses(outputs, sums, (nll,) + unimodal, targets, labels, block, plan)
+    if outputs.nll_ptr is None:
+        store_means(means, sums[: plan.M + 1], sums[plan.M + 1 :], 1, 32)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -84,13 +104,14 @@ def cross_entropy_rows_backward(
         softmax = softmaxes(t, plan.JOINT)
 
         grad = tl.zeros_like(t[0])
-        if upstream.nll_ptr is not None:
-            given = tl.load(upstream.nll_ptr + block.offs, mask=labels.counted, other=0.0)
-            by_nll = given.to(plan.ACC)
+        by_nll = loading.load_loss_gradients(
+            upstream.nll_ptr, 0, upstream, block, labels.counted, 1, plan
+        )
+        if len(by_nll) > 0:
             _, slope = fused_cross_entropy(
                 t, weights, numbers.gamma, true_logits, labels, is_target
             )
-            grad = by_nll[:, None] * slope
+            grad = by_nll[0][:, None] * slope
         back = gate_gradients(
             products(grad, t, plan.JOINT),
             weights,
@@ -102,7 +123,9 @@ def cross_entropy_rows_backward(
             plan.K,
         )
         loading.store_each(grads.gate_ptr, block, back.score)
-        by_unimodal = loading.load_each(upstream.unimodal_ptr, block.offs, labels.counted, plan)
+        by_unimodal = loading.load_loss_gradients(
+            upstream.unimodal_ptr, 1, upstream, block, labels.counted, plan.M, plan
+        )
         smooths = smooth_parts(t, true_logits, labels)
         by_temperature = ()
         for m in tl.static_range(plan.M):

@@ -11,10 +11,11 @@ import triton.language as tl
 
 from iib_kernels.ops.fusion import loading
 from iib_kernels.ops.fusion.partial import add_partial, store_partial, zero_partial
-from iib_kernels.ops.fusion.streaming import add_each, stream_softmaxes
+from iib_kernels.ops.fusion.streaming import stream_softmaxes
 from iib_kernels.ops.fusion.tiles import (
     NEVER,
     Softmaxes,
+    add_each,
     finite,
     fuse,
     gate_gradients,

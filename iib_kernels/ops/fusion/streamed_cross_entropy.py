@@ -16,10 +16,12 @@ import triton.language as tl
 
 from iib_kernels.ops.fusion import loading
 from iib_kernels.ops.fusion.partial import add_partial, store_partial, zero_partial
+from iib_kernels.ops.fusion.rows_cross_entropy import store_losses, zero_losses
 from iib_kernels.ops.fusion.streamed import load_softmaxes, store_softmaxes
-from iib_kernels.ops.fusion.streaming import Fused, add_each, stream_fused, stream_softmaxes
+from iib_kernels.ops.fusion.streaming import Fused, stream_fused, stream_softmaxes
 from iib_kernels.ops.fusion.tiles import (
     Smooths,
+    add_each,
     cross_entropy,
     cross_entropy_slope,
     finite,
@@ -34,6 +36,7 @@ from iib_kernels.ops.fusion.tiles import (
     uncertainties,
     with_class_weight,
 )
+from iib_kernels.ops.means import store_means
 
 
 @triton.jit
@@ -88,9 +91,10 @@ def load_fused(ptrs, mask_b, labels, plan):
 
 
 @triton.jit(do_not_specialize=["batch"])
-def cross_entropy_streamed(logits, gate, targets, outputs, batch, plan: tl.constexpr):
+def cross_entropy_streamed(logits, gate, targets, outputs, means, batch, plan: tl.constexpr):
     """`cross_entropy_rows` (rows_cross_entropy.py) of one row at a time, and the statistics."""
     numbers = loading.load_numbers(gate, plan)
+    sums = zero_losses(plan)
     for number in range(tl.program_id(0), batch, tl.num_programs(0)):
         block = loading.load_block(gate, number, batch, plan)
         labels = loading.load_labels(targets, (), block, plan)
@@ -107,12 +111,12 @@ def cross_entropy_streamed(logits, gate, targets, outputs, batch, plan: tl.const
         losses = streamed_cross_entropies(
             softmax, fused, true_logits, fused_true_logit, labels, block.available
         )
-        tl.store(outputs.nll_ptr + block.offs, losses[0], mask=block.mask)
-        loading.store_each(outputs.unimodal_ptr, block, losses[1:])
-        loading.store_counts(outputs.counts_ptr, block, labels.counted)
+        sums = store_losses(outputs, sums, losses, targets, labels, block, plan)
         statistics_ptrs = outputs.statistics_ptr + block.offs * columns(labels, plan)
         store_softmaxes(statistics_ptrs, block.mask, softmax)
         store_fused(statistics_ptrs, block.mask, fused)
+    if outputs.nll_ptr is None:
+        store_means(means, sums[: plan.M + 1], sums[plan.M + 1 :], 1, 32)
 
 
 class Flow(NamedTuple):
@@ -177,9 +181,11 @@ def cross_entropy_streamed_backward(
         softmax = load_softmaxes(statistics_ptrs, block.mask, plan)
         fused = load_fused(statistics_ptrs, block.mask, labels, plan)
         by_nll = tl.zeros((1,), plan.ACC)
-        if upstream.nll_ptr is not None:
-            given = tl.load(upstream.nll_ptr + block.offs, mask=labels.counted, other=0.0)
-            by_nll = given.to(plan.ACC)
+        given = loading.load_loss_gradients(
+            upstream.nll_ptr, 0, upstream, block, labels.counted, 1, plan
+        )
+        if len(given) > 0:
+            by_nll = given[0]
         product = ()
         rows = ()
         for m in tl.static_range(plan.M):
@@ -196,7 +202,9 @@ def cross_entropy_streamed_backward(
             plan.K,
         )
         loading.store_each(grads.gate_ptr, block, back.score)
-        by_unimodal = loading.load_each(upstream.unimodal_ptr, block.offs, labels.counted, plan)
+        by_unimodal = loading.load_loss_gradients(
+            upstream.unimodal_ptr, 1, upstream, block, labels.counted, plan.M, plan
+        )
         flow = Flow(weights, softmax, fused, labels, back, by_nll, by_unimodal, rows)
         by_temperature = stream_gradients(logits, targets, numbers, flow, block, grads, plan)
         partial = add_partial(grads.partial_ptr, partial, back, by_temperature)

@@ -14,6 +14,7 @@ from iib_kernels.ops.fusion.loading import load_class_weight, load_scaled
 from iib_kernels.ops.fusion.tiles import (
     NEVER,
     Softmaxes,
+    add_each,
     finite,
     fuse,
     row_maxima,
@@ -32,15 +33,6 @@ class Fused(NamedTuple):
     log_sum: tl.tensor
     product: tl.tuple  # its gradient times t, summed over the classes: one a modality
     smooths: tl.tuple  # Smooths of each modality's own cross-entropy and, last, of this one
-
-
-@triton.jit
-def add_each(sums, tiles):
-    """Running sums, after one more tile each."""
-    found = ()
-    for i in tl.static_range(len(sums)):
-        found = found + (sums[i] + tiles[i],)
-    return found
 
 
 @triton.jit

@@ -138,6 +138,15 @@ def row_sums(tiles, JOINT: tl.constexpr):
     return _reduce_each(tiles, False, JOINT)
 
 
+@triton.jit
+def add_each(sums, tiles):
+    """Running sums, after one more tile each."""
+    found = ()
+    for i in tl.static_range(len(sums)):
+        found = found + (sums[i] + tiles[i],)
+    return found
+
+
 # ----- Forward
 
 

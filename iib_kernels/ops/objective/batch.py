@@ -8,6 +8,7 @@ modalities' cross-entropies, contrasts and alignments; the rest is padding.
 import triton
 import triton.language as tl
 
+from iib_kernels.ops.means import column_totals, is_last
 from iib_kernels.ops.tiles import load_scalar, valid_targets
 
 
@@ -111,25 +112,14 @@ def finish(
 ):
     """Store this program's sums [J]; the last program to do so turns all of them into means.
 
-    They are added in the programs' order, whichever is last, so the result is repeatable bit by
-    bit. The counter that tells who is last goes back to 0 for the next launch.
+    The counter that tells who is last goes back to 0 for the next launch.
     """
-    programs = tl.num_programs(0)
     offs_j = tl.arange(0, J)
-    tl.store(outputs.sums + tl.program_id(0) * PARTS + offs_j, sums, mask=offs_j < PARTS)
-    # All threads have stored before one of them draws the ticket
-    tl.debug_barrier()
-    ticket = tl.atomic_add(outputs.tickets, 1, sem="acq_rel")
-    if ticket == programs - 1:
-        totals = tl.zeros((J,), ACC)
-        for start in range(0, programs, BLOCK):
-            offs_p = start + tl.arange(0, BLOCK)
-            mask = (offs_p < programs)[:, None] & (offs_j < PARTS)[None, :]
-            ptrs = outputs.sums + offs_p[:, None] * PARTS + offs_j[None, :]
-            # Past the first-level cache, which does not see what other multiprocessors stored
-            totals += tl.sum(tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg"), 0)
-        means = totals / divisors
-        tl.store(outputs.parts + offs_j, means, mask=offs_j < PARTS)
+    mask_j = offs_j < PARTS
+    tl.store(outputs.sums + tl.program_id(0) * PARTS + offs_j, sums, mask=mask_j)
+    if is_last(outputs.tickets):
+        means = column_totals(outputs.sums, PARTS, offs_j, mask_j, ACC, BLOCK) / divisors
+        tl.store(outputs.parts + offs_j, means, mask=mask_j)
         weighed = tl.where(weights == 0.0, 0.0, weights * means)
         tl.store(outputs.loss, tl.sum(weighed, 0))
         tl.store(outputs.tickets, 0)

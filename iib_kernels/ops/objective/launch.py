@@ -16,7 +16,7 @@ from iib_kernels._runtime import (
     on_device,
     scalar,
 )
-from iib_kernels.ops.arguments import contiguous
+from iib_kernels.ops.arguments import contiguous, tickets
 
 CLASSES = 128  # up to this many classes one launch does everything
 WIDTH = 1024  # and features of up to this many components
@@ -100,17 +100,6 @@ def outputs(arguments: Arguments) -> Outputs:
     )
 
 
-_tickets: dict[tuple, Tensor] = {}
-
-
-def tickets(device: torch.device) -> Tensor:
-    """A counter at 0, of this stream alone; the kernel leaves it at 0."""
-    key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    if key not in _tickets:
-        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _tickets[key]
-
-
 def grid_limit(device: torch.device) -> int:
     """Programs of one launch at most: enough to fill the device."""
     return PROGRAMS * _tuning.processors(device)
@@ -121,14 +110,15 @@ def rows_of(values: Tensor) -> Tensor:
     return values if values.shape[1] == 1 or values.stride(1) == 1 else values.contiguous()
 
 
-def _blocks(arguments: Arguments) -> _tuning.Launch:
-    """Rows and classes of a block, and components of one step of a product."""
+def _candidates(arguments: Arguments) -> list[_tuning.Launch]:
+    """Rows and classes of a block, and warps; the first is taken where nothing is timed."""
     classes, count = arguments.logits[0].shape[1], len(arguments.logits)
     columns = _tuning.tile(classes, CLASSES)
     itemsize = max(value.dtype.itemsize for value in (*arguments.features, *arguments.logits))
     warps = 8 if columns * count > 128 or itemsize > 2 else 4
     # One stage: more of them cost registers that spill from three modalities of 128 classes on
-    return _tuning.Launch({"BLOCK_B": 16, "BLOCK_K": columns}, warps, 1)
+    pairs = ((16, warps), (16, 12 - warps), (32, 8))
+    return [_tuning.Launch({"BLOCK_B": rows, "BLOCK_K": columns}, w, 1) for rows, w in pairs]
 
 
 def _labels(arguments: Arguments, numbers: Numbers):
@@ -206,36 +196,44 @@ def _run_small(arguments: Arguments) -> Outputs:
     dtype, device = filled.loss.dtype, filled.loss.device
     numbers = Numbers(*arguments.numbers)
     labels, gating = _labels(arguments, numbers), _gating(arguments, numbers)
-    config = _blocks(arguments)
-    programs = max(1, min(-(-batch // config.blocks["BLOCK_B"]), grid_limit(device)))
-    parts = 3 * count + 1
-    blocks = config.blocks["BLOCK_B"], config.blocks["BLOCK_K"]
-    plan = fusion.plan_argument(logits[0].shape[1], count, dtype, False, *blocks)
+    classes, parts = logits[0].shape[1], 3 * count + 1
     with on_device(logits[0]):
         tables, how = _prototypes(arguments, dtype)
-        kernels.objective_small[(programs,)](
+        inputs = (
             fusion.rows_argument(logits),
             fusion.gate_argument(gating, dtype, device),
             fusion.targets_argument(labels, dtype, device),
             tables,
             _weights(numbers, dtype, device),
-            kernels.Outputs(
-                filled.loss,
-                filled.parts,
-                filled.weights,
-                tuple(filled.gradients[:count]) or None,
-                tuple(filled.gradients[count:]) or None,
-                filled.loss.new_empty(programs, parts),
-                tickets(device),
-            ),
-            batch,
-            plan,
-            PROTOTYPES=how,
-            NUMBER_POINTER=dtype == torch.float64,
-            J=_tuning.power_of_two(parts),
-            BLOCK_P=32,
-            **config.compiler(),
         )
+
+        def launch(config: _tuning.Launch) -> None:
+            rows, columns = config.blocks["BLOCK_B"], config.blocks["BLOCK_K"]
+            programs = max(1, min(-(-batch // rows), grid_limit(device)))
+            kernels.objective_small[(programs,)](
+                *inputs,
+                kernels.Outputs(
+                    filled.loss,
+                    filled.parts,
+                    filled.weights,
+                    tuple(filled.gradients[:count]) or None,
+                    tuple(filled.gradients[count:]) or None,
+                    filled.loss.new_empty(programs, parts),
+                    tickets(device),
+                ),
+                batch,
+                fusion.plan_argument(classes, count, dtype, False, rows, columns),
+                PROTOTYPES=how,
+                NUMBER_POINTER=dtype == torch.float64,
+                J=_tuning.power_of_two(parts),
+                BLOCK_P=32,
+                **config.compiler(),
+            )
+
+        widths = tuple(value.shape[1] for value in arguments.features)
+        types = tuple(value.dtype for value in (*logits, *arguments.features))
+        size = batch, classes, count, widths, types, arguments.grad
+        _tuning.run(("objective", *size), _candidates(arguments), launch)
     return filled
 
 
