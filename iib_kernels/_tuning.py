@@ -77,16 +77,17 @@ def tables(width: int) -> Launch:
 
 
 def attention(
-    width: int, itemsize: int, tensor_cores: bool, device: torch.device, across: bool
+    width: int, itemsize: int, tensor_cores: bool, device: torch.device, rows: int, across: bool
 ) -> Launch:
     """Rows, classes and components of attention over prototypes of padded ``width``.
 
-    With CHUNK components of means in registers; without, where rows stay in shared memory, all of
-    them, and BLOCK_D divides the width. ``across``: with two modalities' prototypes in shared
-    memory at once.
+    With HELD times CHUNK components of means in registers; without, where rows stay in shared
+    memory, all of them, and BLOCK_D divides the width. ``rows`` of all modalities; ``across``: with
+    two modalities' prototypes in shared memory at once.
     """
     if itemsize > 4:
-        return Launch({"BLOCK_B": 16, "BLOCK_K": 32, "BLOCK_D": 16, "CHUNK": min(64, width)}, 8)
+        blocks = {"BLOCK_B": 16, "BLOCK_K": 32, "BLOCK_D": 16, "CHUNK": min(64, width), "HELD": 1}
+        return Launch(blocks, 8)
     warps = 8 if width > 128 else 4
     if itemsize == 2 and width <= RESIDENT and hopper(device):
         columns = 32 if width > 512 or (across and width > 256) else 64
@@ -95,10 +96,17 @@ def attention(
         return Launch(blocks, warps, stages)
     chunk = next(size for size in (256, 128, 64, 32, 16) if width % size == 0)
     blocks = {"BLOCK_B": 64, "BLOCK_K": 64, "BLOCK_D": depth(width, itemsize), "CHUNK": chunk}
-    if not tensor_cores:
-        blocks |= {"BLOCK_B": 32, "BLOCK_K": 32}
-    elif itemsize > 2 and not hopper(device):
-        blocks |= {"BLOCK_K": 32}
+    if tensor_cores:
+        columns = 32 if itemsize > 2 and not hopper(device) else 64
+        return Launch({**blocks, "BLOCK_K": columns, "HELD": 1}, warps)
+    # What a program does not hold, another one does, and computes all scores again. That is worth
+    # it only where a device would have too few programs; otherwise rows make room for components
+    pieces = width // 256 if width % 256 == 0 else 1
+    held = next(count for count in (4, 3, 2, 1) if pieces % count == 0)
+    if held == 1 or rows < 16 * processors(device):
+        return Launch({**blocks, "BLOCK_B": 32, "BLOCK_K": 32, "HELD": 1}, warps)
+    blocks |= {"BLOCK_B": 16, "BLOCK_K": 16 if held == 4 else 32}
+    blocks |= {"CHUNK": 512, "HELD": 1} if held == 2 else {"HELD": held}
     return Launch(blocks, warps)
 
 
@@ -155,11 +163,14 @@ def autotuning() -> bool:
 def run(key: tuple, candidates: list[Launch], launch: Callable[[Launch], object]) -> object:
     """``launch`` with the first candidate, or, where autotuning is asked for, with the fastest.
 
-    ``key`` says for which sizes.
+    ``key`` says for which sizes. Inside a capture of a CUDA graph, which timing would break, an
+    unknown size takes the first as well, and is timed when it comes again outside.
     """
     if not autotuning() or len(candidates) == 1:
         return launch(candidates[0])
     if key not in _best:
+        if torch.cuda.is_current_stream_capturing():
+            return launch(candidates[0])
         from triton.testing import do_bench
 
         time = lambda candidate: do_bench(lambda: launch(candidate), return_mode="median")

@@ -194,7 +194,7 @@ def _fusion(dtype, modalities, classes, what, layout="usual"):
 def _tables(dtype, modalities, classes, layout):
     """Features and prototypes [., 512] of every modality; ``dtype`` of both, or one of each."""
     dtype, other = dtype if isinstance(dtype, tuple) else (dtype, dtype)
-    batch, width = (1, 1) if layout == "ones" else (64, 512)
+    batch, width = {"ones": (1, 1), "tall": (4096, 512)}.get(layout, (64, 512))
     layouts = ["usual", layout] * modalities  # of several modalities not all are alike
     features = [_matrix(batch, width, dtype, kind) for kind in layouts[:modalities]]
     return features, [_matrix(classes, width, other, kind) for kind in layouts[:modalities]]
@@ -364,6 +364,8 @@ def variants(full: bool) -> list[tuple[str, tuple, tuple[str, ...]]]:
             ]
     # Many modalities times many classes in one tile
     found += [("objective", (name, 3, 128), EVERY if full else ONE) for name in ("bf16", "fp32")]
+    # Rows enough to keep a device busy
+    found += [("alignment", ("fp32", 2, 1100, "tall"), EVERY if full else ONE)]
     for name, classes, layout in (
         ("bf16, fp32", 309, "usual"),
         ("tf32", 309, "usual"),

@@ -210,6 +210,32 @@ def test_losses_and_gradients_take_few_products(modalities, most, width):
     assert count == modalities * 64 * 256 * width
 
 
+@pytest.mark.parametrize("width", [512, pytest.param(700, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("busy", [True, False])
+def test_products_in_ieee_take_no_scores_twice_unless_programs_are_few(width, busy, monkeypatch):
+    """One program holds all components of few rows, or each of several holds some of more rows."""
+    monkeypatch.setattr(_tuning, "processors", lambda device: 1 if busy else 1000)
+    given = inputs(32, 192, (width, width), torch.float32)
+    factors = torch.ones(2, 2, device=DEVICE)
+    gradients, results = [], []
+
+    def call():
+        found = launch.losses_and_gradients(given, factors)
+        gradients[:], results[:] = found
+
+    count, padded = products(call), _tuning.padded(width)
+    copies, scored = 1 if busy else padded // 256, -(-width // 16) * 16
+    # Three scores, as the anchor's are taken again for the other modality, and three means
+    assert count == 3 * (copies * scored + padded) * 32 * 256
+    leaves = [rows.clone().requires_grad_() for rows in given.features]
+    truth = alignment_loss(leaves, *given[1:4], temperature=0.5, reduction="none", impl="reference")
+    loss = truth.contrastive.sum() + truth.alignment.sum()
+    for found, right in zip(gradients, torch.autograd.grad(loss, leaves)):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+    for found, right in zip((*results[:2], results[3]), truth):
+        torch.testing.assert_close(found, right.detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_attention_reads_rows_once_and_stores_nothing_by_classes():
     batch, classes, width = 64, 1024, 64
     given = inputs(batch, classes, (width,) * 2, torch.bfloat16)

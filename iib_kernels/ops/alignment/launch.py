@@ -321,9 +321,9 @@ def _forward_many(inputs: Inputs, results: Results, reduction: str) -> None:
     chunks = 1
     if keep:
         tensor_cores = dtype in HALF or options["PRECISION"] != "ieee"
-        kind = width, dtype.itemsize, tensor_cores, device
+        kind = width, dtype.itemsize, tensor_cores, device, inputs.batch * modalities
         configs = [_tuning.attention(*kind, across) for across in (False, True)]
-        chunks = width // configs[0].blocks.get("CHUNK", width)
+        chunks = width // (configs[0].blocks.get("CHUNK", width) * configs[0].blocks.get("HELD", 1))
         blocks = -(-inputs.batch // configs[0].blocks["BLOCK_B"])
         splits = _tuning.splits(blocks * modalities * chunks, inputs.classes, device)
         own = sums(splits, 3, modalities, inputs.batch)
@@ -380,7 +380,7 @@ def _attend(
     arguments = given, parts, sums, batch
     options = {**options, "ACROSS": across, "SPLITS": splits, **config.options()}
     if "CHUNK" in config.blocks:
-        chunks = width // config.blocks["CHUNK"]
+        chunks = width // (config.blocks["CHUNK"] * config.blocks["HELD"])
         attend_streamed[(blocks, modalities, splits * chunks)](*arguments, CHUNKS=chunks, **options)
     else:
         # Triton (3.6, 3.7) gives a product whose result goes into another one all warps along its

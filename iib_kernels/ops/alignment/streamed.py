@@ -60,8 +60,9 @@ def attend_streamed(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr,
+    HELD: tl.constexpr,
 ):
-    """D_m, or with ACROSS R_m, as `attend_resident` gives it, in CHUNK components.
+    """D_m, or with ACROSS R_m, as `attend_resident` gives it, in HELD times CHUNK components.
 
     Each of the CHUNKS programs of a row computes all its scores. With ACROSS each stores its part
     of the weighted mean of s_a - s_m: `sums_ptr` is [SPLITS, 2 + CHUNKS, M, B].
@@ -81,12 +82,14 @@ def attend_streamed(
     chunk_ptrs = sum_ptrs + (2 + chunk) * M * batch.to(tl.int64)
     value_width = select(given.widths, value, M)
     # Nothing is found across for the anchor, nor where a narrower modality has no components
-    idle = (chunk > 0) & (chunk * CHUNK >= value_width)
+    first_d = chunk * CHUNK * HELD
+    idle = (chunk > 0) & (first_d >= value_width)
     if ACROSS:
         idle = idle | (query == value)
     if idle:
         pull_ptrs = rows_of(pulls_ptr, split * M + value, offs_b, batch, tables.width)
-        store_zeros(pull_ptrs, mask_b, chunk * CHUNK, CHUNK)
+        for held in tl.static_range(HELD):
+            store_zeros(pull_ptrs, mask_b, first_d + held * CHUNK, CHUNK)
         zero = start_running(BLOCK_B, ACC)
         if ACROSS:
             tl.store(chunk_ptrs, zero.extra, mask=mask_b)
@@ -103,10 +106,9 @@ def attend_streamed(
     width = select(given.widths, query, M)
     squares = row_squares(z, offs_b, labels.query, width, BLOCK_D, ACC)
     scale = row_scale(squares, inverse_temperature, COSINE)
-    offs_d = (chunk * CHUNK + tl.arange(0, CHUNK)).to(tl.int64)
 
     running = start_running(BLOCK_B, ACC)
-    pulled = tl.zeros((BLOCK_B, CHUNK), ACC)
+    pulled = (tl.zeros((BLOCK_B, CHUNK), ACC),) * HELD
     first, last = part(tables.classes, split, SPLITS, BLOCK_K)
     for start in range(first, last, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
@@ -123,17 +125,27 @@ def attend_streamed(
             ACROSS,
             UPCAST,
         )
-        values = load_block(tables, value, start, chunk * CHUNK, BLOCK_K, CHUNK).to(OPERAND)
-        pulled = multiply(weights.to(OPERAND), values, pulled * rescale[:, None], PRECISION, ACC)
+        weights = weights.to(OPERAND)
+        more = ()
+        for held in tl.static_range(HELD):
+            values = load_block(tables, value, start, first_d + held * CHUNK, BLOCK_K, CHUNK)
+            rescaled = pulled[held] * rescale[:, None]
+            more = more + (multiply(weights, values.to(OPERAND), rescaled, PRECISION, ACC),)
+        pulled = more
 
     place = split * M + value + tl.minimum(batch - 1, 0)  # found anew, as in `attend_resident`
     pull_ptrs = rows_of(pulls_ptr, place, offs_b, batch, tables.width)
-    mean = finish(pulled, running, labels, tables, value, pull_ptrs, mask_b, offs_d)
+    other = select_matrix(given.features, value, M)
     if ACROSS:
-        other = select_matrix(given.features, value, M)
         squares = row_squares(other, offs_b, labels.value, value_width, BLOCK_D, ACC)
         scale = row_scale(squares, inverse_temperature, COSINE)
-        moment = -along(mean, other, offs_b, labels.value, offs_d, value_width, scale)
+    moment = tl.zeros((BLOCK_B,), ACC)
+    for held in tl.static_range(HELD):
+        offs_d = (first_d + held * CHUNK + tl.arange(0, CHUNK)).to(tl.int64)
+        mean = finish(pulled[held], running, labels, tables, value, pull_ptrs, mask_b, offs_d)
+        if ACROSS:
+            moment -= along(mean, other, offs_b, labels.value, offs_d, value_width, scale)
+    if ACROSS:
         if chunk == 0:
             store_sums(sum_ptrs, running, moment + weighted_score(running), mask_b, batch, M)
         else:
