@@ -23,7 +23,8 @@ from benchmarks.shapes import PRECISIONS, conditions, function, in_mode
 from benchmarks.workers import Pool, Task
 from iib_kernels import _tuning
 
-SWEPT = ("fusion_cross_entropy", "alignment_loss")  # those that take their launch from _tuning.run
+# Those that take their launch from _tuning.run
+SWEPT = ("multimodal_objective", "fusion_cross_entropy", "alignment_loss")
 PRECISION = ("bf16", "fp32")
 ORDER = (3, 4, 5, 2, 1, 0)  # of the shapes: where the launch matters most first
 COLUMNS = (

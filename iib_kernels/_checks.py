@@ -14,6 +14,7 @@ from torch import Tensor
 from iib_kernels._runtime import eager_on_cpu
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PLAIN = (Tensor, torch.nn.Parameter)  # what nearly all tensors are
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
@@ -24,10 +25,27 @@ def describe(value: object) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
+def check_whole(value: Tensor, name: str) -> Tensor:
+    """TypeError if ``value`` is a DTensor: the operations know nothing of its mesh.
+
+    By name, as ``torch.distributed`` is not to be imported for this.
+    """
+    if type(value) not in PLAIN and any(
+        kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed")
+        for kind in type(value).__mro__
+    ):
+        raise TypeError(
+            f"{name}: is a DTensor, which these functions do not take; give {name}.full_tensor(), "
+            f"or {name}.to_local() for this process's own part"
+        )
+    return value
+
+
 def check_float(value: object, name: str) -> Tensor:
-    """TypeError unless ``value`` is a floating-point tensor."""
+    """TypeError unless ``value`` is a floating-point tensor, and a whole one."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
+    check_whole(value, name)
     if value.dtype not in FLOATS:
         raise TypeError(
             f"{name}: expected float16, bfloat16, float32 or float64, got {describe(value)}; "
@@ -111,6 +129,7 @@ def check_mask(
         return None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"{name}: expected a bool tensor (True = present), got {describe(mask)}")
+    check_whole(mask, name)
     if tuple(mask.shape) != tuple(shape):
         raise ValueError(
             f"{name}: expected shape {list(shape)} (samples, modalities), got {list(mask.shape)}"
@@ -144,6 +163,7 @@ def check_targets(
     check_integer(ignore_index, "ignore_index")
     if not isinstance(targets, Tensor) or targets.dtype not in INTEGERS:
         raise TypeError(f"targets: expected int64 class indices, got {describe(targets)}")
+    check_whole(targets, "targets")
     if tuple(targets.shape) != tuple(shape):
         raise ValueError(
             f"targets: expected shape {list(shape)}, one class index a sample, "

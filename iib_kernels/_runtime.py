@@ -124,14 +124,28 @@ def dot_options(*tensors: Tensor) -> dict:
     """Constant arguments for products of these tensors.
 
     UPCAST: whether to raise the operands first, for several types and always when interpreted.
-    PRECISION of float32 products: that of ``torch.get_float32_matmul_precision()``, IEEE for
-    "highest", TF32 below (on NVIDIA).
+    PRECISION of float32 products: see :func:`tf32_products`.
     """
-    tf32 = torch.get_float32_matmul_precision() != "highest" and not hip()
     return {
         "UPCAST": interpreting() or len({tensor.dtype for tensor in tensors}) > 1,
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": "tf32" if tf32_products() else "ieee",
     }
+
+
+def tf32_products() -> bool:
+    """Whether products of float32 are in TF32: where cuBLAS takes it too (on NVIDIA).
+
+    That is what ``torch.backends.cuda.matmul.fp32_precision`` says. Where it is "none", PyTorch
+    looks at ``torch.backends.cudnn.fp32_precision`` and at ``torch.backends.fp32_precision``
+    itself, and all three "none" is IEEE. The older ``set_float32_matmul_precision`` sets it as
+    well; its getter raises where the newer settings say something else.
+    """
+    if hip():
+        return False
+    try:
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    except AttributeError:  # a PyTorch without it: the older setting is all there is
+        return torch.get_float32_matmul_precision() != "highest"
 
 
 def slope_precision(*tensors: Tensor) -> str:

@@ -14,6 +14,7 @@ from iib_kernels._checks import (
     check_device,
     check_float,
     check_shape,
+    check_whole,
     describe,
     refuse_grad,
     tensor_list,
@@ -194,6 +195,7 @@ def _check_seen(
     for index, known in enumerate(seen):
         if not isinstance(known, Tensor) or known.dtype != torch.bool:
             raise TypeError(f"seen[{index}]: expected a bool tensor [K], got {describe(known)}")
+        check_whole(known, f"seen[{index}]")
         check_shape(known, (classes,), f"seen[{index}]", "[K]")
         check_device(features[0], **{f"seen[{index}]": known})
     return seen

@@ -173,10 +173,19 @@ def gated_fusion(
         # cannot be captured in a graph
         return (value if isinstance(value, Tensor) else stacked.new_full((), value)).expand(count)
 
-    ruled_out = stacked == NEVER  # kept out of every product: 0 * inf would be NaN in a gradient
-    finite = torch.where(ruled_out, 0.0, stacked) / per_modality(temperature)[:, None]
-    t = torch.where(ruled_out, NEVER, finite)
-    uncertainty = entropy(t) / math.log(classes) if classes > 1 else torch.zeros_like(t[..., 0])
+    # Not a quotient: its gradient by T takes logits / T^2, which overflows before the logits do
+    inverse = 1 / per_modality(temperature)[:, None]
+    scaled = (stacked * inverse).detach()
+    ruled_out, spoilt = scaled == NEVER, ~(scaled < torch.inf)  # spoilt: NaN, +inf or overflow
+    # Both are kept out of every product: 0 * inf would be NaN in a gradient, that of a row which a
+    # loss ignores too
+    left_out = ruled_out | spoilt
+    finite = torch.where(left_out, 0.0, stacked) * inverse
+    t = torch.where(left_out, scaled, finite)
+    uncertainty = torch.zeros_like(t[..., 0])
+    if classes > 1:
+        uncertainty = entropy(stacked, inverse, left_out) / math.log(classes)
+        uncertainty = uncertainty.masked_fill(spoilt.any(-1), 0.0)
     score = -per_modality(uncertainty_weight) * uncertainty
     if log_prior is not None:
         score = score + log_prior
@@ -191,16 +200,29 @@ def gated_fusion(
             rows = torch.where(mask[..., None], rows, 0.0)
         return scale * (weights[..., None] * rows).sum(-2), weights, uncertainty, t
     fused = scale * (weights[..., None] * finite).sum(-2)
+    # Added as a constant: values show what is spoilt, and gradients pass as they come
+    fused = fused + torch.where(spoilt, scaled, 0.0).sum(-2)
     # A class is ruled out by any modality that has a say
     fused = fused.masked_fill((ruled_out & (weights[..., None] > 0)).any(-2), NEVER)
     return fused, weights, uncertainty, t
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """H(softmax(logits)) over the last dimension, nats; 0 log 0 = 0."""
-    log_p = logits.log_softmax(-1)
-    possible = log_p > NEVER
-    return -torch.where(possible, log_p.exp() * torch.where(possible, log_p, 0.0), 0.0).sum(-1)
+def entropy(logits: Tensor, inverse: Tensor, left_out: Tensor) -> Tensor:
+    """H(softmax(t)) of t = logits * inverse over the last dimension without the classes that are
+    ``left_out``, nats; 0 where all are.
+
+    H = log Z - sum_k e_k d_k / Z with d_k = t_k - max_k t_k <= 0, e_k = exp(d_k) and Z their sum.
+    Not of t itself: logits of 1e30 would meet gradients of that size in products, and overflow.
+    """
+    logits_max = torch.where(left_out, NEVER, logits.detach()).amax(-1, keepdim=True)
+    d = logits - logits_max
+    # Beyond this e_k underflows, and the slope of e_k d_k would be 0 * inf
+    possible = (d * inverse).detach() > math.log(torch.finfo(logits.dtype).tiny)
+    possible = possible & ~left_out
+    d = torch.where(possible, d, 0.0) * inverse
+    e = torch.where(possible, d.exp(), 0.0)
+    total = e.sum(-1).clamp_min(1)
+    return total.log() - (e * d).sum(-1) / total
 
 
 def cross_entropy(

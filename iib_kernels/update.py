@@ -20,6 +20,7 @@ from iib_kernels._checks import (
     check_number,
     check_shape,
     check_targets,
+    check_whole,
     describe,
     refuse_grad,
     tensor_list,
@@ -335,4 +336,5 @@ def _check_moving(prototypes: Tensor, momentum: float, **counts: Tensor) -> None
     for name, value in counts.items():
         if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool:
             raise TypeError(f"{name}: expected an int64 tensor [K], got {describe(value)}")
+        check_whole(value, name)
         check_shape(value, prototypes.shape[:1], name, "[K]")

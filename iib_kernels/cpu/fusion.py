@@ -160,7 +160,8 @@ class _GatedFusion(torch.autograd.Function):
         fused = None if len(spans) == 1 else logits[0].new_empty(logits[0].shape)
         _keep(ctx, arguments, logits)
         for start, stop in spans:
-            rows = evaluate(_rows(logits, start, stop), options.rows(start, stop, len(logits[0])))
+            chosen = options.rows(start, stop, len(logits[0]))
+            rows, _ = evaluate(_rows(logits, start, stop), chosen)
             small.append((rows.weights, rows.uncertainty))
             if fused is not None:
                 fused[start:stop] = rows.fused
@@ -183,7 +184,10 @@ class _GatedFusion(torch.autograd.Function):
         collected = Collected(options, logits)
         for number, (start, stop) in enumerate(_chunks(logits)):
             chosen = options.rows(start, stop, len(logits[0]))
-            rows = ctx.work[number] if ctx.work else evaluate(_rows(logits, start, stop), chosen)
+            if ctx.work:
+                rows = ctx.work[number]
+            else:
+                rows, _ = evaluate(_rows(logits, start, stop), chosen)
             fused, *others = (part(value, start, stop) for value in upstream)
             others = (None if value is None else value.mT for value in others)
             collected.add(differentiate(rows, chosen, Upstream(fused, *others)), start, stop)

@@ -46,8 +46,10 @@ class Rows(NamedTuple):
     """What a fusion makes of the rows of a chunk."""
 
     scores: Tensor  # [M, R, K] t_m = l_m / T_m; 0 where ruled out or missing
-    log_p: Tensor  # [M, R, K] log_softmax(t); 0 where ruled out
     p: Tensor  # [M, R, K] softmax(t)
+    # [M, R, K]. Not log_p itself, which is as large as the logits, and so is the gradient that it
+    # would meet: beyond 1e18 their product overflows
+    p_log_p: Tensor
     negentropy: Tensor  # [M, R] sum_k p log p
     uncertainty: Tensor  # [M, R]
     weights: Tensor  # [M, R]
@@ -76,8 +78,8 @@ class Gradients(NamedTuple):
     scale: Tensor | None = None  # [M, R]
 
 
-def evaluate(logits: Sequence[Tensor], options: Options) -> Rows:
-    """The fusion of a chunk's rows, M of [R, K]."""
+def evaluate(logits: Sequence[Tensor], options: Options) -> tuple[Rows, Tensor]:
+    """The fusion of a chunk's rows, M of [R, K]; and log_softmax(t), 0 where ruled out."""
     prior, gate, temperature, kappa, scale, mask = options
     scores = torch.stack(list(logits))
     present = None if mask is None else mask.mT
@@ -88,7 +90,8 @@ def evaluate(logits: Sequence[Tensor], options: Options) -> Rows:
     elif temperature != 1:
         scores.div_(temperature)
     log_p, p = shared.log_softmax(scores)
-    negentropy = (p * log_p).sum(-1)
+    p_log_p = p * log_p
+    negentropy = p_log_p.sum(-1)
     ruled_out = None
     # 0 * -inf is NaN: this tells for next to nothing that a class is ruled out, or worse
     if not math.isfinite(negentropy.sum().item()):
@@ -96,7 +99,8 @@ def evaluate(logits: Sequence[Tensor], options: Options) -> Rows:
         for values in (scores, log_p, p):
             values.masked_fill_(ruled_out, 0.0)
         # A row without a softmax has no uncertainty in the reference
-        negentropy = (p * log_p).sum(-1).nan_to_num_(nan=0.0)
+        p_log_p = torch.where(p > 0, p * log_p, 0.0)
+        negentropy = p_log_p.sum(-1)
     classes = scores.shape[-1]
     uncertainty = negentropy * (-1 / math.log(classes) if classes > 1 else 0.0)
     weights = _scores_of_weights(uncertainty, prior, gate, kappa)
@@ -106,7 +110,8 @@ def evaluate(logits: Sequence[Tensor], options: Options) -> Rows:
     fused = (scores * _scaled(weights, scale).unsqueeze(2)).sum(0)
     if ruled_out is not None:  # by any modality that has a say
         fused.masked_fill_((ruled_out & (weights > 0).unsqueeze(2)).any(0), NEVER)
-    return Rows(scores, log_p, p, negentropy, uncertainty, weights, fused, ruled_out)
+    rows = Rows(scores, p, p_log_p, negentropy, uncertainty, weights, fused, ruled_out)
+    return rows, log_p
 
 
 def _scores_of_weights(
@@ -130,7 +135,7 @@ def _scaled(values: Tensor, factor: Tensor | float) -> Tensor:
 
 def differentiate(rows: Rows, options: Options, upstream: Upstream) -> Gradients:
     """Gradients of the rows' logits and parameters."""
-    scores, log_p, p, negentropy, uncertainty, weights, fused, ruled_out = rows
+    scores, p, p_log_p, negentropy, uncertainty, weights, fused, ruled_out = rows
     _, _, temperature, kappa, scale, _ = options
     by_fused = upstream.fused
     if by_fused is not None and ruled_out is not None:
@@ -152,7 +157,7 @@ def differentiate(rows: Rows, options: Options, upstream: Upstream) -> Gradients
             slope = by_score * (kappa * steepness)
         if upstream.uncertainty is not None:
             slope = _plus(upstream.uncertainty * -steepness, slope)
-    # By the logits: (slope log_p + level) p + share by_fused, less what only targets get
+    # By the logits: slope p log_p + level p + share by_fused, less what only targets get
     own = upstream.unimodal
     level = None if own is None else _scaled(own, upstream.terms.mass)
     share = None if by_fused is None else _scaled(weights, scale)
@@ -165,7 +170,7 @@ def differentiate(rows: Rows, options: Options, upstream: Upstream) -> Gradients
             None if value is None else value / column for value in (slope, level, share, own)
         )
     if slope is not None:
-        by_logits = torch.addcmul(level.unsqueeze(2), log_p, slope.unsqueeze(2)).mul_(p)
+        by_logits = (p_log_p * slope.unsqueeze(2)).addcmul_(p, level.unsqueeze(2))
     elif level is not None:
         by_logits = p * level.unsqueeze(2)
     else:
@@ -179,11 +184,27 @@ def differentiate(rows: Rows, options: Options, upstream: Upstream) -> Gradients
     found = Gradients(
         by_logits,
         by_score,
-        -(scores * by_logits).sum(-1) if _wanted(temperature) else None,
+        _by_temperature(scores, by_logits, by_fused, share) if _wanted(temperature) else None,
         by_score * -uncertainty if _wanted(kappa) and by_score is not None else None,
         dots * weights if _wanted(scale) and dots is not None else None,
     )
     return found if ruled_out is None else _without_idle(found, upstream)
+
+
+def _by_temperature(
+    scores: Tensor, by_logits: Tensor, by_fused: Tensor | None, share: Tensor | None
+) -> Tensor:
+    """-sum_k t_k by_logits_k, [M, R], with what all classes have in common taken out.
+
+    All gradients but the fused logits' add up to 0 in each row, and their rounding, times logits of
+    1e30, would overflow.
+    """
+    top = scores.amax(-1, keepdim=True)
+    below = (scores - top).clamp_min_(torch.finfo(scores.dtype).min)
+    found = below.mul_(by_logits).sum(-1).neg_()
+    if share is not None:
+        found -= top.squeeze(-1) * (share * by_fused.sum(-1))
+    return found
 
 
 def _plus(value: Tensor, other: Tensor | None) -> Tensor:
@@ -223,7 +244,8 @@ def fused_gradient(
     """
     gradient = p * _scaled(upstream, terms.mass).unsqueeze(1)
     shared.add_target_gradient(gradient, upstream, terms, labels)
-    if rows.ruled_out is not None:
+    if rows.ruled_out is not None or labels.counts is not None:
+        # A row that does not count may hold anything, and 3e38 times a scale is inf
         gradient.masked_fill_((upstream == 0).unsqueeze(1), 0.0)
     return gradient
 
@@ -244,7 +266,7 @@ class Losses(NamedTuple):
 
 def evaluate_losses(logits: Sequence[Tensor], options: Options, labels: Labels) -> Losses:
     """The fusion of a chunk's rows and its cross-entropies."""
-    rows = evaluate(logits, options)
+    rows, every = evaluate(logits, options)
     log_p, p = shared.log_softmax(rows.fused)
     ruled_out = None
     if rows.ruled_out is not None:
@@ -252,7 +274,7 @@ def evaluate_losses(logits: Sequence[Tensor], options: Options, labels: Labels) 
         for values in (log_p, p):
             values.masked_fill_(ruled_out, 0.0)
     fused = shared.cross_entropy(log_p, labels, ruled_out)
-    unimodal = shared.cross_entropy(rows.log_p, labels, rows.ruled_out)
+    unimodal = shared.cross_entropy(every, labels, rows.ruled_out)
     return Losses(rows, p, fused, unimodal)
 
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+import iib_kernels
 from iib_kernels import (
+    _runtime,
     alignment_loss,
     class_sums,
     fusion_cross_entropy,
@@ -238,6 +240,126 @@ def test_an_ignored_row_of_logits_contributes_nothing(garbage):
     assert all(torch.equal(a, b) for a, b in zip(*results)) and all(
         torch.isfinite(value).all() for value in results[0]
     )
+
+
+class Settings:
+    """PyTorch's settings of float32 products, each as it stands in a process that set it."""
+
+    old = staticmethod(torch.set_float32_matmul_precision)
+    new = staticmethod(lambda value: torch._C._set_fp32_precision_setter("cuda", "matmul", value))
+    cuda = staticmethod(lambda value: torch._C._set_fp32_precision_setter("cuda", "all", value))
+    every = staticmethod(lambda value: torch._C._set_fp32_precision_setter("generic", "all", value))
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ([], "ieee"),
+        ([("old", "high")], "tf32"),
+        ([("old", "medium")], "tf32"),
+        ([("new", "tf32")], "tf32"),
+        ([("new", "ieee")], "ieee"),
+        ([("old", "high"), ("new", "ieee")], "ieee"),
+        ([("new", "tf32"), ("old", "highest")], "ieee"),
+        ([("every", "tf32")], "tf32"),
+        ([("every", "tf32"), ("new", "ieee")], "ieee"),
+        ([("every", "ieee"), ("new", "tf32")], "tf32"),
+        ([("every", "ieee"), ("cuda", "tf32")], "tf32"),
+    ],
+    ids=str,
+)
+def test_products_follow_either_setting_of_their_precision(settings, expected, monkeypatch):
+    """The older getter raises in most of these: the newer settings must be read."""
+    monkeypatch.setattr(_runtime, "hip", lambda: False)
+    try:
+        for name, value in settings:
+            getattr(Settings, name)(value)
+        assert _runtime.dot_options()["PRECISION"] == expected
+        assert _runtime.slope_precision(torch.zeros(1)) == expected
+    finally:
+        Settings.old("highest")
+        for name in ("new", "cuda", "every"):
+            getattr(Settings, name)("none")
+
+
+def test_a_torch_without_the_newer_setting_has_the_older_one(monkeypatch):
+    monkeypatch.setattr(_runtime, "hip", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", object())
+    found = []
+    for value in ("highest", "high"):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda value=value: value)
+        found.append(_runtime.dot_options()["PRECISION"])
+    assert found == ["ieee", "tf32"]
+
+
+# ----- Tensors over several processes
+
+
+@pytest.fixture(scope="module")
+def sharded():
+    """Makes a DTensor of a tensor, over a mesh of this process alone."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    yield lambda value: distribute_tensor(value, mesh, [Replicate()])
+    distributed.destroy_process_group()
+
+
+def arguments_by_name():
+    """Every public function, with all of its tensors by name."""
+    logits, features = ([torch.randn(2, 3) for _ in "ab"] for _ in "ab")
+    targets, table, counts = torch.tensor([0, 2]), torch.randn(3, 3), torch.zeros(3).long()
+    gate = {
+        "log_prior": torch.zeros(2),
+        "gate_logits": torch.zeros(2, 2),
+        "temperature": torch.ones(2),
+        "uncertainty_weight": torch.ones(2),
+        "scale": torch.tensor(1.0),
+        "mask": torch.ones(2, 2, dtype=torch.bool),
+    }
+    labels = {"targets": targets, "weight": torch.ones(3)}
+    rows = {"features": features, "prototypes": [table, table.clone()]}
+    seen = [torch.ones(3, dtype=torch.bool)] * 2
+    losses = {**rows, "targets": targets, "budgets": torch.ones(2), "seen": seen}
+    moved = {"prototypes": table, "counts": counts, "features": features[0], "targets": targets}
+    tallies = {"counts": [counts, counts.clone()]}
+    return {
+        "gated_fusion": {"logits": logits, **gate, "values": features},
+        "fusion_cross_entropy": {"logits": logits, **gate, **labels},
+        "multimodal_objective": {"logits": logits, **gate, **labels, **losses},
+        "alignment_loss": {**losses, "mask": gate["mask"]},
+        "nearest_prototype": {**rows, "seen": seen},
+        "prototype_distance": {"features": features[0], "prototypes": table},
+        "update_prototypes": moved,
+        "update_prototypes_": {**rows, **tallies, "targets": targets, "mask": gate["mask"]},
+        "class_sums": {"features": features[0], "targets": targets},
+        "snapshot": {"prototypes": table},
+    }
+
+
+@pytest.mark.parametrize("name", arguments_by_name())
+@pytest.mark.parametrize("impl", ["auto", "reference", "triton"])
+def test_a_tensor_over_several_processes_is_refused_by_name(name, impl, sharded):
+    function, tensors = getattr(iib_kernels, name), arguments_by_name()[name]
+    options = {} if name == "snapshot" else {"impl": impl}
+    if name == "class_sums":
+        options["num_classes"] = 3
+    for argument, value in tensors.items():
+        word, given = argument, None
+        if isinstance(value, list):
+            word, given = f"{argument}[1]", [value[0], sharded(value[1])]
+        elif value.is_floating_point() and argument in ("features", "prototypes"):
+            given = torch.nn.Parameter(sharded(value))  # as a module's parameters are
+        else:
+            given = sharded(value)
+        with pytest.raises(TypeError) as error:
+            function(**{**tensors, argument: given}, **options)
+        text = str(error.value)
+        assert text.startswith(f"{word}: is a DTensor") and f"{word}.full_tensor()" in text, text
 
 
 def test_one_float64_modality_makes_all_of_it_float64():

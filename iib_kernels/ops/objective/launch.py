@@ -117,7 +117,9 @@ def _candidates(arguments: Arguments) -> list[_tuning.Launch]:
     itemsize = max(value.dtype.itemsize for value in (*arguments.features, *arguments.logits))
     warps = 8 if columns * count > 128 or itemsize > 2 else 4
     # One stage: more of them cost registers that spill from three modalities of 128 classes on
-    pairs = ((16, warps), (16, 12 - warps), (32, 8))
+    pairs = [(16, warps), (16, 12 - warps), (32, 8)]
+    # With many classes the others spill a hundred registers (three of 128 classes, sm_90)
+    pairs = pairs[:1] if columns * count > 128 else pairs
     return [_tuning.Launch({"BLOCK_B": rows, "BLOCK_K": columns}, w, 1) for rows, w in pairs]
 
 
