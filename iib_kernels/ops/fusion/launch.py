@@ -94,11 +94,14 @@ def in_registers(classes: int, modalities: int, dtype: torch.dtype) -> bool:
     return classes <= MOST_CLASSES and elements <= MOST_ELEMENTS // (2 if wide else 1)
 
 
+@functools.lru_cache(256)
 def _candidates(
-    name: str, logits: Sequence[Tensor], dtype: torch.dtype, smoothed: bool
+    name: str, classes: int, count: int, dtype: torch.dtype, itemsize: int, smoothed: bool
 ) -> list[_tuning.Launch]:
-    """Rows and classes of a tile, and warps; the first is taken where nothing is timed."""
-    _, classes, count = sizes(logits)
+    """Rows and classes of a tile, and warps; the first is taken where nothing is timed.
+
+    Computed in ``dtype``, of logits of up to ``itemsize`` bytes.
+    """
     if not in_registers(classes, count, dtype):
         block = STREAMED // 2 if smoothed or count > 3 else STREAMED
         return [_tuning.Launch({"BLOCK_K": block}, warps) for warps in (4, 8)]
@@ -114,7 +117,7 @@ def _candidates(
     rows = 1
     if warps == 1:
         # A lane takes as many classes as one load can; where lanes are left, they take further rows
-        vector = min(columns, math.gcd(classes, 16 // max(rows.itemsize for rows in logits)))
+        vector = min(columns, math.gcd(classes, 16 // itemsize))
         at_once = max(1, 32 * vector // columns)
         times = min(4 if forward else 2, lane // 2 // (max(vector, columns // 32) * tiles))
         rows = max(1, at_once * (times & -2 or times))
@@ -215,7 +218,7 @@ def _upstream(fused: Tensor | None, *small: Tensor | None):
     return Upstream(None if fused is None else rows_argument([fused]), *map(contiguous, small))
 
 
-@functools.lru_cache(256)
+@functools.cache
 def plan_argument(
     classes: int,
     modalities: int,
@@ -247,6 +250,7 @@ def _launch(
     """
     batch, classes, count = sizes(logits)
     dtype, device = compute_dtype(*logits, *values), logits[0].device
+    itemsize = max([rows.dtype.itemsize for rows in logits])
     registers = in_registers(classes, count, dtype)
     kernel = _kernel(name, registers)
 
@@ -270,7 +274,7 @@ def _launch(
     with on_device(logits[0]):
         _tuning.run(
             ("fusion", name, batch, classes, count, dtype, smoothed),
-            _candidates(name, logits, dtype, smoothed),
+            _candidates(name, classes, count, dtype, itemsize, smoothed),
             launch,
         )
 

@@ -8,6 +8,7 @@ not to the batch: then the compiler knows how rows are aligned, and loads 16 byt
 Everything else is contiguous.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import triton
@@ -106,8 +107,13 @@ class Grads(NamedTuple):
     partial_ptr: tl.tensor  # [programs, 3 M + 1], see partial.py
 
 
-class Plan(NamedTuple):
-    """What a launch knows before it runs; constants only."""
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a launch knows before it runs; constants only.
+
+    One object for all launches that are alike (launch.plan_argument): compared by identity, which
+    costs a launch less than eight constants.
+    """
 
     K: tl.constexpr  # classes
     M: tl.constexpr  # modalities
