@@ -83,8 +83,7 @@ def gated_fusion(
         uncertainty_weight: kappa, a number or [M].
         scale: gamma, a number or a tensor []. M makes uniform weights the plain product of experts.
             ``"present"``: the number of modalities that are there in a row, so that uniform weights
-            give the plain sum of their logits (with a mask not in these functions' kernels; the
-            objective's have it).
+            give the plain sum of their logits.
         mask: [..., M] bool, True = present. What stands in a missing modality's logits has no
             effect, NaN included.
         values: M tensors [..., D] of any floating-point dtypes and any D, features say. The same
@@ -420,15 +419,15 @@ def _flat(
     First the numbers that stand for parameters, then the mask, then tensors or None, at last the
     logits and the values. Reshaping is a view where the strides allow.
     """
-    if isinstance(scale, str):
-        raise NotImplementedError(
-            "scale: 'present' with a mask has no kernel in gated_fusion and fusion_cross_entropy; "
-            "use multimodal_objective, or impl='reference'"
-        )
     count, given = len(logits), (temperature, uncertainty_weight, scale)
+    if isinstance(scale, str):  # "present": two numbers say so
+        given, scale = given[:2], None
     numbers = [1.0 if isinstance(value, Tensor) else float(value) for value in given]
     optional = [log_prior, gate_logits]
-    optional += [value if isinstance(value, Tensor) else None for value in given]
+    optional += [
+        value if isinstance(value, Tensor) else None
+        for value in (temperature, uncertainty_weight, scale)
+    ]
     tensors = (*optional, *logits, *(values or ()))
     present = iter(distinct([value for value in tensors if value is not None]))
     log_prior, gate, *parameters = (None if value is None else next(present) for value in optional)

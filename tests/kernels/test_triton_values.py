@@ -1298,6 +1298,33 @@ def test_targets_out_of_range_are_ignored_where_nobody_looks(build, monkeypatch)
         assert bits(found[name], value), name
 
 
+@pytest.mark.parametrize("classes", [5, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("width", [None, 7])
+def test_a_scale_that_counts_the_modalities_present(classes, width):
+    """Uniform weights then give the sum of the logits, or values, that are there."""
+    mask = torch.tensor([[1, 0, 1], [1, 1, 1], [0, 1, 0]], device=DEVICE, dtype=torch.bool)
+    g = start(5)
+    logits = [torch.randn(3, classes, generator=g).to(DEVICE) for _ in range(3)]
+    values = width and [torch.randn(3, width, generator=g).to(DEVICE) for _ in range(3)]
+    leaves = [rows.requires_grad_() for rows in (*logits, *(values or []))]
+    options = {"scale": "present", "uncertainty_weight": 0.0, "mask": mask, "values": values}
+    found = gated_fusion(logits, **options, impl="triton")
+    rows = torch.stack(values or logits)
+    expected = torch.where(mask.T[..., None], rows, 0.0).sum(0)
+    torch.testing.assert_close(found.logits, expected)
+    upstream = torch.randn_like(expected)
+    gradients = torch.autograd.grad(found.logits, leaves, upstream, allow_unused=True)
+    right = torch.autograd.grad(expected, leaves, upstream, allow_unused=True)
+    for grad, other in zip(gradients[-3:], right[-3:]):
+        torch.testing.assert_close(grad, other)
+    targets = torch.tensor([1, 0, 3], device=DEVICE)
+    losses = fusion_cross_entropy(
+        logits, targets, scale="present", uncertainty_weight=0.0, mask=mask, impl="triton"
+    )
+    whole = torch.where(mask.T[..., None], torch.stack(logits), 0.0).sum(0)
+    torch.testing.assert_close(losses.fused, torch.nn.functional.cross_entropy(whole, targets))
+
+
 def test_operators_ignore_targets_out_of_range(monkeypatch):
     """torch.ops.iib directly: nothing between the caller and the kernel."""
     without_assertions(monkeypatch)

@@ -29,7 +29,9 @@ class Parameters(NamedTuple):
     temperature: Tensor | None  # [M] or []
     uncertainty_weight: Tensor | None  # [M] or []
     scale: Tensor | None  # []
-    numbers: Sequence[float]  # what stands for each of the three where it is None
+    # What stands for each of the three where it is None. Without a third, the scale is the number
+    # of modalities that are there
+    numbers: Sequence[float]
     mask: Tensor | None  # [B, M]
 
 
@@ -39,7 +41,6 @@ class Gating(NamedTuple):
     parameters: Parameters
     log_prior: Tensor | None = None  # [M]
     gate_logits: Tensor | None = None  # [B, M]
-    present: bool = False  # the scale is the number of modalities that are there
 
 
 class Labels(NamedTuple):
@@ -192,9 +193,9 @@ def gate_argument(gating: Gating, dtype: torch.dtype, device: torch.device):
     small = (gating.log_prior, gating.gate_logits, parameters.mask)
     numbers = [
         _parameter(value, number, dtype, device)
-        for value, number in zip(parameters[:3], parameters.numbers)
+        for value, number in zip(parameters[:3], (*parameters.numbers, 1.0))
     ]
-    if gating.present:
+    if len(parameters.numbers) == 2:
         # Not None: Triton 3.6 cannot tell that from a named tuple with None in it
         numbers[2] = numbers[2]._replace(ptr=None, number=None)
     return Gate(*map(contiguous, small), *numbers)

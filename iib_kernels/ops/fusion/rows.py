@@ -25,10 +25,11 @@ from iib_kernels.ops.fusion.tiles import (
 @triton.jit(do_not_specialize=["batch"])
 def fusion_rows(logits, gate, outputs, batch, plan: tl.constexpr):
     """Fused logits [B, K], weights and uncertainty [B, M]. `logits`: Rows, `gate`: a Gate."""
-    numbers = loading.load_numbers(gate, plan)
+    every = loading.load_numbers(gate, plan)
     offs_k = tl.arange(0, plan.BLOCK_K)
     for number in range(tl.program_id(0), tl.cdiv(batch, plan.BLOCK_B), tl.num_programs(0)):
         block = loading.load_block(gate, number, batch, plan)
+        numbers = loading.row_numbers(every, gate, block)
         scores = loading.load_scores(gate, block, plan)
         t = loading.load_scaled(logits, numbers, block, offs_k, plan)
         entropy = softmaxes(t, plan.JOINT).entropy
@@ -43,11 +44,12 @@ def fusion_rows(logits, gate, outputs, batch, plan: tl.constexpr):
 @triton.jit(do_not_specialize=["batch"])
 def fusion_rows_backward(logits, gate, kept, upstream, grads, batch, plan: tl.constexpr):
     """The Grads of these rows, from those of the fused logits, weights and uncertainties."""
-    numbers = loading.load_numbers(gate, plan)
+    every = loading.load_numbers(gate, plan)
     offs_k = tl.arange(0, plan.BLOCK_K)
     partial = zero_partial(grads.partial_ptr, plan)
     for number in range(tl.program_id(0), tl.cdiv(batch, plan.BLOCK_B), tl.num_programs(0)):
         block = loading.load_block(gate, number, batch, plan)
+        numbers = loading.row_numbers(every, gate, block)
         weights = loading.load_each(kept.weights_ptr, block.offs, block.mask, plan)
         t = loading.load_scaled(logits, numbers, block, offs_k, plan)
         softmax = softmaxes(t, plan.JOINT)

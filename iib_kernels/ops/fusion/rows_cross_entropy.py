@@ -61,12 +61,13 @@ def cross_entropy_rows(logits, gate, targets, outputs, means, batch, plan: tl.co
     """Cross-entropies of the fused logits [B] and of each modality's [B, M], or their means [] and
     [M]; and the weights [B, M]. `targets`: Targets, `means`: a Reduction.
     """
-    numbers = loading.load_numbers(gate, plan)
+    every = loading.load_numbers(gate, plan)
     offs_k = tl.arange(0, plan.BLOCK_K)
     class_weight = loading.load_class_weight(targets, offs_k, plan)
     sums = zero_losses(plan)
     for number in range(tl.program_id(0), tl.cdiv(batch, plan.BLOCK_B), tl.num_programs(0)):
         block = loading.load_block(gate, number, batch, plan)
+        numbers = loading.row_numbers(every, gate, block)
         labels = loading.load_labels(targets, class_weight, block, plan)
         is_target = offs_k[None, :] == labels.targets[:, None]
         scores = loading.load_scores(gate, block, plan)
@@ -89,12 +90,13 @@ def cross_entropy_rows_backward(
     logits, gate, targets, kept, upstream, grads, batch, plan: tl.constexpr
 ):
     """The Grads of these rows, from those of the cross-entropies and of the weights."""
-    numbers = loading.load_numbers(gate, plan)
+    every = loading.load_numbers(gate, plan)
     offs_k = tl.arange(0, plan.BLOCK_K)
     class_weight = loading.load_class_weight(targets, offs_k, plan)
     partial = zero_partial(grads.partial_ptr, plan)
     for number in range(tl.program_id(0), tl.cdiv(batch, plan.BLOCK_B), tl.num_programs(0)):
         block = loading.load_block(gate, number, batch, plan)
+        numbers = loading.row_numbers(every, gate, block)
         labels = loading.load_labels(targets, class_weight, block, plan)
         is_target = offs_k[None, :] == labels.targets[:, None]
         active = labels.counted if upstream.weights_ptr is None else block.mask

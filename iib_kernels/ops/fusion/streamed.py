@@ -52,9 +52,10 @@ def load_softmaxes(ptrs, mask_b, plan):
 @triton.jit(do_not_specialize=["batch"])
 def fusion_streamed(logits, gate, outputs, batch, plan: tl.constexpr):
     """`fusion_rows` (rows.py) of one row at a time, and the statistics."""
-    numbers = loading.load_numbers(gate, plan)
+    every = loading.load_numbers(gate, plan)
     for number in range(tl.program_id(0), batch, tl.num_programs(0)):
         block = loading.load_block(gate, number, batch, plan)
+        numbers = loading.row_numbers(every, gate, block)
         scores = loading.load_scores(gate, block, plan)
         softmax = stream_softmaxes(logits, numbers, block, plan)
         uncertainty = uncertainties(softmax.entropy, plan.K)
@@ -84,11 +85,12 @@ def load_fused_gradient(upstream, t, weights, block, offs_k, plan):
 @triton.jit(do_not_specialize=["batch"])
 def fusion_streamed_backward(logits, gate, kept, upstream, grads, batch, plan: tl.constexpr):
     """`fusion_rows_backward` (rows.py) of one row at a time."""
-    numbers = loading.load_numbers(gate, plan)
+    every = loading.load_numbers(gate, plan)
     partial = zero_partial(grads.partial_ptr, plan)
     zero = tl.zeros((1, plan.BLOCK_K), plan.ACC)
     for number in range(tl.program_id(0), batch, tl.num_programs(0)):
         block = loading.load_block(gate, number, batch, plan)
+        numbers = loading.row_numbers(every, gate, block)
         weights = loading.load_each(kept.weights_ptr, block.offs, block.mask, plan)
         softmax = load_softmaxes(kept.statistics_ptr + block.offs * (3 * plan.M), block.mask, plan)
         product = (zero,) * plan.M

@@ -93,10 +93,11 @@ def load_fused(ptrs, mask_b, labels, plan):
 @triton.jit(do_not_specialize=["batch"])
 def cross_entropy_streamed(logits, gate, targets, outputs, means, batch, plan: tl.constexpr):
     """`cross_entropy_rows` (rows_cross_entropy.py) of one row at a time, and the statistics."""
-    numbers = loading.load_numbers(gate, plan)
+    every = loading.load_numbers(gate, plan)
     sums = zero_losses(plan)
     for number in range(tl.program_id(0), batch, tl.num_programs(0)):
         block = loading.load_block(gate, number, batch, plan)
+        numbers = loading.row_numbers(every, gate, block)
         labels = loading.load_labels(targets, (), block, plan)
         scores = loading.load_scores(gate, block, plan)
         true_logits = loading.load_target_logits(logits, numbers, block, labels, plan)
@@ -170,10 +171,11 @@ def cross_entropy_streamed_backward(
     logits, gate, targets, kept, upstream, grads, batch, plan: tl.constexpr
 ):
     """`cross_entropy_rows_backward` (rows_cross_entropy.py) of one row at a time."""
-    numbers = loading.load_numbers(gate, plan)
+    every = loading.load_numbers(gate, plan)
     partial = zero_partial(grads.partial_ptr, plan)
     for number in range(tl.program_id(0), batch, tl.num_programs(0)):
         block = loading.load_block(gate, number, batch, plan)
+        numbers = loading.row_numbers(every, gate, block)
         labels = loading.load_labels(targets, (), block, plan)
         active = labels.counted if upstream.weights_ptr is None else block.mask
         weights = loading.load_each(kept.weights_ptr, block.offs, block.mask, plan)

@@ -25,7 +25,8 @@ from iib_kernels.ops.fusion.tiles import (
 
 @triton.jit
 def store_sum(values, ptr, weights, gamma, block, plan):
-    """Write gamma sum_m w_m v_m [B, D]."""
+    """Write gamma sum_m w_m v_m [B, D]; gamma may be one a row."""
+    rows = tl.zeros_like(weights[0]) + gamma
     for start in range(0, plan.D, plan.BLOCK_D):
         offs_d = start + tl.arange(0, plan.BLOCK_D)
         total = tl.zeros((block.offs.shape[0], plan.BLOCK_D), plan.ACC)
@@ -34,7 +35,7 @@ def store_sum(values, ptr, weights, gamma, block, plan):
                 values, m, block.offs, block.available[m], offs_d, offs_d < plan.D, plan.ACC
             )
             total += weights[m][:, None] * v
-        loading.store_rows((ptr,), 0, block, offs_d, gamma * total, plan.D)
+        loading.store_rows((ptr,), 0, block, offs_d, rows[:, None] * total, plan.D)
 
 
 @triton.jit
@@ -69,10 +70,11 @@ def value_gradients(values, upstream, grads, weights, gamma, block, plan):
 @triton.jit(do_not_specialize=["batch"])
 def values_rows(logits, gate, values, outputs, batch, plan: tl.constexpr):
     """The values' sum [B, D], weights and uncertainty [B, M]; all classes in registers."""
-    numbers = loading.load_numbers(gate, plan)
+    every = loading.load_numbers(gate, plan)
     offs_k = tl.arange(0, plan.BLOCK_K)
     for number in range(tl.program_id(0), tl.cdiv(batch, plan.BLOCK_B), tl.num_programs(0)):
         block = loading.load_block(gate, number, batch, plan)
+        numbers = loading.row_numbers(every, gate, block)
         t = loading.load_scaled(logits, numbers, block, offs_k, plan)
         uncertainty = uncertainties(softmaxes(t, plan.JOINT).entropy, plan.K)
         scores = loading.load_scores(gate, block, plan)
@@ -86,9 +88,10 @@ def values_rows(logits, gate, values, outputs, batch, plan: tl.constexpr):
 @triton.jit(do_not_specialize=["batch"])
 def values_streamed(logits, gate, values, outputs, batch, plan: tl.constexpr):
     """`values_rows` of one row at a time, and the statistics (streamed.py)."""
-    numbers = loading.load_numbers(gate, plan)
+    every = loading.load_numbers(gate, plan)
     for number in range(tl.program_id(0), batch, tl.num_programs(0)):
         block = loading.load_block(gate, number, batch, plan)
+        numbers = loading.row_numbers(every, gate, block)
         softmax = stream_softmaxes(logits, numbers, block, plan)
         store_softmaxes(outputs.statistics_ptr + block.offs * (3 * plan.M), block.mask, softmax)
         uncertainty = uncertainties(softmax.entropy, plan.K)
@@ -103,12 +106,13 @@ def values_streamed(logits, gate, values, outputs, batch, plan: tl.constexpr):
 @triton.jit(do_not_specialize=["batch"])
 def values_rows_backward(logits, gate, values, kept, upstream, grads, batch, plan: tl.constexpr):
     """The Grads of these rows, as `fusion_rows_backward` gives them and by the values."""
-    numbers = loading.load_numbers(gate, plan)
-    gamma = numbers.gamma
+    every = loading.load_numbers(gate, plan)
     offs_k = tl.arange(0, plan.BLOCK_K)
     partial = zero_partial(grads.partial_ptr, plan)
     for number in range(tl.program_id(0), tl.cdiv(batch, plan.BLOCK_B), tl.num_programs(0)):
         block = loading.load_block(gate, number, batch, plan)
+        numbers = loading.row_numbers(every, gate, block)
+        gamma = numbers.gamma
         weights = loading.load_each(kept.weights_ptr, block.offs, block.mask, plan)
         by_weights = loading.load_each(upstream.weights_ptr, block.offs, block.mask, plan)
         by_uncertainty = loading.load_each(upstream.uncertainty_ptr, block.offs, block.mask, plan)
@@ -136,11 +140,12 @@ def values_streamed_backward(
     logits, gate, values, kept, upstream, grads, batch, plan: tl.constexpr
 ):
     """`values_rows_backward` of one row at a time."""
-    numbers = loading.load_numbers(gate, plan)
-    gamma = numbers.gamma
+    every = loading.load_numbers(gate, plan)
     partial = zero_partial(grads.partial_ptr, plan)
     for number in range(tl.program_id(0), batch, tl.num_programs(0)):
         block = loading.load_block(gate, number, batch, plan)
+        numbers = loading.row_numbers(every, gate, block)
+        gamma = numbers.gamma
         weights = loading.load_each(kept.weights_ptr, block.offs, block.mask, plan)
         by_weights = loading.load_each(upstream.weights_ptr, block.offs, block.mask, plan)
         by_uncertainty = loading.load_each(upstream.uncertainty_ptr, block.offs, block.mask, plan)

@@ -136,8 +136,10 @@ def _gating(arguments: Arguments, numbers: Numbers):
     from iib_kernels.ops.fusion.launch import Gating, Parameters
 
     tensors = arguments.temperature, arguments.uncertainty_weight, arguments.scale
-    parameters = Parameters(*tensors, numbers[6:], arguments.mask)
-    return Gating(parameters, arguments.log_prior, arguments.gate_logits, arguments.present)
+    # Without a scale it is the number of modalities present
+    given = numbers[6:8] if arguments.present else numbers[6:]
+    parameters = Parameters(*tensors, given, arguments.mask)
+    return Gating(parameters, arguments.log_prior, arguments.gate_logits)
 
 
 def _weights(numbers: Numbers, dtype: torch.dtype, device: torch.device):
