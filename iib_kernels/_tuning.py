@@ -110,11 +110,13 @@ def attention(
     return Launch(blocks, warps)
 
 
-def evidence(width: int, itemsize: int) -> Launch:
-    """Tiles of all modalities' scores, over many classes."""
+def evidence(width: int, itemsize: int, modalities: int, rows: int, device: torch.device) -> Launch:
+    """Tiles of all modalities' scores, over many classes; smaller ones where rows are few."""
     if itemsize > 4:
         return Launch({"BLOCK_B": 16, "BLOCK_K": 32, "BLOCK_D": 16}, 8)
-    return Launch({"BLOCK_B": 64, "BLOCK_K": 64, "BLOCK_D": depth(width, itemsize)}, 8)
+    few = rows < 64 * processors(device)
+    blocks = {"BLOCK_B": 16 if few else 64, "BLOCK_K": 32 if modalities > 3 else 64}
+    return Launch({**blocks, "BLOCK_D": depth(width, itemsize)}, 4 if few else 8)
 
 
 def gradients(width: int) -> Launch:

@@ -51,7 +51,6 @@ MOST_SPILLS = {
 
 SPILLING = {
     ("cross_entropy_rows_backward", "bf16"): 6,  # on sm_80
-    ("evidence", "bf16"): 46,  # with six modalities
     ("objective_small", "bf16"): 64,  # with six modalities, or three of 128 classes
     ("objective_small", "fp32"): 160,
 }  # more than that, for now

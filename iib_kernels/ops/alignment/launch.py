@@ -333,7 +333,7 @@ def _forward_many(inputs: Inputs, results: Results, reduction: str) -> None:
                 pulls, config = results.pulls[place], configs[place]
                 _attend(config, (blocks, splits), given, pulls, found, place == 1, options)
     else:
-        config = _tuning.evidence(width, dtype.itemsize)
+        config = _tuning.evidence(width, dtype.itemsize, modalities, inputs.batch, device)
         blocks = -(-inputs.batch // config.blocks["BLOCK_B"])
         splits = _tuning.splits(blocks, inputs.classes, device)
         own, across = (sums(splits, 3, modalities, inputs.batch) for _ in range(2))
