@@ -15,6 +15,7 @@ import torch
 from iib_kernels._runtime import hip, interpreting
 
 ALIGNMENT_CLASSES = 128  # up to this many classes one block of scores holds them all
+LEAST = 512  # classes of a part, where they are split
 RESIDENT = 768  # rows of up to this many components of half precision stay in shared memory
 
 
@@ -110,11 +111,15 @@ def attention(
     return Launch(blocks, warps)
 
 
-def evidence(width: int, itemsize: int, modalities: int, rows: int, device: torch.device) -> Launch:
-    """Tiles of all modalities' scores, over many classes; smaller ones where rows are few."""
+def evidence(
+    width: int, itemsize: int, modalities: int, rows: int, classes: int, device: torch.device
+) -> Launch:
+    """Tiles of all modalities' scores, over many classes; smaller ones for a device that would be
+    mostly idle, its classes split as well.
+    """
     if itemsize > 4:
         return Launch({"BLOCK_B": 16, "BLOCK_K": 32, "BLOCK_D": 16}, 8)
-    few = rows < 64 * processors(device)
+    few = 4 * -(-rows // 64) * max(1, classes // LEAST) < processors(device)
     blocks = {"BLOCK_B": 16 if few else 64, "BLOCK_K": 32 if modalities > 3 else 64}
     return Launch({**blocks, "BLOCK_D": depth(width, itemsize)}, 4 if few else 8)
 
@@ -129,9 +134,9 @@ def gradients(width: int) -> Launch:
 def splits(programs: int, classes: int, device: torch.device) -> int:
     """Parts of the classes, so that few rows and many classes keep a device busy.
 
-    Each has at least 512 classes.
+    Each has at least LEAST classes.
     """
-    return max(1, min(processors(device) // max(programs, 1), classes // 512))
+    return max(1, min(processors(device) // max(programs, 1), classes // LEAST))
 
 
 @functools.cache

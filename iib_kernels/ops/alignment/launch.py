@@ -333,7 +333,8 @@ def _forward_many(inputs: Inputs, results: Results, reduction: str) -> None:
                 pulls, config = results.pulls[place], configs[place]
                 _attend(config, (blocks, splits), given, pulls, found, place == 1, options)
     else:
-        config = _tuning.evidence(width, dtype.itemsize, modalities, inputs.batch, device)
+        size = dtype.itemsize, modalities, inputs.batch, inputs.classes
+        config = _tuning.evidence(width, *size, device)
         blocks = -(-inputs.batch // config.blocks["BLOCK_B"])
         splits = _tuning.splits(blocks, inputs.classes, device)
         own, across = (sums(splits, 3, modalities, inputs.batch) for _ in range(2))
