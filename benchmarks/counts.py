@@ -22,8 +22,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iib_kernels import _checks, _runtime, _tuning, fusion, update
+from iib_kernels.ops import arguments
 from iib_kernels.ops.distance import launch as distance
 from iib_kernels.ops.fusion import launch as fused
+from iib_kernels.ops.objective import launch as objective
 
 PROCESSORS = 132  # multiprocessors of an H100 SXM and of an H200
 FEW = 32  # numbers of a small argument, which every program reads out of the nearest cache
@@ -213,7 +215,7 @@ def _attend_resident(launch: Launch) -> Rule:
     anchor's rows and prototypes are for the scores, the other's for the sums, and its rows for its
     length and its mean score.
     """
-    modalities, splits, across = launch["M"], launch["SPLITS"], launch["ACROSS"]
+    modalities, splits, across = launch["M"], launch["splits"], launch["ACROSS"]
     classes, width = launch["given.tables.classes"], launch["given.tables.width"]
     blocks, rows = launch.grid[0], launch["BLOCK_B"]
     share = _with_others(launch)
@@ -235,7 +237,7 @@ def _attend_streamed(launch: Launch) -> Rule:
     """Each of the programs that share the components computes all scores, for which it reads its
     rows once a block of classes, and once before for their lengths.
     """
-    modalities, splits, across = launch["M"], launch["SPLITS"], launch["ACROSS"]
+    modalities, splits, across = launch["M"], launch["splits"], launch["ACROSS"]
     classes, width = launch["given.tables.classes"], launch["given.tables.width"]
     blocks, rows, chunks = launch.grid[0], launch["BLOCK_B"], launch["CHUNKS"]
     share, covered = _with_others(launch), _covered(launch)
@@ -267,7 +269,7 @@ def _covered(launch: Launch) -> float:
 @_rule("evidence")
 def _evidence(launch: Launch) -> Rule:
     """Scores of all modalities: rows are read for their lengths and once a block of classes."""
-    modalities, splits = launch["M"], launch["SPLITS"]
+    modalities, splits = launch["M"], launch["splits"]
     classes, width = launch["given.tables.classes"], launch["given.tables.width"]
     blocks, covered = launch.grid[0], _covered(launch)
     passes = {
@@ -495,6 +497,9 @@ def recorded(run: bool = False) -> Iterator[list[Launch]]:
         for kind in (jit.JITFunction, interpreter.InterpretedFunction):
             change(kind, "run", recorder(kind.run))
         change(_tuning, "processors", lambda device: PROCESSORS)
+        kept = torch.zeros(1, dtype=torch.int32)  # the default stream of a GPU has one
+        for where in (arguments, objective):
+            change(where, "tickets", lambda device: kept)
         if not run:
             change(fused, "_programs", lambda config, batch, _: programs(config, batch, device))
             change(_runtime, "interpreting", lambda: True)

@@ -290,7 +290,7 @@ class _Alignment(torch.autograd.Function):
         rows, tables = values[:count], values[count:]
         upstream = _Upstream(targets, confidence, counts, grad_contrastive, grad_alignment)
         fixed = _Fixed(ctx.temperature, budgets, seen, tables)
-        gradients = tuple(torch.empty_like(value) for value in rows)
+        gradients: tuple[Tensor, ...] = ()
         # Inside an autocast block, where backward may run, products would come out in half
         # precision. Plain operations otherwise, which autograd records with create_graph=True: so
         # second derivatives are right.
@@ -300,6 +300,10 @@ class _Alignment(torch.autograd.Function):
                     [row[start:stop] for row in rows],
                     _Upstream(*(value[start:stop] for value in upstream)),
                     fixed,
+                )
+                # Made of the parts, which under vmap (jacrev) belong to several upstream gradients
+                gradients = gradients or tuple(
+                    value.new_empty(row.shape) for value, row in zip(part, rows)
                 )
                 for gradient, value in zip(gradients, part):
                     gradient[start:stop] = value

@@ -140,6 +140,13 @@ class FirstOrder(torch.autograd.Function):
         ctx.name = inputs[0]
 
     @staticmethod
+    def vmap(info, in_dims, name, *_):
+        raise NotImplementedError(
+            f"{name}: the Triton kernels have no vmap, which batched gradients take (jacrev); "
+            "use impl='reference'"
+        )
+
+    @staticmethod
     def backward(ctx, *_):
         raise NotImplementedError(
             f"{ctx.name}: the Triton kernels have no second derivative; use impl='reference'"

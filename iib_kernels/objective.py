@@ -49,7 +49,7 @@ class ObjectiveParts(NamedTuple):
 
 
 class ObjectiveOutput(NamedTuple):
-    """What :func:`multimodal_objective` returns; float32 (float64 for float64 logits)."""
+    """What :func:`multimodal_objective` returns; float32, or float64 where any input is."""
 
     loss: Tensor  #: [] what to differentiate
     parts: ObjectiveParts  #: what it is made of, without gradient

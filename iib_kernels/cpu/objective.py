@@ -9,6 +9,7 @@ Arguments are those of ``reference``, of one dtype, float32 or float64, and not 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -120,7 +121,13 @@ class _Objective(torch.autograd.Function):
                 'differentiated again; for second derivatives give impl="reference"'
             )
         gradients = ctx.saved_tensors
-        found = iter(torch._foreach_mul([g for g in gradients if g is not None], upstream))
+        made = [value for value in gradients if value is not None]
+        scaled = torch._foreach_mul(made, upstream)
+        if not math.isfinite(upstream):
+            # A gradient of 0 stays 0: its row has no part in the loss
+            for product, value in zip(scaled, made):
+                product.masked_fill_(value == 0, 0.0)
+        found = iter(scaled)
         return None, *(None if value is None else next(found) for value in gradients)
 
 

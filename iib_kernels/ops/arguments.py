@@ -36,15 +36,21 @@ def matrix(values: Tensor):
     return Matrix(values, row, column)
 
 
-_tickets: dict[tuple, Tensor] = {}
+_tickets: dict[torch.device, Tensor] = {}
 
 
 def tickets(device: torch.device) -> Tensor:
-    """A counter at 0, of this stream alone; the kernel leaves it at 0."""
-    key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    if key not in _tickets:
-        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _tickets[key]
+    """A counter at 0 for the programs of one launch, which leave it at 0.
+
+    The default stream of a GPU keeps one: no CUDA graph captures that stream, and its launches
+    follow one another. Elsewhere each launch has its own. A graph's memory is 0 only after the
+    graph has been replayed, and an interpreted launch may be interrupted.
+    """
+    if device.type != "cuda" or torch.cuda.current_stream(device).cuda_stream != 0:
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    if device not in _tickets:
+        _tickets[device] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _tickets[device]
 
 
 def reduction_argument(reduction: str, programs: int, means: Sequence[Tensor], divisors: Tensor):

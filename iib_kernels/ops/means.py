@@ -43,18 +43,20 @@ def column_totals(table_ptr, columns, places, mask, ACC: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def store_means(into, sums, weights, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+def store_means(into, sums, weights, FIRST: tl.constexpr, SIZE: tl.constexpr):
     """Store the means of J losses. `into`: a Reduction.
 
     `sums` are J blocks, each to be summed up, and `weights` W of what they are divided by: those of
     losses j, W + j, ... are at j. Where no row counts the divisor is 1. The first of the tensors
-    has FIRST means, each other one an equal share of the rest.
+    has FIRST means, each other one an equal share of the rest. The last program reads SIZE numbers
+    at once.
     """
     J: tl.constexpr = len(sums)
     W: tl.constexpr = len(weights)
     ACC: tl.constexpr = sums[0].dtype
     SHARE: tl.constexpr = (J - FIRST) // (len(into.means_ptrs) - 1)
     PLACES: tl.constexpr = triton.next_power_of_2(J)
+    BLOCK: tl.constexpr = SIZE // PLACES
     line = into.sums_ptr + tl.program_id(0).to(tl.int64) * (J + W)
     for j in tl.static_range(J):
         tl.store(line + j, tl.sum(sums[j], 0))

@@ -11,6 +11,7 @@ import torch
 
 import iib_kernels
 from iib_kernels import (
+    _chunks,
     _runtime,
     alignment_loss,
     class_sums,
@@ -79,6 +80,24 @@ def test_third_derivatives_are_right(metric):
         found.append(torch.autograd.grad(value, leaves))
     for mine, autograd in zip(*found):
         torch.testing.assert_close(mine, autograd, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("chunk", [1, _chunks.CHUNK_BYTES])
+def test_jacobians_of_the_alignment_of_many_rows(monkeypatch, chunk):
+    """jacrev asks for all rows of a Jacobian at once; autograd can be asked for one by one."""
+    monkeypatch.setattr(_chunks, "CHUNK_BYTES", chunk)
+    (rows, other), prototypes, targets, budgets = case(2)
+
+    def losses(rows):
+        out = alignment_loss(
+            [other, rows], prototypes[::-1], targets, budgets, reduction="none", impl="reference"
+        )
+        return torch.stack(out[:2])
+
+    found = torch.func.jacrev(losses)(rows)
+    expected = torch.autograd.functional.jacobian(losses, rows)
+    assert expected.abs().amax() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_numbers_reach_the_device_without_a_copy_from_the_host(monkeypatch):

@@ -347,6 +347,24 @@ def test_nothing_counts():
     assert not any(value.any() for value in (*out[:5], *found))
 
 
+@pytest.mark.parametrize("upstream", [float("inf"), float("-inf"), float("nan")])
+def test_no_factor_from_above_reaches_what_does_not_count(upstream):
+    """Such as an infinite one, where a GradScaler overflows."""
+    logits = [drawer(m)(5, 4).requires_grad_() for m in range(2)]
+    features = [drawer(m)(5, 3).requires_grad_() for m in range(2)]
+    prototypes, budgets = [drawer(m)(4, 3) for m in range(2)], torch.ones(2).double()
+    mask = torch.ones(5, 2, dtype=torch.bool)
+    mask[2, 1] = False
+    out = objective.multimodal_objective(
+        logits, torch.tensor([0, -100, 1, 2, 3]), features, prototypes, budgets, mask=mask
+    )
+    factor = torch.tensor(upstream).double()
+    for m, gradient in enumerate(torch.autograd.grad(out[0], [*logits, *features], factor)):
+        nothing = [1] if m % 2 == 0 else [1, 2]
+        counted = [row for row in range(5) if row not in nothing]
+        assert not gradient[nothing].any() and not gradient[counted].isfinite().any()
+
+
 @pytest.mark.parametrize("upstream", [1.0, -2.5])
 def test_backward_twice_gives_the_same(upstream):
     logits, *rest, options = objective_case()

@@ -329,6 +329,36 @@ def test_bytes(watched, dtype):
 # ----- What PyTorch asks for
 
 
+@pytest.mark.parametrize("classes", [5, 140])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        ("float32", ("bfloat16", "float32"), ("float32", "float32")),
+        ("float32", ("float32", "float32"), ("bfloat16", "float32")),
+        ("float32", ("float64", "float32"), ("float64", "float64")),
+        ("float64", ("float32", "float32"), ("float32", "float32")),
+    ],
+)
+def test_types_may_differ_from_modality_to_modality(dtypes, classes):
+    """As autocast leaves them where one encoder ends in a normalisation."""
+    kinds = [[getattr(torch, name) for name in names] for names in (dtypes[1], dtypes[2])]
+    logits, features, targets, rest = draw(6, classes, 2, 4, torch.float32)
+    logits = [rows.detach().to(getattr(torch, dtypes[0])).requires_grad_() for rows in logits]
+    features = [rows.detach().to(kind).requires_grad_() for rows, kind in zip(features, kinds[0])]
+    rest["prototypes"] = [table.to(kind) for table, kind in zip(rest["prototypes"], kinds[1])]
+    leaves, found = [*logits, *features], {}
+    for impl in ("triton", "reference"):
+        out = multimodal_objective(logits, targets, features=features, **rest, impl=impl)
+        found[impl] = [out.loss, *torch.autograd.grad(out.loss, leaves)]
+    wide = "float64" in (dtypes[0], *dtypes[1])
+    assert found["triton"][0].dtype == (torch.float64 if wide else torch.float32)
+    for value, right in zip(found["triton"], found["reference"]):
+        half = right.dtype == torch.bfloat16
+        torch.testing.assert_close(
+            value.double(), right.double(), rtol=1e-2 if half else 1e-4, atol=1e-5
+        )
+
+
 LOSSES = {
     "multimodal_objective": lambda logits, features, targets, rest: (
         multimodal_objective(logits, targets, features=features, **rest, impl="triton").loss

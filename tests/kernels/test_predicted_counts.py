@@ -223,17 +223,17 @@ TOO_MANY_BYTES = {
     (309, "prototype_distance", "forward"): (None, 2.42),
     (309, "prototype_distance", "backward"): (3.38, 3.38),
     (1000, "alignment_loss", "forward"): (14.27, 14.28),
-    (1000, "alignment_loss", "step"): (49.96, 2.79),
-    (1000, "multimodal_objective", "step"): (37.43, 3.49),
+    (1000, "alignment_loss", "step"): (18.06, 2.79),
+    (1000, "multimodal_objective", "step"): (14.48, 3.49),
     (1000, "nearest_prototype", "forward"): (6.61, 7.59),
     (1000, "prototype_distance", "forward"): (3.00, 4.24),
     (1000, "prototype_distance", "backward"): (2.14, 2.70),
     (32768, "alignment_loss", "forward"): (104.98, 104.95),
-    (32768, "alignment_loss", "step"): (281.55, 2.20),
+    (32768, "alignment_loss", "step"): (141.78, 2.20),
 }
 # Products: 6 classes fill 16 columns of a tile, 309 fill 384; the backward of one block computes
 # scores again; the anchor's are computed for each other modality; and rows of float32 are too long
-# for registers, so that each of two or three programs computes all scores.
+# for registers, so that where they are few each of two programs computes all scores.
 TOO_MANY_PRODUCTS = {
     (6, "alignment_loss", "forward"): (2.67, 2.67),
     (6, "alignment_loss", "backward"): (3.56, 3.56),
@@ -250,14 +250,14 @@ TOO_MANY_PRODUCTS = {
     (309, "nearest_prototype", "forward"): (1.24, None),
     (309, "prototype_distance", "forward"): (1.24, None),
     (309, "prototype_distance", "backward"): (1.24, 1.24),
-    (1000, "alignment_loss", "step"): (2.56, 1.28),
-    (1000, "multimodal_objective", "step"): (2.56, 1.28),
-    (32768, "alignment_loss", "step"): (1.80, 1.20),
+    (1000, "alignment_loss", "step"): (1.28, 1.28),
+    (1000, "multimodal_objective", "step"): (1.28, 1.28),
+    (32768, "alignment_loss", "step"): (1.20, 1.20),
 }
 
 
 def over(rows, exceptions, ratio, limit) -> list[str]:
-    """Rows that are over their limit, or over what they were let off with."""
+    """Rows that are over their limit, or over or under what they were let off with."""
     found = []
     for row in rows:
         value, most = ratio(row), limit(row)
@@ -269,6 +269,8 @@ def over(rows, exceptions, ratio, limit) -> list[str]:
             found.append(f"{name}, over {allowed}")
         if known is not None and value <= most:
             found.append(f"{name} keeps the limit of {most}: no exception any more")
+        elif known is not None and value < known - 0.01:
+            found.append(f"{name}, let off with {known}: lower it")
     return found
 
 

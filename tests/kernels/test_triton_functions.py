@@ -24,6 +24,7 @@ from iib_kernels import (
     alignment_loss,
     fusion_cross_entropy,
     gated_fusion,
+    multimodal_objective,
     nearest_prototype,
     prototype_distance,
     update_prototypes,
@@ -207,6 +208,9 @@ def test_what_the_kernels_do_not_differentiate_raises(name):
         torch.func.jvp(call, (leaf.detach(),), (torch.ones_like(leaf),))
     with pytest.raises(NotImplementedError, match="no vmap .*use impl='reference'"):
         torch.func.vmap(call)(torch.stack([leaf.detach()] * 2))
+    # Which maps backward alone
+    with pytest.raises(NotImplementedError, match=f"{name}: .* no vmap.*use impl='reference'"):
+        torch.func.jacrev(call)(leaf.detach())
     with (
         torch.autograd.forward_ad.dual_level(),
         pytest.raises(NotImplementedError, match="no jvp .*use impl='reference'"),
@@ -988,6 +992,17 @@ def gpu_calls():
             lambda: alignment_loss(features, prototypes, labels, [0.9, 0.5], impl="triton")[:2],
             features,
         ),
+        "multimodal_objective": (
+            lambda: multimodal_objective(
+                logits,
+                targets,
+                features=features,
+                prototypes=prototypes,
+                budgets=torch.tensor([0.9, 0.5], device=DEVICE),
+                impl="triton",
+            )[:1],
+            [*logits, *features],
+        ),
         "nearest_prototype": (
             lambda: nearest_prototype(features, prototypes, impl="triton")[:1],
             features,
@@ -1011,6 +1026,7 @@ def stepped(call, leaves):
         "gated_fusion",
         "fusion_cross_entropy",
         "alignment_loss",
+        "multimodal_objective",
         "nearest_prototype",
         "prototype_distance",
     ],
@@ -1039,3 +1055,62 @@ def test_on_a_gpu_graph_capture_repeats_and_no_synchronisation(name):
         value.fill_(torch.nan)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(captured, expected))
+
+
+MEANS = ["fusion_cross_entropy", "alignment_loss", "multimodal_objective"]
+
+
+@cuda_only
+@pytest.mark.parametrize("name", MEANS)
+def test_on_a_gpu_graphs_share_no_counter(name):
+    """The second of two graphs gives the same before the first has run, and both at once."""
+    call, leaves = gpu_calls()[name]
+    expected = stepped(call, leaves)
+    graphs, found = [], []
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found.append(stepped(call, leaves))
+        graphs.append(graph)
+    graphs[1].replay()
+    assert all(torch.equal(a, b) for a, b in zip(found[1], expected))
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for stream, graph in zip(streams, graphs):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(50):
+                graph.replay()
+    torch.cuda.synchronize()
+    for values in found:
+        assert all(torch.equal(a, b) for a, b in zip(values, expected))
+    assert all(torch.equal(a, b) for a, b in zip(stepped(call, leaves), expected))
+
+
+@cuda_only
+@pytest.mark.parametrize("name", MEANS)
+def test_on_a_gpu_compiled_with_graphs(name):
+    call, leaves = gpu_calls()[name]
+    expected = stepped(call, leaves)
+    compiled = torch.compile(lambda: sum(value.sum() for value in call()), mode="reduce-overhead")
+    for _ in range(5):
+        torch.compiler.cudagraph_mark_step_begin()
+        for a, b in zip(torch.autograd.grad(compiled(), leaves), expected):
+            torch.testing.assert_close(a, b)
+
+
+def test_the_default_stream_alone_keeps_a_counter(monkeypatch):
+    """What a captured stream allocates belongs to its graph."""
+    from iib_kernels.ops import arguments
+
+    class Stream:
+        cuda_stream = 0
+
+    made = []
+    monkeypatch.setattr(arguments, "_tickets", {})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: made.append(1) or torch.ones(1))
+    device = torch.device("cuda", 0)
+    assert arguments.tickets(device) is arguments.tickets(device) and len(made) == 1
+    Stream.cuda_stream = 7
+    assert arguments.tickets(device) is not arguments.tickets(device) and len(made) == 3
+    assert arguments.tickets(torch.device("cpu")) is not arguments.tickets(torch.device("cpu"))

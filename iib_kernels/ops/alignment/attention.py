@@ -239,26 +239,26 @@ def store_zeros(row_ptrs, mask_b, first, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def part(classes, split, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """First and last (excluded) class of one of SPLITS parts, in whole blocks."""
-    size = tl.cdiv(classes, SPLITS * BLOCK_K) * BLOCK_K
+def part(classes, split, splits, BLOCK_K: tl.constexpr):
+    """First and last (excluded) class of one of splits parts, in whole blocks."""
+    size = tl.cdiv(classes, splits * BLOCK_K) * BLOCK_K
     first = split * size
     return first, tl.minimum(first + size, classes)
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "splits"])
 def attend_resident(
     given,
     pulls_ptr,
     sums_ptr,
     batch,
+    splits,
     M: tl.constexpr,
     COSINE: tl.constexpr,
     ACROSS: tl.constexpr,
     ACC: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
-    SPLITS: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -269,7 +269,7 @@ def attend_resident(
     The rows stay in shared memory, a block of prototypes is read once for scores and sums, and the
     sums over all components are in registers. STEPS tiles of BLOCK_D hold the widest modality.
 
-    Stores `pulls_ptr` [SPLITS, M, B, width] and `sums_ptr` [SPLITS, 3, M, B]: maximum and sum of
+    Stores `pulls_ptr` [splits, M, B, width] and `sums_ptr` [splits, 3, M, B]: maximum and sum of
     the weights; the target's score, or with ACROSS the weighted mean of s_a - s_m. With ACROSS
     zeros are stored for the anchor.
     """
@@ -310,7 +310,7 @@ def attend_resident(
     scale = row_scale(squares, inverse_temperature, COSINE)
 
     running = start_running(BLOCK_B, ACC)
-    first, last = part(tables.classes, split, SPLITS, BLOCK_K)
+    first, last = part(tables.classes, split, splits, BLOCK_K)
     for start in range(first, last, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
         keys = ()

@@ -193,7 +193,7 @@ def store_losses(outputs, means, contrastive, alignment, confidence, counted, of
         _store_column(outputs.counts, counted[m], offs_b, mask_b, m, M)
         rows = rows + (tl.where(counted[m], 1.0, 0.0).to(contrastive[m].dtype),)
     if outputs.contrastive is None:
-        store_means(means, contrastive + alignment + confidence, rows, M, 64)
+        store_means(means, contrastive + alignment + confidence, rows, M, 4096)
 
 
 @triton.jit

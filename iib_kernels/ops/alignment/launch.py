@@ -206,14 +206,17 @@ def backward(
 
 
 def losses_and_gradients(
-    inputs: Inputs, factors: Tensor, gradients: Sequence[Tensor] | None = None
+    inputs: Inputs,
+    factors: Tensor,
+    gradients: Sequence[Tensor] | None = None,
+    reduction: str = "none",
 ) -> tuple[list[Tensor], Results]:
     """Gradients [B, D_m] of sum(factors[0] C + factors[1] A), and the losses.
 
     ``factors`` [2, M] is what a row that counts weighs, known before the losses are; ``gradients``
     as in :func:`backward`.
     """
-    results = forward(inputs, True)
+    results = forward(inputs, True, reduction)
     weights = factors.unsqueeze(1).expand(2, inputs.batch, -1)  # [2, B, M], a row's stride is 0
     return backward(inputs, results, weights[0], weights[1], gradients), results
 
@@ -339,7 +342,7 @@ def _forward_many(inputs: Inputs, results: Results, reduction: str) -> None:
         splits = _tuning.splits(blocks, inputs.classes, device)
         own, across = (sums(splits, 3, modalities, inputs.batch) for _ in range(2))
         evidence[(blocks, splits)](
-            given, own, across, inputs.batch, SPLITS=splits, **options, **config.options()
+            given, own, across, inputs.batch, splits, **options, **config.options()
         )
     config = _tuning.Launch({"BLOCK_B": 128})
     programs = -(-inputs.batch // 128)
@@ -350,9 +353,9 @@ def _forward_many(inputs: Inputs, results: Results, reduction: str) -> None:
         *_outputs(results, programs, reduction),
         results.share,
         inputs.batch,
+        splits,
         M=modalities,
         ACC=accumulator(inputs.dtype),
-        SPLITS=splits,
         CHUNKS=chunks,
         **config.options(),
     )
@@ -378,8 +381,8 @@ def _attend(
     modalities, batch, width = pulls.shape
     blocks, splits = grid
     parts = pulls if splits == 1 else pulls.new_empty((splits, *pulls.shape))
-    arguments = given, parts, sums, batch
-    options = {**options, "ACROSS": across, "SPLITS": splits, **config.options()}
+    arguments = given, parts, sums, batch, splits
+    options = {**options, "ACROSS": across, **config.options()}
     if "CHUNK" in config.blocks:
         chunks = width // (config.blocks["CHUNK"] * config.blocks["HELD"])
         attend_streamed[(blocks, modalities, splits * chunks)](*arguments, CHUNKS=chunks, **options)
@@ -396,9 +399,9 @@ def _attend(
             sums,
             pulls,
             batch,
+            splits,
             width,
             M=modalities,
-            SPLITS=splits,
             ROW=sums.shape[1],
             **config.options(),
         )

@@ -41,17 +41,17 @@ class Outcome(NamedTuple):
 
 
 @triton.jit
-def _combined(own_ptr, m, offs_b, mask_b, batch, M: tl.constexpr, SPLITS: tl.constexpr):
+def _combined(own_ptr, m, offs_b, mask_b, batch, M: tl.constexpr, splits):
     """lse [B] of modality m, and the target's score [B], from all parts."""
     apart = M * batch.to(tl.int64)
     ptrs = own_ptr + m * batch.to(tl.int64) + offs_b
     maximum = tl.load(ptrs, mask=mask_b, other=0.0)
-    for split in tl.static_range(1, SPLITS):
+    for split in range(1, splits):
         other = tl.load(ptrs + split * 3 * apart, mask=mask_b, other=0.0)
         maximum = tl.where(other > maximum, other, maximum)
     total = maximum * 0.0
     target_score = maximum * 0.0
-    for split in tl.static_range(SPLITS):
+    for split in range(splits):
         part = ptrs + split * 3 * apart
         rescale = tl.exp(tl.load(part, mask=mask_b, other=0.0) - maximum)
         total += rescale * tl.load(part + apart, mask=mask_b, other=0.0)
@@ -59,7 +59,7 @@ def _combined(own_ptr, m, offs_b, mask_b, batch, M: tl.constexpr, SPLITS: tl.con
     return tl.log(total) + maximum, target_score
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "splits"])
 def losses(
     rows,
     own_ptr,
@@ -68,9 +68,9 @@ def losses(
     means,
     share_ptr,
     batch,
+    splits,
     M: tl.constexpr,
     ACC: tl.constexpr,
-    SPLITS: tl.constexpr,
     CHUNKS: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
@@ -90,7 +90,7 @@ def losses(
     for m in tl.static_range(M):
         seen_ptr = None if rows.seen is None else rows.seen[m]
         _, counted_m = count_rows(targets, valid, mask, seen_ptr, offs_b, mask_b, m)
-        lse_m, target_score = _combined(own_ptr, m, offs_b, mask_b, batch, M, SPLITS)
+        lse_m, target_score = _combined(own_ptr, m, offs_b, mask_b, batch, M, splits)
         counted = counted + (counted_m,)
         lse = lse + (lse_m,)
         target_scores = target_scores + (target_score,)
@@ -106,7 +106,7 @@ def losses(
         aligned = is_aligned(counted[m], anchor_counted, budgets.anchor, m, offs_b)
         share = tl.zeros((BLOCK_B,), ACC)
         moment = tl.zeros((BLOCK_B,), ACC)
-        for split in tl.static_range(SPLITS):
+        for split in range(splits):
             ptrs = across_ptr + (split * (2 + CHUNKS) * M + m) * batch.to(tl.int64) + offs_b
             maximum = tl.load(ptrs, mask=aligned, other=0.0)
             weight = tl.exp(maximum - anchor_lse) * tl.load(ptrs + apart, mask=aligned, other=0.0)
@@ -123,21 +123,21 @@ def losses(
     store_losses(outputs, means, contrastive, alignment, confidences, counted, offs_b, mask_b)
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "splits"])
 def merge(
     parts_ptr,
     sums_ptr,
     pulls_ptr,
     batch,
+    splits,
     width,
     M: tl.constexpr,
-    SPLITS: tl.constexpr,
     ROW: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One row's means over all classes [M, B, width], from those over SPLITS parts of them.
+    """One row's means over all classes [M, B, width], from those over splits parts of them.
 
-    In the order of the parts, by their sums of weights in `sums_ptr` [SPLITS, ROW, M, B].
+    In the order of the parts, by their sums of weights in `sums_ptr` [splits, ROW, M, B].
     """
     b = tl.program_id(0).to(tl.int64)
     m = tl.program_id(1)
@@ -146,12 +146,12 @@ def merge(
     rows = M * batch.to(tl.int64)
     place = m * batch.to(tl.int64) + b
     maximum = tl.load(sums_ptr + place)
-    for split in tl.static_range(1, SPLITS):
+    for split in range(1, splits):
         other = tl.load(sums_ptr + split * ROW * rows + place)
         maximum = tl.where(other > maximum, other, maximum)
     total = maximum * 0.0
     pulled = tl.zeros((BLOCK_D,), sums_ptr.dtype.element_ty)
-    for split in tl.static_range(SPLITS):
+    for split in range(splits):
         ptr = sums_ptr + split * ROW * rows + place
         weight = tl.exp(tl.load(ptr) - maximum) * tl.load(ptr + rows)
         total += weight

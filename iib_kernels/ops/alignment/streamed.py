@@ -42,19 +42,19 @@ def dots_with(
     return dots
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "splits"])
 def attend_streamed(
     given,
     pulls_ptr,
     sums_ptr,
     batch,
+    splits,
     M: tl.constexpr,
     COSINE: tl.constexpr,
     ACROSS: tl.constexpr,
     ACC: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
-    SPLITS: tl.constexpr,
     CHUNKS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -65,7 +65,7 @@ def attend_streamed(
     """D_m, or with ACROSS R_m, as `attend_resident` gives it, in HELD times CHUNK components.
 
     Each of the CHUNKS programs of a row computes all its scores. With ACROSS each stores its part
-    of the weighted mean of s_a - s_m: `sums_ptr` is [SPLITS, 2 + CHUNKS, M, B].
+    of the weighted mean of s_a - s_m: `sums_ptr` is [splits, 2 + CHUNKS, M, B].
     """
     rows = given.rows
     tables = given.tables
@@ -109,7 +109,7 @@ def attend_streamed(
 
     running = start_running(BLOCK_B, ACC)
     pulled = (tl.zeros((BLOCK_B, CHUNK), ACC),) * HELD
-    first, last = part(tables.classes, split, SPLITS, BLOCK_K)
+    first, last = part(tables.classes, split, splits, BLOCK_K)
     for start in range(first, last, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
         dots = dots_with(z, offs_b, labels.query, width, tables, query, start, BLOCK_K, HOW)
@@ -154,25 +154,25 @@ def attend_streamed(
         store_sums(sum_ptrs, running, running.extra, mask_b, batch, M)
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "splits"])
 def evidence(
     given,
     own_ptr,
     across_ptr,
     batch,
+    splits,
     M: tl.constexpr,
     COSINE: tl.constexpr,
     ACC: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """The sums of BLOCK_B rows over one part of the classes, for the losses alone.
 
-    What attention stores, without its means: `own_ptr` and `across_ptr`, both [SPLITS, 3, M, B].
+    What attention stores, without its means: `own_ptr` and `across_ptr`, both [splits, 3, M, B].
     """
     rows = given.rows
     tables = given.tables
@@ -204,7 +204,7 @@ def evidence(
         shares = shares + (zeros,)
         moments = moments + (zeros,)
 
-    first, last = part(tables.classes, split, SPLITS, BLOCK_K)
+    first, last = part(tables.classes, split, splits, BLOCK_K)
     for start in range(first, last, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
         is_target = offs_k[None, :] == labels.classes[:, None]  # [B, K]

@@ -82,7 +82,7 @@ def cross_entropy_rows(logits, gate, targets, outputs, means, batch, plan: tl.co
         loading.store_each(outputs.weights_ptr, block, weights)
         sums = store_losses(outputs, sums, (nll,) + unimodal, targets, labels, block, plan)
     if outputs.nll_ptr is None:
-        store_means(means, sums[: plan.M + 1], sums[plan.M + 1 :], 1, 32)
+        store_means(means, sums[: plan.M + 1], sums[plan.M + 1 :], 1, 1024)
 
 
 @triton.jit(do_not_specialize=["batch"])

@@ -117,7 +117,7 @@ def cross_entropy_streamed(logits, gate, targets, outputs, means, batch, plan: t
         store_softmaxes(statistics_ptrs, block.mask, softmax)
         store_fused(statistics_ptrs, block.mask, fused)
     if outputs.nll_ptr is None:
-        store_means(means, sums[: plan.M + 1], sums[plan.M + 1 :], 1, 32)
+        store_means(means, sums[: plan.M + 1], sums[plan.M + 1 :], 1, 1024)
 
 
 class Flow(NamedTuple):

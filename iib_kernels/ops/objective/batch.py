@@ -57,14 +57,13 @@ def count_batch(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr = 1024,
 ):
-    """What each part's mean is divided by, [J]; 1 where no row counts.
+    """What each part's mean is divided by, [J]; 1 where that would be 0.
 
     Every program finds it by itself, from the targets of the whole batch. With class weights a
     cross-entropy is divided by the sum of the weights of its rows' targets.
     """
     places = tl.arange(0, J)
     totals = tl.zeros((J,), ACC)
-    rows = tl.zeros((J,), tl.int32)
     for start in range(0, batch, BLOCK):
         offs_b = (start + tl.arange(0, BLOCK)).to(tl.int64)
         indices, valid = valid_targets(
@@ -77,10 +76,8 @@ def count_batch(
         total = tl.sum(weight, 0)
         if mask_ptr is None and seen_ptrs is None:
             # All modalities are alike
-            rows += count
             totals += tl.where(places <= M, total, count.to(ACC))
         else:
-            rows += tl.where(places == 0, count, 0)
             totals += tl.where(places == 0, total, 0.0)
             for m in tl.static_range(M):
                 here = valid
@@ -91,12 +88,10 @@ def count_batch(
                     known = here & (tl.load(seen_ptrs[m] + indices, mask=here, other=0) != 0)
                 own = places == 1 + m
                 prototypes = (places == 1 + M + m) | (places == 1 + 2 * M + m)
-                count_m = tl.sum(here.to(tl.int32), 0)
                 known_m = tl.sum(known.to(tl.int32), 0)
-                rows += tl.where(own, count_m, tl.where(prototypes, known_m, 0))
                 totals += tl.where(own, tl.sum(tl.where(here, weight, 0.0), 0), 0.0)
                 totals += tl.where(prototypes, known_m.to(ACC), 0.0)
-    return tl.where(rows > 0, totals, 1.0)
+    return tl.where(totals == 0.0, 1.0, totals)
 
 
 @triton.jit

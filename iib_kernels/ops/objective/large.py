@@ -50,7 +50,7 @@ def _column_sums(
     return total
 
 
-@triton.jit(do_not_specialize=["batch", "programs"])
+@triton.jit(do_not_specialize=["programs"])
 def conclude(
     losses_ptr,
     contrastive_ptr,
@@ -60,20 +60,19 @@ def conclude(
     parts_ptr,
     loss_ptr,
     programs,
-    batch,
     M: tl.constexpr,
     NUMBER_POINTER: tl.constexpr,
     ACC: tl.constexpr,
     J: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The parts' means, [3 M + 1], and the objective, []: cross-entropies from [programs, 1 + M],
-    and the prototype losses from [B, M] each, or None.
+    """The parts' means, [3 M + 1], and the objective, []: from sums of the cross-entropies
+    [programs, 1 + M], and of the prototype losses [M] each, or None.
     """
     sums = _column_sums(losses_ptr, programs, M + 1, 0, J, ACC, BLOCK)
     if contrastive_ptr is not None:
-        sums += _column_sums(contrastive_ptr, batch, M, M + 1, J, ACC, BLOCK)
-        sums += _column_sums(alignment_ptr, batch, M, 2 * M + 1, J, ACC, BLOCK)
+        sums += _column_sums(contrastive_ptr, 1, M, M + 1, J, ACC, 1)
+        sums += _column_sums(alignment_ptr, 1, M, 2 * M + 1, J, ACC, 1)
     offs_j = tl.arange(0, J)
     means = sums / tl.load(divisors_ptr + offs_j, mask=offs_j < 3 * M + 1, other=1.0)
     tl.store(parts_ptr + offs_j, means, mask=offs_j < 3 * M + 1)

@@ -15,6 +15,7 @@ from iib_kernels._runtime import (
     dot_options,
     on_device,
     scalar,
+    uniform_dtype,
 )
 from iib_kernels.ops.arguments import contiguous, tickets
 
@@ -86,7 +87,7 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
 def outputs(arguments: Arguments) -> Outputs:
     """Uninitialised outputs."""
     logits, features = arguments.logits, arguments.features
-    count, dtype = len(logits), compute_dtype(*logits)
+    count, dtype = len(logits), compute_dtype(*logits, *features)
     like = logits[0].new_empty
     differentiated = [*logits, *features] if arguments.grad else []
     gradients = [
@@ -155,8 +156,8 @@ def _prototypes(arguments: Arguments, dtype: torch.dtype) -> tuple:
         return None, None
     from iib_kernels.ops.objective.prototypes import How, Tables
 
-    features = [rows_of(value) for value in arguments.features]
-    prototypes = [rows_of(value) for value in arguments.prototypes]
+    features = [rows_of(value) for value in uniform_dtype(arguments.features)]
+    prototypes = [rows_of(value) for value in uniform_dtype(arguments.prototypes)]
     numbers = Numbers(*arguments.numbers)
     tables = Tables(
         tuple(features),
@@ -184,17 +185,21 @@ def _prototypes(arguments: Arguments, dtype: torch.dtype) -> tuple:
 
 def run(arguments: Arguments) -> Outputs:
     """The objective: in one launch where it fits."""
-    widths = [value.shape[1] for value in arguments.features]
-    if fits(arguments.logits[0].shape[1], widths):
-        return _run_small(arguments)
-    return _run_large(arguments)
+    filled = outputs(arguments)
+    logits, features = arguments.logits, arguments.features
+    if filled.loss.dtype == torch.float64:  # of one of them at least: all are computed in it
+        logits, features = ([value.double() for value in group] for group in (logits, features))
+        arguments = arguments._replace(logits=logits, features=features)
+    widths = [value.shape[1] for value in features]
+    if fits(logits[0].shape[1], widths):
+        return _run_small(arguments, filled)
+    return _run_large(arguments, filled)
 
 
-def _run_small(arguments: Arguments) -> Outputs:
+def _run_small(arguments: Arguments, filled: Outputs) -> Outputs:
     from iib_kernels.ops.fusion import launch as fusion
     from iib_kernels.ops.objective import kernels
 
-    filled = outputs(arguments)
     batch, count = filled.weights.shape
     logits = [rows_of(value) for value in arguments.logits]
     dtype, device = filled.loss.dtype, filled.loss.device
@@ -241,13 +246,12 @@ def _run_small(arguments: Arguments) -> Outputs:
     return filled
 
 
-def _run_large(arguments: Arguments) -> Outputs:
+def _run_large(arguments: Arguments, filled: Outputs) -> Outputs:
     """The cross-entropies in one launch, the prototype losses in those of ops/alignment."""
     from iib_kernels.ops.alignment import launch as alignment
     from iib_kernels.ops.fusion import launch as fusion
     from iib_kernels.ops.objective import large
 
-    filled = outputs(arguments)
     batch, count = filled.weights.shape
     dtype, device = filled.loss.dtype, filled.loss.device
     numbers = Numbers(*arguments.numbers)
@@ -291,9 +295,9 @@ def _run_large(arguments: Arguments) -> Outputs:
         if arguments.grad:
             shares = factors[count + 1 :].view(2, count)
             gradients = filled.gradients[count:]
-            _, results = alignment.losses_and_gradients(inputs, shares, gradients)
+            _, results = alignment.losses_and_gradients(inputs, shares, gradients, "sum")
         else:
-            results = alignment.forward(inputs, False)
+            results = alignment.forward(inputs, False, "sum")
         contrastive, pulled = results.contrastive, results.alignment
     with on_device(factors):
         large.conclude[(1,)](
@@ -305,7 +309,6 @@ def _run_large(arguments: Arguments) -> Outputs:
             filled.parts,
             filled.loss,
             len(entropies.losses),
-            batch,
             BLOCK=256,
             **shared,
         )
@@ -319,10 +322,12 @@ def scale_gradients(
     from iib_kernels.ops.objective.scaling import scale_all
 
     scaled = [value.new_empty(value.shape) for value in inputs]
-    sizes = tuple(value.numel() for value in gradients)
-    if max(sizes):
+    widths = tuple(value.shape[1] for value in gradients)
+    batch = len(gradients[0])
+    if batch:
+        blocks = -(-batch * max(widths) // 1024)
         with on_device(factor):
-            scale_all[(-(-max(sizes) // 1024), len(sizes))](
-                tuple(gradients), factor, tuple(scaled), sizes, COUNT=len(sizes), BLOCK=1024
+            scale_all[(blocks, len(widths))](
+                tuple(gradients), factor, tuple(scaled), batch, WIDTHS=widths, BLOCK=1024
             )
     return scaled
