@@ -405,6 +405,8 @@ CALLS = {
 
 def _modalities(named: dict) -> int:
     """How many modalities a launch is given, 1 where it has no such number."""
+    if "flow" in named:  # of the nearest prototype's backward
+        return len(named["flow"].features)
     constants = named.get("plan", named.get("HOW"))
     return int(named["M"] if "M" in named else getattr(constants, "M", 1))
 

@@ -160,8 +160,9 @@ def test_the_names_that_contributing_sends_to_are_there():
 
 # Options and figures.
 
-# Of accelerate, torchrun, pytest-benchmark, benchmarks.report and benchmarks.on_gpu.
+# Of accelerate, torchrun, pytest-benchmark, benchmarks.report, host_time and on_gpu.
 OTHERS = {"--num_processes", "--nproc_per_node", "--benchmark", "--output", "--section", "--dry"}
+OTHERS |= {"--against"}
 
 
 def test_every_option_that_is_named_exists(capsys):

@@ -32,6 +32,7 @@ def compile_all() -> list[dict]:
                     "kernel": kernel.__name__,
                     "case": case,
                     "warps": warps,
+                    "means": named.get("means") is not None,
                     "registers": used["registers"],
                     "spills": used["spills"],
                     "resident": resident_warps(used["registers"], warps, used["shared"]),
@@ -72,7 +73,8 @@ def test_a_row_in_one_warp_needs_no_barrier_and_shared_rows_three_a_round(rows):
     assert {row["warps"] for row in rows} >= {1, 2, 4}
     for row in rows:
         if row["warps"] == 1:
-            assert row["barriers"] == 0, row
+            # Where means are taken, some at a program's end, before its ticket and behind it
+            assert row["barriers"] <= (4 if row["means"] else 0), row
         elif "rows" in row["kernel"]:
             assert row["barriers"] <= 27, row  # of nine rounds, M = 3 with six sums in two
         assert row["asynchronous"] == 0, row

@@ -246,6 +246,90 @@ def part(classes, split, splits, BLOCK_K: tl.constexpr):
     return first, tl.minimum(first + size, classes)
 
 
+@triton.jit
+def store_anchor(
+    pull_ptrs, sum_ptrs, mask_b, batch, M: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Zeros across for the anchor, which is not drawn to itself."""
+    for step in tl.static_range(STEPS):
+        store_zeros(pull_ptrs, mask_b, step * BLOCK_D, BLOCK_D)
+    zero = start_running(mask_b.shape[0], sum_ptrs.dtype.element_ty)
+    store_sums(sum_ptrs, zero, zero.extra, mask_b, batch, M)
+
+
+@triton.jit
+def load_rows(
+    z, offs_b, mask_b, width, STEPS: tl.constexpr, BLOCK_D: tl.constexpr, OPERAND, ACC: tl.constexpr
+):
+    """Rows in STEPS pieces [B, BLOCK_D], and |z|^2 [B]."""
+    tiles = ()
+    squares = tl.zeros((offs_b.shape[0],), ACC)
+    for step in tl.static_range(STEPS):
+        offs_d = (step * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
+        tile = load_tile(z, offs_b, mask_b, offs_d, offs_d < width)
+        squares += tl.sum(tile.to(ACC) * tile.to(ACC), 1)
+        tiles = tiles + (tile.to(OPERAND),)
+    return tiles, squares
+
+
+class Place(NamedTuple):
+    """What a program of attention works on."""
+
+    query: tl.tensor  # the modality that weighs
+    value: tl.tensor  # the one whose prototypes are weighed
+    split: tl.tensor  # part of the classes
+    index_b: tl.tensor  # [B] rows
+
+
+class Found(NamedTuple):
+    """Where attention puts what it finds."""
+
+    pulls_ptr: tl.tensor
+    sums_ptr: tl.tensor
+
+
+@triton.jit
+def store_found(
+    given,
+    tables,
+    accumulators,
+    running,
+    place,
+    batch,
+    inverse_temperature,
+    outputs,
+    M: tl.constexpr,
+    COSINE: tl.constexpr,
+    ACROSS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Means and sums of the rows of `attend_resident`, from all that it has added up."""
+    ACC: tl.constexpr = accumulators[0].dtype
+    # Found and read anew behind a barrier, so as to take no registers meanwhile: the compiler does
+    # not know that what is added is 0
+    tl.debug_barrier()
+    value = place.value + tl.minimum(batch - 1, 0)
+    index_b = place.index_b + tl.minimum(batch - 1, 0)
+    mask_b = index_b < batch
+    labels = read_labels(given.rows, index_b, mask_b, place.query, value, M)
+    offs_b = index_b.to(tl.int64)
+    pull_ptrs = rows_of(outputs.pulls_ptr, place.split * M + value, index_b, batch, tables.width)
+    other = select_matrix(given.features, value, M)
+    width = select(given.widths, value, M)
+    moment = weighted_score(running)
+    scale = moment
+    if ACROSS:
+        squares = row_squares(other, offs_b, labels.value, width, BLOCK_D, ACC)
+        scale = row_scale(squares, inverse_temperature, COSINE)
+    for step in tl.static_range(len(accumulators)):
+        offs_d = (step * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
+        mean = finish(accumulators[step], running, labels, tables, value, pull_ptrs, mask_b, offs_d)
+        if ACROSS:
+            moment -= along(mean, other, offs_b, labels.value, offs_d, width, scale)
+    ptrs = rows_of(outputs.sums_ptr, place.split * 3 * M + value, index_b, batch, 1)
+    store_sums(ptrs, running, moment if ACROSS else running.extra, mask_b, batch, M)
+
+
 @triton.jit(do_not_specialize=["batch", "splits"])
 def attend_resident(
     given,
@@ -284,11 +368,8 @@ def attend_resident(
         query = read_budgets(rows.budgets, 1, M, ACC).anchor
         if query == value:
             pull_ptrs = rows_of(pulls_ptr, split * M + value, index_b, batch, given.tables.width)
-            for step in tl.static_range(STEPS):
-                store_zeros(pull_ptrs, mask_b, step * BLOCK_D, BLOCK_D)
-            ptrs = rows_of(sums_ptr, split * 3 * M + value, index_b, batch, 1)
-            zero = start_running(BLOCK_B, ACC)
-            store_sums(ptrs, zero, zero.extra, mask_b, batch, M)
+            sum_ptrs = rows_of(sums_ptr, split * 3 * M + value, index_b, batch, 1)
+            store_anchor(pull_ptrs, sum_ptrs, mask_b, batch, M, STEPS, BLOCK_D)
             return
     inverse_temperature = 1.0 / load_scalar(rows.temperature, ACC == tl.float64, ACC)
     labels = read_labels(rows, index_b, mask_b, query, value, M)
@@ -298,15 +379,10 @@ def attend_resident(
     tables = Tables(given.tables.ptr, given.tables.scales, given.tables.classes, STEPS * BLOCK_D)
     z = select_matrix(given.features, query, M)
     width = select(given.widths, query, M)
-    tiles = ()  # the rows, in pieces
-    squares = tl.zeros((BLOCK_B,), ACC)
-    accumulators = ()
-    for step in tl.static_range(STEPS):
-        offs_d = (step * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
-        tile = load_tile(z, index_b.to(tl.int64), labels.query, offs_d, offs_d < width)  # [B, D]
-        squares += tl.sum(tile.to(ACC) * tile.to(ACC), 1)
-        tiles = tiles + (tile.to(OPERAND),)
-        accumulators = accumulators + (tl.zeros((BLOCK_B, BLOCK_D), ACC),)
+    tiles, squares = load_rows(
+        z, index_b.to(tl.int64), labels.query, width, STEPS, BLOCK_D, OPERAND, ACC
+    )
+    accumulators = (tl.zeros((BLOCK_B, BLOCK_D), ACC),) * STEPS
     scale = row_scale(squares, inverse_temperature, COSINE)
 
     running = start_running(BLOCK_B, ACC)
@@ -326,16 +402,7 @@ def attend_resident(
             elif step == STEPS - 1:
                 dots = multiply(tiles[step], key, dots, PRECISION, ACC)
         weights, rescale, running = weigh(
-            dots,
-            scale,
-            tables,
-            query,
-            value,
-            offs_k,
-            labels.classes,
-            running,
-            ACROSS,
-            UPCAST,
+            dots, scale, tables, query, value, offs_k, labels.classes, running, ACROSS, UPCAST
         )
         weights = weights.to(OPERAND)
         # All are rescaled before the first product, which then need not wait for one another
@@ -352,25 +419,19 @@ def attend_resident(
                 multiply(weights, values, rescaled[step], PRECISION, ACC),
             )
 
-    # Found and read anew behind a barrier, so as to take no registers meanwhile: the compiler does
-    # not know that what is added is 0
-    tl.debug_barrier()
-    value += tl.minimum(batch - 1, 0)
-    index_b += tl.minimum(batch - 1, 0)
-    mask_b = index_b < batch
-    labels = read_labels(rows, index_b, mask_b, query, value, M)
-    offs_b = index_b.to(tl.int64)
-    pull_ptrs = rows_of(pulls_ptr, split * M + value, index_b, batch, tables.width)
-    other = select_matrix(given.features, value, M)
-    other_width = select(given.widths, value, M)
-    if ACROSS:
-        squares = row_squares(other, offs_b, labels.value, other_width, BLOCK_D, ACC)
-        scale = row_scale(squares, inverse_temperature, COSINE)
-    moment = weighted_score(running)
-    for step in tl.static_range(STEPS):
-        offs_d = (step * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
-        mean = finish(accumulators[step], running, labels, tables, value, pull_ptrs, mask_b, offs_d)
-        if ACROSS:
-            moment -= along(mean, other, offs_b, labels.value, offs_d, other_width, scale)
-    ptrs = rows_of(sums_ptr, split * 3 * M + value, index_b, batch, 1)
-    store_sums(ptrs, running, moment if ACROSS else running.extra, mask_b, batch, M)
+    place = Place(query, value, split, index_b)
+    outputs = Found(pulls_ptr, sums_ptr)
+    store_found(
+        given,
+        tables,
+        accumulators,
+        running,
+        place,
+        batch,
+        inverse_temperature,
+        outputs,
+        M,
+        COSINE,
+        ACROSS,
+        BLOCK_D,
+    )

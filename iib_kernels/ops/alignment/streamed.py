@@ -4,6 +4,8 @@ For widths, types and devices whose rows do not fit shared memory beside a block
 for the losses alone. The terms are those at the head of attention.py.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -40,6 +42,35 @@ def dots_with(
         key = load_block(tables, m, start_k, start, BLOCK_K, HOW.BLOCK_D).to(OPERAND)  # [K, D]
         dots = multiply(tile, tl.trans(key), dots, HOW.PRECISION, HOW.ACC)
     return dots
+
+
+@triton.jit
+def store_idle(sum_ptrs, chunk_ptrs, mask_b, batch, first_part, M: tl.constexpr, ACC: tl.constexpr):
+    """Zeros where nothing is found across; the row's sums too in the first of its parts."""
+    zero = start_running(sum_ptrs.shape[0], ACC).extra
+    tl.store(chunk_ptrs, zero, mask=mask_b)
+    if first_part:
+        tl.store(sum_ptrs, zero, mask=mask_b)
+        tl.store(sum_ptrs + M * batch.to(tl.int64), zero, mask=mask_b)
+
+
+@triton.jit
+def other_scale(
+    given,
+    value,
+    labels,
+    offs_b,
+    inverse_temperature,
+    M: tl.constexpr,
+    COSINE,
+    BLOCK_D: tl.constexpr,
+):
+    """`row_scale` [B] of the modality whose prototypes are weighed."""
+    other = select_matrix(given.features, value, M)
+    width = select(given.widths, value, M)
+    ACC: tl.constexpr = inverse_temperature.dtype
+    squares = row_squares(other, offs_b, labels.value, width, BLOCK_D, ACC)
+    return row_scale(squares, inverse_temperature, COSINE)
 
 
 @triton.jit(do_not_specialize=["batch", "splits"])
@@ -90,12 +121,9 @@ def attend_streamed(
         pull_ptrs = rows_of(pulls_ptr, split * M + value, offs_b, batch, tables.width)
         for held in tl.static_range(HELD):
             store_zeros(pull_ptrs, mask_b, first_d + held * CHUNK, CHUNK)
-        zero = start_running(BLOCK_B, ACC)
         if ACROSS:
-            tl.store(chunk_ptrs, zero.extra, mask=mask_b)
-            if (chunk == 0) & (query == value):
-                tl.store(sum_ptrs, zero.extra, mask=mask_b)
-                tl.store(sum_ptrs + M * batch.to(tl.int64), zero.extra, mask=mask_b)
+            first_part = (chunk == 0) & (query == value)
+            store_idle(sum_ptrs, chunk_ptrs, mask_b, batch, first_part, M, ACC)
         return
     inverse_temperature = 1.0 / load_scalar(rows.temperature, ACC == tl.float64, ACC)
     labels = read_labels(rows, offs_b, mask_b, query, value, M)
@@ -114,16 +142,7 @@ def attend_streamed(
         offs_k = start + tl.arange(0, BLOCK_K)
         dots = dots_with(z, offs_b, labels.query, width, tables, query, start, BLOCK_K, HOW)
         weights, rescale, running = weigh(
-            dots,
-            scale,
-            tables,
-            query,
-            value,
-            offs_k,
-            labels.classes,
-            running,
-            ACROSS,
-            UPCAST,
+            dots, scale, tables, query, value, offs_k, labels.classes, running, ACROSS, UPCAST
         )
         weights = weights.to(OPERAND)
         more = ()
@@ -137,8 +156,7 @@ def attend_streamed(
     pull_ptrs = rows_of(pulls_ptr, place, offs_b, batch, tables.width)
     other = select_matrix(given.features, value, M)
     if ACROSS:
-        squares = row_squares(other, offs_b, labels.value, value_width, BLOCK_D, ACC)
-        scale = row_scale(squares, inverse_temperature, COSINE)
+        scale = other_scale(given, value, labels, offs_b, inverse_temperature, M, COSINE, BLOCK_D)
     moment = tl.zeros((BLOCK_B,), ACC)
     for held in tl.static_range(HELD):
         offs_d = (first_d + held * CHUNK + tl.arange(0, CHUNK)).to(tl.int64)
@@ -152,6 +170,49 @@ def attend_streamed(
             tl.store(chunk_ptrs, moment, mask=mask_b)
     elif chunk == 0:
         store_sums(sum_ptrs, running, running.extra, mask_b, batch, M)
+
+
+class Evidence(NamedTuple):
+    """Running sums over the classes, without means: M of [B] each."""
+
+    maxima: tl.tuple  # of the scores so far
+    totals: tl.tuple  # of exp(score - maximum)
+    target_scores: tl.tuple
+    shares: tl.tuple  # exp(s_a - max_a), over the classes that both m and the anchor have seen
+    moments: tl.tuple  # the same, times s_a - s_m
+
+
+@triton.jit
+def add_scores(running, scores, anchor, is_target, M: tl.constexpr):
+    """The Evidence with one more block of all modalities' scores, M of [B, K]."""
+    anchor_scores = select(scores, anchor, M)
+    old_maximum = select(running.maxima, anchor, M)
+    anchor_maximum = tl.maximum(old_maximum, tl.max(anchor_scores, 1))
+    anchor_weights = tl.exp(anchor_scores - anchor_maximum[:, None])
+    rescale = tl.exp(old_maximum - anchor_maximum)
+    # A tuple has no item assignment: each running value is gathered anew
+    maxima = ()
+    totals = ()
+    target_scores = ()
+    shares = ()
+    moments = ()
+    for m in tl.static_range(M):
+        maximum = tl.maximum(running.maxima[m], tl.max(scores[m], 1))
+        total = tl.sum(tl.exp(scores[m] - maximum[:, None]), 1)
+        target_score = tl.sum(tl.where(is_target, scores[m], 0.0), 1)
+        unseen = scores[m] == float("-inf")
+        weights = tl.where(unseen, 0.0, anchor_weights)
+        difference = tl.where(
+            unseen | (anchor_scores == float("-inf")), 0.0, anchor_scores - scores[m]
+        )
+        rescaled = running.totals[m] * tl.exp(running.maxima[m] - maximum)
+        moment = running.moments[m] * rescale + tl.sum(weights * difference, 1)
+        maxima = maxima + (maximum,)
+        totals = totals + (rescaled + total,)
+        target_scores = target_scores + (running.target_scores[m] + target_score,)
+        shares = shares + (running.shares[m] * rescale + tl.sum(weights, 1),)
+        moments = moments + (moment,)
+    return Evidence(maxima, totals, target_scores, shares, moments)
 
 
 @triton.jit(do_not_specialize=["batch", "splits"])
@@ -182,28 +243,18 @@ def evidence(
     inverse_temperature = 1.0 / load_scalar(rows.temperature, ACC == tl.float64, ACC)
     HOW: tl.constexpr = Product(ACC, UPCAST, PRECISION, BLOCK_D)
     anchor = read_budgets(rows.budgets, 1, M, ACC).anchor
-
+    labels = read_labels(rows, offs_b, mask_b, anchor, anchor, M)
     present = ()
     scales = ()
-    maxima = ()  # of the scores so far
-    totals = ()  # of exp(score - maximum)
-    target_scores = ()
-    shares = ()  # sum of exp(s_a - max_a) over the classes that both m and the anchor have seen
-    moments = ()  # the same, times s_a - s_m
-    zeros = tl.zeros((BLOCK_B,), ACC)
-    labels = read_labels(rows, offs_b, mask_b, anchor, anchor, M)
     for m in tl.static_range(M):
         index = tl.full((), m, tl.int32)
         present_m = read_labels(rows, offs_b, mask_b, index, index, M).query
         squares = row_squares(given.features[m], offs_b, present_m, given.widths[m], BLOCK_D, ACC)
         present = present + (present_m,)
         scales = scales + (row_scale(squares, inverse_temperature, COSINE),)
-        maxima = maxima + (tl.full((BLOCK_B,), FLOOR, ACC),)
-        totals = totals + (zeros,)
-        target_scores = target_scores + (zeros,)
-        shares = shares + (zeros,)
-        moments = moments + (zeros,)
 
+    zeros = (tl.zeros((BLOCK_B,), ACC),) * M
+    running = Evidence((tl.full((BLOCK_B,), FLOOR, ACC),) * M, zeros, zeros, zeros, zeros)
     first, last = part(tables.classes, split, splits, BLOCK_K)
     for start in range(first, last, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
@@ -211,59 +262,21 @@ def evidence(
         scores = ()
         for m in tl.static_range(M):
             index = tl.full((), m, tl.int32)
-            dots = dots_with(
-                given.features[m],
-                offs_b,
-                present[m],
-                given.widths[m],
-                tables,
-                index,
-                start,
-                BLOCK_K,
-                HOW,
-            )
+            z, width = given.features[m], given.widths[m]
+            dots = dots_with(z, offs_b, present[m], width, tables, index, start, BLOCK_K, HOW)
             keys = load_scales(tables, index, offs_k)
             scores = scores + (dots * scales[m][:, None] * keys.unit[None, :] - keys.bias[None, :],)
-        anchor_scores = select(scores, anchor, M)
-        old_maximum = select(maxima, anchor, M)
-        anchor_maximum = tl.maximum(old_maximum, tl.max(anchor_scores, 1))
-        anchor_weights = tl.exp(anchor_scores - anchor_maximum[:, None])
-        rescale = tl.exp(old_maximum - anchor_maximum)
-
-        # A tuple has no item assignment: each running value is gathered anew
-        new_maxima = ()
-        new_totals = ()
-        new_target_scores = ()
-        new_shares = ()
-        new_moments = ()
-        for m in tl.static_range(M):
-            maximum = tl.maximum(maxima[m], tl.max(scores[m], 1))
-            total = tl.sum(tl.exp(scores[m] - maximum[:, None]), 1)
-            target_score = tl.sum(tl.where(is_target, scores[m], 0.0), 1)
-            unseen = scores[m] == float("-inf")
-            weights = tl.where(unseen, 0.0, anchor_weights)
-            difference = tl.where(
-                unseen | (anchor_scores == float("-inf")), 0.0, anchor_scores - scores[m]
-            )
-            new_maxima = new_maxima + (maximum,)
-            new_totals = new_totals + (totals[m] * tl.exp(maxima[m] - maximum) + total,)
-            new_target_scores = new_target_scores + (target_scores[m] + target_score,)
-            new_shares = new_shares + (shares[m] * rescale + tl.sum(weights, 1),)
-            new_moments = new_moments + (moments[m] * rescale + tl.sum(weights * difference, 1),)
-        maxima = new_maxima
-        totals = new_totals
-        target_scores = new_target_scores
-        shares = new_shares
-        moments = new_moments
+        running = add_scores(running, scores, anchor, is_target, M)
 
     apart = M * batch.to(tl.int64)
-    anchor_maximum = select(maxima, anchor, M)
+    anchor_maximum = select(running.maxima, anchor, M)
     for m in tl.static_range(M):
         place = (split * 3 * M + m).to(tl.int64) * batch + offs_b
-        tl.store(own_ptr + place, maxima[m], mask=mask_b)
-        tl.store(own_ptr + place + apart, totals[m], mask=mask_b)
-        tl.store(own_ptr + place + 2 * apart, target_scores[m], mask=mask_b)
-        mean = moments[m] / tl.where(shares[m] == 0.0, 1.0, shares[m])
+        tl.store(own_ptr + place, running.maxima[m], mask=mask_b)
+        tl.store(own_ptr + place + apart, running.totals[m], mask=mask_b)
+        tl.store(own_ptr + place + 2 * apart, running.target_scores[m], mask=mask_b)
+        share = running.shares[m]
+        mean = running.moments[m] / tl.where(share == 0.0, 1.0, share)
         tl.store(across_ptr + place, anchor_maximum, mask=mask_b)
-        tl.store(across_ptr + place + apart, shares[m], mask=mask_b)
+        tl.store(across_ptr + place + apart, share, mask=mask_b)
         tl.store(across_ptr + place + 2 * apart, mean, mask=mask_b)

@@ -97,13 +97,19 @@ def in_registers(classes: int, modalities: int, dtype: torch.dtype) -> bool:
 
 @functools.lru_cache(256)
 def _candidates(
-    name: str, classes: int, count: int, dtype: torch.dtype, itemsize: int, smoothed: bool
+    name: str,
+    classes: int,
+    count: int,
+    dtype: torch.dtype,
+    itemsize: int,
+    registers: bool,
+    smoothed: bool,
 ) -> list[_tuning.Launch]:
     """Rows and classes of a tile, and warps; the first is taken where nothing is timed.
 
-    Computed in ``dtype``, of logits of up to ``itemsize`` bytes.
+    Computed in ``dtype``, of logits of up to ``itemsize`` bytes, in ``registers`` or streamed.
     """
-    if not in_registers(classes, count, dtype):
+    if not registers:
         block = STREAMED // 2 if smoothed or count > 3 else STREAMED
         return [_tuning.Launch({"BLOCK_K": block}, warps) for warps in (4, 8)]
     forward = name in ("fusion", "cross_entropy", "values")
@@ -275,7 +281,7 @@ def _launch(
     with on_device(logits[0]):
         _tuning.run(
             ("fusion", name, batch, classes, count, dtype, smoothed),
-            _candidates(name, classes, count, dtype, itemsize, smoothed),
+            _candidates(name, classes, count, dtype, itemsize, registers, smoothed),
             launch,
         )
 
