@@ -275,10 +275,11 @@ def _check_values(values: object, logits: list[Tensor]) -> list[Tensor] | None:
     shape = (*logits[0].shape[:-1], *values[0].shape[-1:])
     for index, rows in enumerate(values):
         if rows.shape != shape or not shape[-1:] or not shape[-1]:
-            expected = f"[..., D] = {[*shape]} as values[0]" if index else "[..., D] with D >= 1"
+            leading = "".join(f"{size}, " for size in logits[0].shape[:-1])
+            expected = f"{[*shape]} as values[0]" if index else f"[{leading}D] with D >= 1"
             raise ValueError(
-                f"values[{index}]: expected shape {expected}, with the leading dimensions of "
-                f"logits[0], got {describe(rows)}"
+                f"values[{index}]: expected shape [..., D] = {expected}, with the leading "
+                f"dimensions of logits[0], got {describe(rows)}"
             )
     check_device(logits[0], **{f"values[{index}]": rows for index, rows in enumerate(values)})
     return values

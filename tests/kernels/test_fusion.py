@@ -452,7 +452,7 @@ def test_scalar_tensors_of_the_cpu_are_numbers_beside_a_device():
         (
             lambda: gated_fusion(L, values=[torch.zeros(3, 5)] * 2),
             ValueError,
-            r"values\[0\]: expected shape \[..., D\] with D >= 1, with the leading dimensions",
+            r"values\[0\]: expected shape \[..., D\] = \[2, D\] with D >= 1, with the leading",
         ),
         (
             lambda: gated_fusion(L, values=[torch.zeros(2, 5), torch.zeros(2, 5).long()]),
