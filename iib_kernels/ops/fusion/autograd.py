@@ -14,7 +14,8 @@ from iib_kernels._registration import register
 from iib_kernels._runtime import compute_dtype
 from iib_kernels.compat import first_order
 from iib_kernels.ops.fusion import launch
-from iib_kernels.ops.fusion.launch import Gating, Labels, Needs, Parameters
+from iib_kernels.ops.fusion.arguments import Gating, Labels, Parameters
+from iib_kernels.ops.fusion.launch import Needs
 
 # ----- Operators
 

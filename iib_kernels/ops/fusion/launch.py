@@ -15,41 +15,23 @@ import torch
 from torch import Tensor
 
 from iib_kernels import _tuning
-from iib_kernels._runtime import accumulator, compute_dtype, interpreting, on_device, scalar
-from iib_kernels.ops.arguments import constant, contiguous, reduction_argument
+from iib_kernels._runtime import compute_dtype, interpreting, on_device
+from iib_kernels.ops.arguments import reduction_argument
+from iib_kernels.ops.fusion.arguments import (
+    Gating,
+    Labels,
+    Parameters,
+    gate_argument,
+    plan_argument,
+    rows_argument,
+    statistics_argument,
+    targets_argument,
+    upstream_argument,
+)
 
 MOST_CLASSES = 4096  # of a row in registers
 MOST_ELEMENTS = 8192  # of all modalities of a row, in float32; half of it in float64
 STREAMED = 1024  # classes of a block of a streamed row
-
-
-class Parameters(NamedTuple):
-    """What weights are made of, in the order of the operators' schemas."""
-
-    temperature: Tensor | None  # [M] or []
-    uncertainty_weight: Tensor | None  # [M] or []
-    scale: Tensor | None  # []
-    # What stands for each of the three where it is None. Without a third, the scale is the number
-    # of modalities that are there
-    numbers: Sequence[float]
-    mask: Tensor | None  # [B, M]
-
-
-class Gating(NamedTuple):
-    """The same with what is added to the uncertainties."""
-
-    parameters: Parameters
-    log_prior: Tensor | None = None  # [M]
-    gate_logits: Tensor | None = None  # [B, M]
-
-
-class Labels(NamedTuple):
-    """What cross-entropies are taken of."""
-
-    targets: Tensor  # [B]
-    ignore_index: int
-    class_weight: Tensor | None = None  # [K]
-    smoothing: float = 0.0
 
 
 class Needs(NamedTuple):
@@ -151,99 +133,6 @@ def _programs(config: _tuning.Launch, batch: int, device: torch.device) -> int:
     return min(blocks, _tuning.processors(device) * max(1, 16 // config.num_warps))
 
 
-# ----- Arguments
-
-
-def _strides(matrix: Tensor) -> tuple:
-    """Strides of a matrix: constants where its rows are contiguous and a few rows' length apart.
-
-    Others may go by the batch, and a constant would compile the kernel for each.
-    """
-    rows, columns = matrix.shape
-    step, along = matrix.stride()
-    if rows == 1:
-        step = columns
-    if (along == 1 or columns == 1) and step % columns == 0 and 0 < step <= 16 * columns:
-        return constant(step), constant(1)
-    return step, along
-
-
-def rows_argument(matrices: Sequence[Tensor]):
-    """Rows (loading.py) of one matrix a modality."""
-    from iib_kernels.ops.fusion.loading import Rows
-
-    steps, along = zip(*map(_strides, matrices))
-    return Rows(tuple(matrices), steps, along)
-
-
-def _parameter(value: Tensor | None, number: float, dtype: torch.dtype, device: torch.device):
-    """Parameter (loading.py) from a tensor [M] or [], or a number."""
-    from iib_kernels.ops.fusion.loading import Parameter
-
-    if value is None and number != 1:
-        number = scalar(number, dtype, device)
-        if not isinstance(number, Tensor):
-            return Parameter(None, constant(0), number)
-        value = number
-    if value is None:
-        return Parameter(None, constant(0), constant(1.0))
-    value = value.contiguous()
-    return Parameter(value, constant(min(value.dim(), 1)), constant(1.0))
-
-
-def gate_argument(gating: Gating, dtype: torch.dtype, device: torch.device):
-    """Gate (loading.py)."""
-    from iib_kernels.ops.fusion.loading import Gate
-
-    parameters = gating.parameters
-    small = (gating.log_prior, gating.gate_logits, parameters.mask)
-    numbers = [
-        _parameter(value, number, dtype, device)
-        for value, number in zip(parameters[:3], (*parameters.numbers, 1.0))
-    ]
-    if len(parameters.numbers) == 2:
-        # Not None: Triton 3.6 cannot tell that from a named tuple with None in it
-        numbers[2] = numbers[2]._replace(ptr=None, number=None)
-    return Gate(*map(contiguous, small), *numbers)
-
-
-def targets_argument(labels: Labels, dtype: torch.dtype, device: torch.device):
-    """Targets (loading.py)."""
-    from iib_kernels.ops.fusion.loading import Parameter, Targets
-
-    smoothing = Parameter(None, constant(0), None)
-    if labels.smoothing:
-        smoothing = _parameter(None, float(labels.smoothing), dtype, device)
-    indices, weight = contiguous(labels.targets), contiguous(labels.class_weight)
-    return Targets(indices, labels.ignore_index, weight, smoothing)
-
-
-def _upstream(fused: Tensor | None, *small: Tensor | None):
-    """Upstream (loading.py)."""
-    from iib_kernels.ops.fusion.loading import Upstream
-
-    return Upstream(None if fused is None else rows_argument([fused]), *map(contiguous, small))
-
-
-@functools.cache
-def plan_argument(
-    classes: int,
-    modalities: int,
-    dtype: torch.dtype,
-    joint: bool,
-    rows: int,
-    columns: int,
-    width: int = 1,
-    components: int = 1,
-):
-    """Plan (loading.py), in the order of its fields; ``dtype`` is what things are computed in."""
-    from iib_kernels.ops.fusion.loading import Plan
-
-    fields = classes, modalities, accumulator(dtype), joint, rows, columns, width, components
-    # The compiler passes on what is a constexpr, and the interpreter counts with what is none
-    return Plan(*(fields if interpreting() else map(constant, fields)))
-
-
 def _launch(
     name: str,
     logits: Sequence[Tensor],
@@ -335,11 +224,6 @@ def _kernel(name: str, registers: bool):
     return (in_rows if registers else in_streams)[name]
 
 
-def _statistics(kept: Tensor) -> Tensor | None:
-    """The statistics as an argument: rows in registers have none."""
-    return kept if kept.shape[1] else None
-
-
 # ----- Launches
 
 
@@ -371,7 +255,7 @@ def fusion(
 
     gate = gate_argument(gating, weights.dtype, weights.device)
     given = (rows_argument(values),) if values else ()
-    outputs = Fusion(fused, weights, uncertainty, _statistics(kept))
+    outputs = Fusion(fused, weights, uncertainty, statistics_argument(kept))
     arguments = lambda programs: (rows_argument(logits), gate, *given, outputs)
     _launch("values" if values else "fusion", logits, arguments, values)
 
@@ -395,8 +279,8 @@ def fusion_backward(
     gate = gate_argument(Gating(parameters), weights.dtype, weights.device)
     given = (rows_argument(values),) if values else ()
     given += (
-        Kept(weights, _statistics(kept)),
-        _upstream(by_fused, None, None, by_weights, by_uncertainty, None),
+        Kept(weights, statistics_argument(kept)),
+        upstream_argument(by_fused, None, None, by_weights, by_uncertainty, None),
     )
     arguments = lambda programs: (rows_argument(logits), gate, *given, partial(programs))
     _launch("values_backward" if values else "fusion_backward", logits, arguments, values)
@@ -424,7 +308,7 @@ def cross_entropy(
     targets = targets_argument(labels, weights.dtype, device)
     apart = reduction == "none"
     losses = (fused, unimodal) if apart else (None, None)
-    outputs = CrossEntropies(*losses, weights, _statistics(kept))
+    outputs = CrossEntropies(*losses, weights, statistics_argument(kept))
 
     def arguments(programs: int) -> tuple:
         means = None
@@ -458,7 +342,10 @@ def cross_entropy_backward(
     gate = gate_argument(Gating(parameters), weights.dtype, device)
     targets = targets_argument(labels, weights.dtype, device)
     reduced = divisors if len(divisors) else None
-    given = (Kept(weights, _statistics(kept)), _upstream(None, *upstream, None, reduced))
+    given = (
+        Kept(weights, statistics_argument(kept)),
+        upstream_argument(None, *upstream, None, reduced),
+    )
     arguments = lambda programs: (rows_argument(logits), gate, targets, *given, partial(programs))
     _launch("cross_entropy_backward", logits, arguments, smoothed=bool(labels.smoothing))
     return partial.summed()

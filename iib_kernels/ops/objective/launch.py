@@ -18,6 +18,15 @@ from iib_kernels._runtime import (
     uniform_dtype,
 )
 from iib_kernels.ops.arguments import contiguous, tickets
+from iib_kernels.ops.fusion.arguments import (
+    Gating,
+    Labels,
+    Parameters,
+    gate_argument,
+    plan_argument,
+    rows_argument,
+    targets_argument,
+)
 
 CLASSES = 128  # up to this many classes one launch does everything
 WIDTH = 1024  # and features of up to this many components
@@ -126,16 +135,12 @@ def _candidates(arguments: Arguments) -> list[_tuning.Launch]:
 
 def _labels(arguments: Arguments, numbers: Numbers):
     """What the fusion's launches take cross-entropies of."""
-    from iib_kernels.ops.fusion.launch import Labels
-
     targets, ignored = arguments.targets, arguments.ignore_index
     return Labels(targets, ignored, arguments.class_weight, numbers.label_smoothing)
 
 
 def _gating(arguments: Arguments, numbers: Numbers):
     """What the fusion's launches make weights of."""
-    from iib_kernels.ops.fusion.launch import Gating, Parameters
-
     tensors = arguments.temperature, arguments.uncertainty_weight, arguments.scale
     # Without a scale it is the number of modalities present
     given = numbers[6:8] if arguments.present else numbers[6:]
@@ -197,7 +202,6 @@ def run(arguments: Arguments) -> Outputs:
 
 
 def _run_small(arguments: Arguments, filled: Outputs) -> Outputs:
-    from iib_kernels.ops.fusion import launch as fusion
     from iib_kernels.ops.objective import kernels
 
     batch, count = filled.weights.shape
@@ -209,9 +213,9 @@ def _run_small(arguments: Arguments, filled: Outputs) -> Outputs:
     with on_device(logits[0]):
         tables, how = _prototypes(arguments, dtype)
         inputs = (
-            fusion.rows_argument(logits),
-            fusion.gate_argument(gating, dtype, device),
-            fusion.targets_argument(labels, dtype, device),
+            rows_argument(logits),
+            gate_argument(gating, dtype, device),
+            targets_argument(labels, dtype, device),
             tables,
             _weights(numbers, dtype, device),
         )
@@ -231,7 +235,7 @@ def _run_small(arguments: Arguments, filled: Outputs) -> Outputs:
                     tickets(device),
                 ),
                 batch,
-                fusion.plan_argument(classes, count, dtype, False, rows, columns),
+                plan_argument(classes, count, dtype, False, rows, columns),
                 PROTOTYPES=how,
                 NUMBER_POINTER=dtype == torch.float64,
                 J=_tuning.power_of_two(parts),
@@ -266,7 +270,7 @@ def _run_large(arguments: Arguments, filled: Outputs) -> Outputs:
     }
     with on_device(factors):
         large.prepare[(1,)](
-            fusion.targets_argument(labels, dtype, device),
+            targets_argument(labels, dtype, device),
             contiguous(arguments.mask),
             tuple(value.contiguous() for value in arguments.seen) or None,
             weights,
