@@ -13,7 +13,7 @@ The equations are this project's own formulation (iibalance/README.md). From the
 
 Each may import what stands above it here, and :mod:`iib_kernels`; nothing imports the command line.
 
-Names are imported when first used, so that ``import iibalance`` does not wait for torch.
+Names are imported when first used, so that ``iibalance --help`` does not wait for torch.
 """
 
 from importlib import import_module

@@ -10,15 +10,23 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def _import() -> None:
+    """What all commands need, which stays for good.
+
+    Accelerate collects garbage after every training, and going through those objects would take it
+    0.2 s each time.
+    """
+    import iibalance.training.run  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+
+
 def main() -> int:
     """Run the command line and return its exit code."""
     from iibalance.cli import run
 
-    # What the imports made stays for good. Accelerate collects garbage after every training, and
-    # going through those objects would take it 0.2 s each time.
-    gc.collect()
-    gc.freeze()
-    return run(sys.argv[1:])
+    return run(sys.argv[1:], _import)
 
 
 if __name__ == "__main__":

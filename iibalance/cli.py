@@ -2,6 +2,8 @@
 
 Every option comes from the dataclasses of :mod:`iibalance.config`. Whatever is wrong with what the
 user gave is one line on standard error and exit code 2.
+
+A command imports what it runs when it runs: help and most mistakes are answered without torch.
 """
 
 from __future__ import annotations
@@ -10,31 +12,27 @@ import csv
 import io
 import sys
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from iibalance.comparison.protocol import compare
 from iibalance.config import CompareConfig, RunConfig, config_parser, load_config
-from iibalance.data import load_data
-from iibalance.data.corruption import parse_degrade
-from iibalance.data.npz import read_inputs
 from iibalance.errors import InputError
 from iibalance.files import read_json, write_bytes, write_json
-from iibalance.methods.registry import absolute
-from iibalance.nn.model import MultimodalClassifier, Prediction
-from iibalance.training.evaluation import degrade, evaluate
-from iibalance.training.run import default_output, estimate_run_budgets, train
-from iibalance.training.saving import load
+
+if TYPE_CHECKING:
+    from iibalance.nn.model import MultimodalClassifier, Prediction
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run one command; the exit code is 0, or 2 for input that cannot be used."""
+def run(arguments: Sequence[str], before: Callable[[], None] | None = None) -> int:
+    """Run one command; the exit code is 0, or 2 for input that cannot be used.
+
+    ``before`` is called when the arguments have been understood, before the command runs.
+    """
     parser = _parser()
     commands = {
         "train": _train,
@@ -46,6 +44,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         _check_config(arguments)
         options = parser.parse_args(list(arguments))
+        if before is not None:
+            before()
         commands[options.subcommand](parser, options)
         return 0
     # The last one: a training that diverged.
@@ -202,6 +202,8 @@ def _configuration(kind: type, values):
 
 
 def _train(parser: ArgumentParser, options) -> None:
+    from iibalance.training.run import default_output, train
+
     values = parser.instantiate(options).train
     config, resume = _configuration(RunConfig, values), values["resume"]
     if resume is not None:
@@ -215,6 +217,8 @@ def _train(parser: ArgumentParser, options) -> None:
 
 def _saved_options(config: RunConfig, resume: str) -> RunConfig:
     """The options of the run that is gone on with; InputError where others were given."""
+    from iibalance.methods.registry import absolute
+
     path = Path(resume).expanduser() / "config.yaml"
     if not path.is_file():
         raise InputError(
@@ -242,6 +246,11 @@ def _leaves(*trees: dict, prefix: str = "") -> Iterator[tuple]:
 
 
 def _evaluate(parser: ArgumentParser, options) -> None:
+    from iibalance.data import load_data
+    from iibalance.data.corruption import parse_degrade
+    from iibalance.training.evaluation import degrade, evaluate
+    from iibalance.training.saving import load
+
     options = options.evaluate
     _check_output(options.output)
     model = load(options.run)
@@ -262,7 +271,7 @@ def _evaluate(parser: ArgumentParser, options) -> None:
         split = degrade(split, modality, kind, **how)
     modalities = first["test"]["modalities"]
     alone = {name: (value or {}).get("alone_accuracy") for name, value in modalities.items()}
-    majority = int(torch.bincount(data.train.targets).argmax())
+    majority = int(data.train.targets.bincount().argmax())
     metrics = evaluate(model, split, alone=alone, majority=majority).metrics
     result = {"method": first["method"], "conditions": options.degrade, **how, "test": metrics}
     name = "-".join(f"{modality}-{kind}" for modality, kind in conditions) or "clean"
@@ -275,6 +284,9 @@ def _evaluate(parser: ArgumentParser, options) -> None:
 
 
 def _predict(parser: ArgumentParser, options) -> None:
+    from iibalance.data.npz import read_inputs
+    from iibalance.training.saving import load
+
     options = options.predict
     output = Path(options.output).expanduser()
     if output.suffix not in (".csv", ".npz"):
@@ -294,6 +306,8 @@ def _predict(parser: ArgumentParser, options) -> None:
 
 
 def _as_npz(model: MultimodalClassifier, found: Prediction, ids: Sequence[str]) -> bytes:
+    import numpy as np
+
     arrays = {
         "id": np.array(ids),
         "probabilities": found.probabilities.numpy(),
@@ -325,6 +339,8 @@ def _as_csv(model: MultimodalClassifier, found: Prediction, ids: Sequence[str]) 
 
 
 def _budgets(parser: ArgumentParser, options) -> None:
+    from iibalance.training.run import estimate_run_budgets
+
     values = parser.instantiate(options).budgets
     output = values.pop("output")
     config = _configuration(RunConfig, values)
@@ -342,6 +358,8 @@ def _budgets(parser: ArgumentParser, options) -> None:
 
 
 def _compare(parser: ArgumentParser, options) -> None:
+    from iibalance.comparison.protocol import compare
+
     config = _configuration(CompareConfig, parser.instantiate(options).compare)
     result = compare(config)
     ranks = result["ranks"].get("clean", {"accuracy": {}, "nll": {}})

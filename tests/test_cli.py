@@ -858,3 +858,18 @@ def test_two_processes_train_one_model(data, tmp_path):
     assert metrics["test"]["accuracy"] > 0.5
     run("evaluate", tmp_path / "run")
     assert read(tmp_path / "run" / "evaluation-clean.json")["test"] == metrics["test"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", "--epochs", "x"]])
+def test_help_and_mistakes_are_answered_without_torch(arguments):
+    code = (
+        "import sys; from iibalance.cli import run\n"
+        "try: run(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print(*sys.modules)"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    modules = set(found.stdout.splitlines()[-1].split())
+    assert "jsonargparse" in modules
+    assert not {"torch", "scipy", "pandas", "iib_kernels"} & modules
