@@ -56,3 +56,20 @@ def test_every_room_says_what_lives_there():
     for path in [*ROOT.glob("iibalance/**/__init__.py"), ROOT / "iib_kernels/__init__.py"]:
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
         assert text and len(text.splitlines()) >= 3, path
+
+
+def test_no_device_function_returns_none():
+    """Triton 3.6 compiles none that does; 3.7, which CI compiles with, would not tell."""
+    found = []
+    for path in sorted((ROOT / "iib_kernels").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and "triton.jit" in "".join(
+                map(ast.unparse, node.decorator_list)
+            ):
+                returned = [part for part in ast.walk(node) if isinstance(part, ast.Return)]
+                found += [
+                    f"{path.name}: {node.name}"
+                    for part in returned
+                    if isinstance(part.value, ast.Constant) and part.value.value is None
+                ]
+    assert not found

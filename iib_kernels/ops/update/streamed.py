@@ -107,15 +107,6 @@ def _move_class(
     tl.store(count_ptr, old_count + members.count)
 
 
-@triton.jit
-def _inverses_from(inverses_ptr, place):
-    """Where a class's inverse lengths stand, or None where none are taken."""
-    if inverses_ptr is None:
-        return None
-    else:
-        return inverses_ptr + place
-
-
 @triton.jit(do_not_specialize=["batch"])
 def move_prototypes_streamed(
     features,
@@ -152,7 +143,7 @@ def move_prototypes_streamed(
                             mu,
                             (first + step).to(tl.int64),
                             Members(rows.lists_ptr + place, found),
-                            _inverses_from(inverses_ptr, place),
+                            None if inverses_ptr is None else inverses_ptr + place,
                             ACC,
                             SIZES,
                             m,
@@ -184,12 +175,12 @@ def class_sums_streamed(
         k = (first + step).to(tl.int64)
         found = list_rows(rows, labels, first + step, place, batch, classes, HOW)
         members = Members(rows.lists_ptr + place, found)
-        inverses = _inverses_from(inverses_ptr, place)
         if inverses_ptr is not None:
-            _invert_lengths(x, members, inverses, ACC, SIZES, 0)
+            _invert_lengths(x, members, inverses_ptr + place, ACC, SIZES, 0)
         for begin in range(0, WIDTH, BLOCK_D):
             offs_d = (begin + tl.arange(0, BLOCK_D)).to(tl.int64)
             mask_d = offs_d < WIDTH
+            inverses = None if inverses_ptr is None else inverses_ptr + place
             total = _sum_block(x, members, inverses, offs_d, mask_d, ACC, SIZES, 0)
             tl.store(sums_ptr + k * WIDTH + offs_d, total, mask=mask_d)
         tl.store(totals_ptr + k, found.to(tl.int64))
