@@ -29,9 +29,10 @@ def is_last(tickets_ptr):
 
 
 @triton.jit
-def column_totals(table_ptr, columns, places, mask, ACC: tl.constexpr, BLOCK: tl.constexpr):
+def column_totals(
+    table_ptr, programs, columns, places, mask, ACC: tl.constexpr, BLOCK: tl.constexpr
+):
     """Sums [J] of the columns `places` [J] over the programs' lines of [programs, columns]."""
-    programs = tl.num_programs(0)
     totals = tl.zeros((places.shape[0],), ACC)
     for start in range(0, programs, BLOCK):
         offs_p = start + tl.arange(0, BLOCK)
@@ -65,11 +66,12 @@ def store_means(into, sums, weights, FIRST: tl.constexpr, SIZE: tl.constexpr):
     if is_last(into.tickets_ptr):
         offs_j = tl.arange(0, PLACES)
         mask_j = offs_j < J
-        means = column_totals(into.sums_ptr, J + W, offs_j, mask_j, ACC, BLOCK)
+        programs = tl.num_programs(0)
+        means = column_totals(into.sums_ptr, programs, J + W, offs_j, mask_j, ACC, BLOCK)
         divisors = tl.full((PLACES,), 1.0, ACC)
         if into.mean:
             places = J + offs_j % W
-            divisors = column_totals(into.sums_ptr, J + W, places, mask_j, ACC, BLOCK)
+            divisors = column_totals(into.sums_ptr, programs, J + W, places, mask_j, ACC, BLOCK)
             divisors = tl.where(divisors == 0.0, 1.0, divisors)
             means = means / divisors
         tl.store(into.divisors_ptr + offs_j, divisors, mask=offs_j < W)

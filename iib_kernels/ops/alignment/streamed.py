@@ -54,25 +54,6 @@ def store_idle(sum_ptrs, chunk_ptrs, mask_b, batch, first_part, M: tl.constexpr,
         tl.store(sum_ptrs + M * batch.to(tl.int64), zero, mask=mask_b)
 
 
-@triton.jit
-def other_scale(
-    given,
-    value,
-    labels,
-    offs_b,
-    inverse_temperature,
-    M: tl.constexpr,
-    COSINE,
-    BLOCK_D: tl.constexpr,
-):
-    """`row_scale` [B] of the modality whose prototypes are weighed."""
-    other = select_matrix(given.features, value, M)
-    width = select(given.widths, value, M)
-    ACC: tl.constexpr = inverse_temperature.dtype
-    squares = row_squares(other, offs_b, labels.value, width, BLOCK_D, ACC)
-    return row_scale(squares, inverse_temperature, COSINE)
-
-
 @triton.jit(do_not_specialize=["batch", "splits"])
 def attend_streamed(
     given,
@@ -156,7 +137,8 @@ def attend_streamed(
     pull_ptrs = rows_of(pulls_ptr, place, offs_b, batch, tables.width)
     other = select_matrix(given.features, value, M)
     if ACROSS:
-        scale = other_scale(given, value, labels, offs_b, inverse_temperature, M, COSINE, BLOCK_D)
+        squares = row_squares(other, offs_b, labels.value, value_width, BLOCK_D, ACC)
+        scale = row_scale(squares, inverse_temperature, COSINE)
     moment = tl.zeros((BLOCK_B,), ACC)
     for held in tl.static_range(HELD):
         offs_d = (first_d + held * CHUNK + tl.arange(0, CHUNK)).to(tl.int64)
@@ -172,7 +154,7 @@ def attend_streamed(
         store_sums(sum_ptrs, running, running.extra, mask_b, batch, M)
 
 
-class Evidence(NamedTuple):
+class EvidenceSums(NamedTuple):
     """Running sums over the classes, without means: M of [B] each."""
 
     maxima: tl.tuple  # of the scores so far
@@ -184,7 +166,7 @@ class Evidence(NamedTuple):
 
 @triton.jit
 def add_scores(running, scores, anchor, is_target, M: tl.constexpr):
-    """The Evidence with one more block of all modalities' scores, M of [B, K]."""
+    """The EvidenceSums with one more block of all modalities' scores, M of [B, K]."""
     anchor_scores = select(scores, anchor, M)
     old_maximum = select(running.maxima, anchor, M)
     anchor_maximum = tl.maximum(old_maximum, tl.max(anchor_scores, 1))
@@ -212,7 +194,7 @@ def add_scores(running, scores, anchor, is_target, M: tl.constexpr):
         target_scores = target_scores + (running.target_scores[m] + target_score,)
         shares = shares + (running.shares[m] * rescale + tl.sum(weights, 1),)
         moments = moments + (moment,)
-    return Evidence(maxima, totals, target_scores, shares, moments)
+    return EvidenceSums(maxima, totals, target_scores, shares, moments)
 
 
 @triton.jit(do_not_specialize=["batch", "splits"])
@@ -254,7 +236,7 @@ def evidence(
         scales = scales + (row_scale(squares, inverse_temperature, COSINE),)
 
     zeros = (tl.zeros((BLOCK_B,), ACC),) * M
-    running = Evidence((tl.full((BLOCK_B,), FLOOR, ACC),) * M, zeros, zeros, zeros, zeros)
+    running = EvidenceSums((tl.full((BLOCK_B,), FLOOR, ACC),) * M, zeros, zeros, zeros, zeros)
     first, last = part(tables.classes, split, splits, BLOCK_K)
     for start in range(first, last, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)

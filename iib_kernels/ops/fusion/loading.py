@@ -309,15 +309,14 @@ def load_loss_gradients(ptr, first, upstream, block, counted, COUNT: tl.constexp
     """
     if ptr is None:
         return ()
-    elif upstream.divisors_ptr is None:
-        found = ()
-        for i in tl.static_range(COUNT):
-            grad = tl.load(ptr + block.offs * COUNT + i, mask=counted, other=0.0)
-            found = found + (grad.to(plan.ACC),)
-        return found
     else:
         found = ()
         for i in tl.static_range(COUNT):
-            grad = tl.load(ptr + i).to(plan.ACC) / tl.load(upstream.divisors_ptr + first + i)
-            found = found + (tl.where(counted, grad, 0.0),)
+            if upstream.divisors_ptr is None:
+                ptrs = ptr + block.offs * COUNT + i
+                grad = tl.load(ptrs, mask=counted, other=0.0).to(plan.ACC)
+            else:
+                mean = tl.load(ptr + i).to(plan.ACC) / tl.load(upstream.divisors_ptr + first + i)
+                grad = tl.where(counted, mean, 0.0)
+            found = found + (grad,)
         return found

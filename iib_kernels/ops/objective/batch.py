@@ -113,7 +113,9 @@ def finish(
     mask_j = offs_j < PARTS
     tl.store(outputs.sums + tl.program_id(0) * PARTS + offs_j, sums, mask=mask_j)
     if is_last(outputs.tickets):
-        means = column_totals(outputs.sums, PARTS, offs_j, mask_j, ACC, BLOCK) / divisors
+        programs = tl.num_programs(0)
+        totals = column_totals(outputs.sums, programs, PARTS, offs_j, mask_j, ACC, BLOCK)
+        means = totals / divisors
         tl.store(outputs.parts + offs_j, means, mask=mask_j)
         weighed = tl.where(weights == 0.0, 0.0, weights * means)
         tl.store(outputs.loss, tl.sum(weighed, 0))

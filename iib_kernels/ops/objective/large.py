@@ -8,6 +8,7 @@ adds up what they leave. Both are one program.
 import triton
 import triton.language as tl
 
+from iib_kernels.ops.means import column_totals
 from iib_kernels.ops.objective.batch import count_batch, load_weights
 
 
@@ -35,19 +36,11 @@ def prepare(
 
 
 @triton.jit
-def _column_sums(
-    ptr, rows, columns: tl.constexpr, first, J: tl.constexpr, ACC, BLOCK: tl.constexpr
-):
-    """Sums of a contiguous [rows, columns], at the places [J] from `first` on."""
-    places = tl.arange(0, J) - first
-    inside = (places >= 0) & (places < columns)
-    total = tl.zeros((J,), ACC)
-    for start in range(0, rows, BLOCK):
-        offs = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        mask = (offs < rows)[:, None] & inside[None, :]
-        values = tl.load(ptr + offs[:, None] * columns + places[None, :], mask=mask, other=0.0)
-        total += tl.sum(values.to(ACC), 0)
-    return total
+def _beside(line, ptr, first, M: tl.constexpr):
+    """The line [J] with M sums, at the places from `first` on."""
+    places = tl.arange(0, line.shape[0]) - first
+    values = tl.load(ptr + places, mask=(places >= 0) & (places < M), other=0.0)
+    return line + values.to(line.dtype)
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -69,11 +62,11 @@ def conclude(
     """The parts' means, [3 M + 1], and the objective, []: from sums of the cross-entropies
     [programs, 1 + M], and of the prototype losses [M] each, or None.
     """
-    sums = _column_sums(losses_ptr, programs, M + 1, 0, J, ACC, BLOCK)
-    if contrastive_ptr is not None:
-        sums += _column_sums(contrastive_ptr, 1, M, M + 1, J, ACC, 1)
-        sums += _column_sums(alignment_ptr, 1, M, 2 * M + 1, J, ACC, 1)
     offs_j = tl.arange(0, J)
+    sums = column_totals(losses_ptr, programs, M + 1, offs_j, offs_j < M + 1, ACC, BLOCK)
+    if contrastive_ptr is not None:
+        sums = _beside(sums, contrastive_ptr, M + 1, M)
+        sums = _beside(sums, alignment_ptr, 2 * M + 1, M)
     means = sums / tl.load(divisors_ptr + offs_j, mask=offs_j < 3 * M + 1, other=1.0)
     tl.store(parts_ptr + offs_j, means, mask=offs_j < 3 * M + 1)
     factors = load_weights(weights, M, J, NUMBER_POINTER, ACC)
