@@ -35,7 +35,7 @@ def column_totals(
     """Sums [J] of the columns `places` [J] over the programs' lines of [programs, columns]."""
     totals = tl.zeros((places.shape[0],), ACC)
     for start in range(0, programs, BLOCK):
-        offs_p = start + tl.arange(0, BLOCK)
+        offs_p = (start + tl.arange(0, BLOCK)).to(tl.int64)
         ptrs = table_ptr + offs_p[:, None] * columns + places[None, :]
         inside = (offs_p < programs)[:, None] & mask[None, :]
         # Past the first-level cache, which does not see what other multiprocessors stored
