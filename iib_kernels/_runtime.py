@@ -49,15 +49,17 @@ def choose(impl: str, *tensors: Tensor) -> str:
     if impl == "reference":
         return "reference"
     device = tensors[0].device
-    reason = triton_missing()
-    if reason is None and not (device.type == "cuda" or (device.type == "cpu" and interpreting())):
+    kind, reason = device.type, triton_missing()
+    if kind == "meta":
+        reason = None  # the operators know their shapes without Triton
+    elif reason is None and not (kind == "cuda" or (kind == "cpu" and interpreting())):
         reason = f"the tensors are on {device}; move them to a GPU"
-        if device.type == "cpu":
+        if kind == "cpu":
             reason += (
                 ", or set TRITON_INTERPRET=1 before the program starts to run the kernels slowly "
                 "on the CPU"
             )
-    if impl == "auto" and device.type != "cuda":
+    if impl == "auto" and kind != "cuda":
         return "reference"
     if reason is not None:
         if impl == "triton":
@@ -96,6 +98,16 @@ def eager_on_cpu(tensor: Tensor) -> bool:
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def full_precision(tensor: Tensor):
+    """Context in which autocast, which casts products, leaves the tensor's device alone.
+
+    The meta device has no autocast, and ``torch.autocast`` refuses it.
+    """
+    if tensor.device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def on_device(tensor: Tensor):

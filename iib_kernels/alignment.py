@@ -22,8 +22,8 @@ from iib_kernels._checks import (
     refuse_grad,
 )
 from iib_kernels._chunks import rows_per_chunk, spans
-from iib_kernels._runtime import choose, compute_dtype
-from iib_kernels.compat import apply, distinct
+from iib_kernels._runtime import choose, compute_dtype, full_precision
+from iib_kernels.compat import apply, distinct, exportable
 from iib_kernels.cpu import alignment as cpu_alignment
 from iib_kernels.cpu.shared import takes as cpu_takes
 from iib_kernels.ops.alignment.autograd import AlignmentLossFunction
@@ -32,6 +32,7 @@ from iib_kernels.prototype import check_modalities, without_unseen
 WORK_ARRAYS = 8  # [M, rows, K] arrays alive at once in one chunk, forward or backward
 
 
+@exportable
 class AlignmentOutput(NamedTuple):
     """What :func:`alignment_loss` returns; float32 (float64 for float64 features).
 
@@ -97,7 +98,8 @@ def alignment_loss(
     budgets that ask for a gradient raise ValueError.
 
     Memory stays bounded: rows are processed in chunks, and again in backward (not so for second
-    derivatives). Raises TypeError or ValueError naming the argument.
+    derivatives, and in a graph whose batch may vary). Raises TypeError or ValueError naming the
+    argument.
 
     Source: arXiv 2603.17347; this project's own formulation.
 
@@ -111,7 +113,7 @@ def alignment_loss(
     """
     check_choice(reduction, ("mean", "sum", "none"), "reduction")
     features, prototypes, seen = check_modalities(features, prototypes, seen, metric)
-    batch, classes, device = features[0].shape[0], prototypes[0].shape[0], features[0].device
+    batch, classes = features[0].shape[0], prototypes[0].shape[0]
     implementation = choose(impl, *features)
     targets = check_targets(
         targets, (batch,), classes, ignore_index, replace=implementation == "reference"
@@ -148,15 +150,15 @@ def alignment_loss(
             unit_prototypes,
         )
     else:
-        with torch.autocast(device.type, enabled=False):
+        with full_precision(features[0]):
             rows = _rows(features, targets != ignore_index, mask, cosine, dtype)
             tables = [table.to(dtype) for table in without_unseen(prototypes, seen)]
             if cosine and not unit_prototypes:
                 tables = [reference.normalize(table) for table in tables]
             seen = None if seen is None else torch.stack(seen)  # [M, K]
             budgets = budgets.to(dtype)
-            contrastive, alignment, confidence, counts = _Alignment.apply(
-                temperature, ignore_index, targets, budgets, seen, mask, *rows, *tables
+            contrastive, alignment, confidence, counts = apply(
+                _Alignment, temperature, ignore_index, targets, budgets, seen, mask, *rows, *tables
             )
     if reduction == "none":
         return AlignmentOutput(contrastive, alignment, confidence)
@@ -211,7 +213,7 @@ def _budget_tensor(budgets: Sequence[float], dtype: torch.dtype, device: torch.d
                 f"got {value}"
             )
     if not len(budgets):
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device=device)
     return torch.stack(
         [torch.full((), float(value), dtype=dtype, device=device) for value in budgets]
     )
@@ -294,7 +296,7 @@ class _Alignment(torch.autograd.Function):
         # Inside an autocast block, where backward may run, products would come out in half
         # precision. Plain operations otherwise, which autograd records with create_graph=True: so
         # second derivatives are right.
-        with torch.autocast(targets.device.type, enabled=False):
+        with full_precision(targets):
             for start, stop in _spans(rows, tables):
                 part = _row_gradients(
                     [row[start:stop] for row in rows],
@@ -332,7 +334,7 @@ class _Fixed(NamedTuple):
 def _spans(rows: Sequence[Tensor], tables: Sequence[Tensor]) -> list[tuple[int, int]]:
     """The chunks of rows, (start, stop)."""
     size = rows_per_chunk(len(rows) * len(tables[0]), rows[0].dtype, WORK_ARRAYS)
-    return spans(len(rows[0]), size)
+    return spans(rows[0].shape[0], size)
 
 
 def _row_gradients(rows: Sequence[Tensor], upstream: _Upstream, fixed: _Fixed) -> list[Tensor]:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
+
+Kind = TypeVar("Kind", bound=type)
 
 _transformed = torch._C._are_functorch_transforms_active
 
@@ -110,6 +114,28 @@ def _classic(function: type[torch.autograd.Function]) -> type[torch.autograd.Fun
         "backward": staticmethod(function.backward),
     }
     return type(function.__name__, (torch.autograd.Function,), members)
+
+
+def exportable(kind: Kind) -> Kind:
+    """A named tuple that ``torch.export.save`` can write where an exported module returns one.
+
+    ``torch.export.load`` then finds it in a process that has imported its module.
+    """
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    _pytree._register_namedtuple(kind, serialized_type_name=name)
+    return kind
+
+
+def symbolic(size: int) -> bool:
+    """Whether a size is only a symbol in the graph that is being traced.
+
+    That is a batch which ``torch.export`` or ``torch.compile`` was told, or has found, to vary.
+    """
+    if torch.compiler.is_compiling():  # where a symbol may pass itself off as an int
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+
+        return not has_static_value(size)
+    return isinstance(size, torch.SymInt)
 
 
 def distinct(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -25,8 +25,8 @@ from iib_kernels._checks import (
     refuse_grad,
     tensor_list,
 )
-from iib_kernels._runtime import choose, compute_dtype, eager_on_cpu
-from iib_kernels.compat import apply, distinct
+from iib_kernels._runtime import choose, compute_dtype, eager_on_cpu, full_precision
+from iib_kernels.compat import apply, distinct, exportable
 from iib_kernels.cpu import fusion as cpu_fusion
 from iib_kernels.cpu.shared import takes as cpu_takes
 from iib_kernels.ops.fusion.autograd import FusionCrossEntropyFunction, GatedFusionFunction
@@ -34,6 +34,7 @@ from iib_kernels.ops.fusion.autograd import FusionCrossEntropyFunction, GatedFus
 PRESENT = "present"  # the scale that counts the modalities of each row
 
 
+@exportable
 class FusionOutput(NamedTuple):
     """What :func:`gated_fusion` returns."""
 
@@ -42,6 +43,7 @@ class FusionOutput(NamedTuple):
     uncertainty: Tensor  #: [..., M] float32 (float64), normalised entropy in [0, 1]
 
 
+@exportable
 class FusionLossOutput(NamedTuple):
     """What :func:`fusion_cross_entropy` returns; float32 (float64 for float64 logits).
 
@@ -130,7 +132,7 @@ def gated_fusion(
     if not values and not _by_row(arguments) and cpu_takes(impl, *logits, *arguments.values()):
         fused, weights, uncertainty = cpu_fusion.gated_fusion(**arguments)
     else:
-        with torch.autocast(logits[0].device.type, enabled=False):
+        with full_precision(logits[0]):
             fused, weights, uncertainty, _ = reference.gated_fusion(**arguments)
     return FusionOutput(fused.to(dtype), weights, uncertainty)
 
@@ -227,7 +229,7 @@ def fusion_cross_entropy(
                 **arguments,
             )
         )
-    with torch.autocast(logits[0].device.type, enabled=False):
+    with full_precision(logits[0]):
         fused, weights, _, scaled = reference.gated_fusion(**arguments)
         valid = (targets != ignore_index)[..., None]
         present = valid.expand(weights.shape) if mask is None else valid & mask

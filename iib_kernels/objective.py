@@ -15,7 +15,7 @@ from torch import Tensor
 from iib_kernels._checks import check_device, check_number, check_shape, check_targets, describe
 from iib_kernels._runtime import choose, compute_dtype
 from iib_kernels.alignment import alignment_loss, check_budgets, check_temperature, check_unit
-from iib_kernels.compat import apply, distinct
+from iib_kernels.compat import apply, distinct, exportable
 from iib_kernels.cpu import objective as cpu_objective
 from iib_kernels.cpu.shared import takes as cpu_takes
 from iib_kernels.fusion import check_labels, fusion_cross_entropy, prepare
@@ -36,6 +36,7 @@ class ObjectiveWeights(NamedTuple):
 EVEN = ObjectiveWeights()
 
 
+@exportable
 class ObjectiveParts(NamedTuple):
     """The losses that make up an objective, each a mean over the rows that count for it.
 
@@ -48,6 +49,7 @@ class ObjectiveParts(NamedTuple):
     alignment: Tensor  #: [M] alignment; 0 without features and for the anchor
 
 
+@exportable
 class ObjectiveOutput(NamedTuple):
     """What :func:`multimodal_objective` returns; float32, or float64 where any input is."""
 
@@ -332,7 +334,7 @@ def _check_tables(
             f"prototypes[0]: expected {classes} classes, as logits[0], "
             f"got {describe(prototypes[0])}"
         )
-    check_shape(features[0], (len(targets), None), "features[0]", "[B, D_0]")
+    check_shape(features[0], (targets.shape[0], None), "features[0]", "[B, D_0]")
     check_device(logits[0], **{"features[0]": features[0]})
     if budgets is None:
         budgets = torch.ones(count, dtype=compute_dtype(*features), device=targets.device)

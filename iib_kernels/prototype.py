@@ -20,8 +20,8 @@ from iib_kernels._checks import (
     tensor_list,
 )
 from iib_kernels._chunks import rows_per_chunk, spans
-from iib_kernels._runtime import choose, compute_dtype
-from iib_kernels.compat import apply, distinct
+from iib_kernels._runtime import choose, compute_dtype, full_precision
+from iib_kernels.compat import apply, distinct, exportable
 from iib_kernels.ops.distance.autograd import PrototypeDistanceFunction
 from iib_kernels.ops.nearest.autograd import NearestPrototypeFunction
 
@@ -31,6 +31,7 @@ METRICS = ("cosine", "sqeuclidean")
 SEARCH_ARRAYS = 4
 
 
+@exportable
 class NearestOutput(NamedTuple):
     """What :func:`nearest_prototype` returns."""
 
@@ -80,7 +81,7 @@ def prototype_distance(
         distance = apply(PrototypeDistanceFunction, rows, table, metric == "cosine", keep)[0]
         return distance.reshape(*features.shape[:-1], prototypes.shape[0])
     dtype = compute_dtype(features, prototypes)
-    with torch.autocast(features.device.type, enabled=False):
+    with full_precision(features):
         distance = reference.prototype_distance(features.to(dtype), prototypes.to(dtype), metric)
         return distance.to(features.dtype)
 
@@ -109,7 +110,8 @@ def nearest_prototype(
     prototype; prototypes get none (ValueError if they ask for one). Of several nearest, any one.
 
     [B, K] is never held at once: rows are processed in chunks of bounded size, and memory is
-    otherwise O(B D + K D).
+    otherwise O(B D + K D). Only plain PyTorch in a graph whose batch may vary (``torch.export``,
+    ``torch.compile``) has no chunks.
 
     Raises TypeError or ValueError naming the argument.
 
@@ -125,7 +127,7 @@ def nearest_prototype(
         return NearestOutput(*apply(NearestPrototypeFunction, cosine, len(features), *tables))
     dtype = compute_dtype(*features)
     distances, indices = [], []
-    with torch.autocast(features[0].device.type, enabled=False):
+    with full_precision(features[0]):
         for index, table in enumerate(without_unseen(prototypes, seen)):
             rows, table = features[index].to(dtype), table.to(dtype)
             known = None if seen is None else seen[index]
@@ -148,7 +150,7 @@ def _search(rows: Tensor, table: Tensor, seen: Tensor | None) -> Tensor:
     return torch.cat(
         [
             reference.nearest_prototype(rows[start:stop], table, "sqeuclidean", seen)[1]
-            for start, stop in spans(len(rows), size)
+            for start, stop in spans(rows.shape[0], size)
         ]
     )
 

@@ -131,7 +131,7 @@ def deviation(confidence: Tensor, relative: Tensor, anchor: Tensor) -> Tensor:
     """delta_m(i) = max(0, rho_m q_a(i, y_i) - q_m(i, y_i)), [B, M], without gradient."""
     confidence = confidence.detach()
     return (
-        relative * confidence.gather(1, anchor.expand(len(confidence), 1)) - confidence
+        relative * confidence.gather(1, anchor.expand(confidence.shape[0], 1)) - confidence
     ).clamp_min(0)
 
 
@@ -142,7 +142,7 @@ def aligned(counts: Tensor, anchor: Tensor) -> Tensor:
     """
     return (
         counts
-        & counts.gather(1, anchor.expand(len(counts), 1))
+        & counts.gather(1, anchor.expand(counts.shape[0], 1))
         & (torch.arange(counts.shape[1], device=counts.device) != anchor)
     )
 

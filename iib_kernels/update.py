@@ -26,7 +26,7 @@ from iib_kernels._checks import (
     tensor_list,
 )
 from iib_kernels._chunks import rows_per_chunk, spans
-from iib_kernels._runtime import choose, compute_dtype, eager_on_cpu
+from iib_kernels._runtime import choose, compute_dtype, eager_on_cpu, full_precision
 from iib_kernels.compat import apply, distinct
 from iib_kernels.ops.update.autograd import CLASS_SUMS, MOVE, SNAPSHOT, UpdatePrototypesFunction
 from iib_kernels.prototype import METRICS
@@ -260,7 +260,7 @@ def class_sums(
     if implementation == "triton":
         cosine = metric == "cosine"
         return CLASS_SUMS(features.detach(), targets, num_classes, cosine, ignore_index)
-    with torch.autocast(features.device.type, enabled=False):
+    with full_precision(features):
         rows = features.detach().to(compute_dtype(features))
         rows = reference.normalize(rows) if metric == "cosine" else rows
         counts = targets != ignore_index
@@ -274,7 +274,7 @@ def class_sums(
         # On a GPU, and in compiled code, index_add_ is atomic and adds in any order; a matrix
         # product does not. Classes in chunks: [classes, B] at a time
         sums, totals = [], []
-        for start, stop in spans(num_classes, rows_per_chunk(len(rows), rows.dtype, 2)):
+        for start, stop in spans(num_classes, rows_per_chunk(rows.shape[0], rows.dtype, 2)):
             member = place == torch.arange(start, stop, device=place.device)[:, None]
             sums.append(member.to(rows.dtype) @ rows)
             totals.append(member.sum(1))

@@ -89,7 +89,8 @@ def tables_of(
 @lru_cache(64)
 def _anchor_and_relative(budgets: tuple[float, ...], dtype: torch.dtype) -> tuple[int, Tensor]:
     """The anchor and rho [M, 1]: budgets change seldom, and the calls took 12 us."""
-    anchor, relative = reference.anchor_and_relative(torch.tensor(budgets, dtype=dtype))
+    given = torch.tensor(budgets, dtype=dtype, device="cpu")  # not the default device
+    anchor, relative = reference.anchor_and_relative(given)
     return int(anchor), relative.unsqueeze(1)
 
 

@@ -121,11 +121,11 @@ def labels_of(
         each = valid.expand(count, -1) if mask is None else valid & mask.mT
         counts = torch.cat([valid, each])
     if reduction != "mean":
-        share = torch.ones((), dtype=dtype) if counts is None else counts.to(dtype)
+        share = targets.new_ones((), dtype=dtype) if counts is None else counts.to(dtype)
     elif counts is None and weight is None:
-        share = torch.full((), 1 / max(1, len(targets)), dtype=dtype)
+        share = targets.new_full((), 1 / max(1, len(targets)), dtype=dtype)
     else:
-        share = torch.ones(size, dtype=dtype) if counts is None else counts.to(dtype)
+        share = targets.new_ones(size, dtype=dtype) if counts is None else counts.to(dtype)
         total = (share if weight is None else share * weight[index]).sum(1, keepdim=True)
         share = share / torch.where(total == 0, 1.0, total)
     return Labels(index.unsqueeze(1), counts, share.expand(size), weight, smoothing)

@@ -29,7 +29,9 @@ from iib_kernels.reference import EPS
 
 # Whether torch.func.grad or the like is around a call
 _in_transform = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-_ZERO = torch.tensor(0.0)
+# Constants are made so whatever the default device and dtype are at the time
+_CONSTANT = {"dtype": torch.float32, "device": "cpu"}
+_ZERO = torch.tensor(0.0, **_CONSTANT)
 
 
 class Weights(NamedTuple):
@@ -173,15 +175,15 @@ def _anchor_and_relative(budgets: tuple[float, ...]) -> tuple[int, Tensor]:
     """The anchor and rho [M, 1]; all 1 where no budget is above 0."""
     anchor = max(range(len(budgets)), key=budgets.__getitem__)
     top = budgets[anchor]
-    return anchor, torch.tensor([[value / top if top > 0 else 1.0] for value in budgets])
+    relative = [[value / top if top > 0 else 1.0] for value in budgets]
+    return anchor, torch.tensor(relative, **_CONSTANT)
 
 
 @lru_cache(64)
 def _shares(terms: Weights, count: int) -> Tensor:
     """The weight of each of the step's mean losses [3 M + 1], in the order of ``parts``."""
-    return torch.tensor(
-        [terms.unimodal] * count + [terms.alpha] * count + [terms.fused] + [terms.beta] * count
-    )
+    shares = [terms.unimodal] * count + [terms.alpha] * count + [terms.fused] + [terms.beta] * count
+    return torch.tensor(shares, **_CONSTANT)
 
 
 class _Step(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import iib_kernels
-from iibalance.errors import as_sequence, check_names
+from iibalance.errors import InputError, as_sequence, check_names
 from iibalance.metrics import fit_temperature, own_temperatures
 
 # Standard deviations of the MAP prior around the neutral gate.
@@ -152,10 +152,12 @@ class Gate(nn.Module):
             prior_strength: a value of eta to keep, instead of fitting it.
 
         Returns the final NLL in nats. Deterministic: float64, L-BFGS from the neutral values.
-        Raises ValueError, and nothing changes, if the fit is not finite.
+        Raises ValueError, and nothing changes, if the fit is not finite or there are no values to
+        fit to (the meta device).
         """
         device = self.log_temperature.device
         logits = as_sequence(logits, self.modalities, "logits")
+        self._check_values(logits)
         logits = [values.detach().double().to(device) for values in logits]
         targets = targets.to(device)
         surprise, log_prior = (_double(value, device) for value in (surprise, log_prior))
@@ -222,6 +224,7 @@ class Gate(nn.Module):
         """
         device = self.log_scale.device
         logits = as_sequence(logits, self.modalities, "logits")
+        self._check_values(logits)
         logits = [values.to(device, torch.float32) for values in logits]
         surprise, log_prior = (
             None if value is None else value.to(device, torch.float32)
@@ -230,6 +233,19 @@ class Gate(nn.Module):
         fused = self(logits, log_prior, surprise, None if mask is None else mask.to(device)).logits
         temperature = fit_temperature(fused.cpu(), targets.cpu(), weight=weight)
         self.log_scale.sub_(math.log(temperature))
+
+    def _check_values(self, logits: Sequence[Tensor]) -> None:
+        """InputError where gate or logits are on the meta device, which holds no values."""
+        if self.log_scale.is_meta:
+            raise InputError(
+                "gate: is on the meta device, which holds no values; "
+                'call to_empty(device="cpu") and load_state_dict, then calibrate'
+            )
+        if any(values.is_meta for values in logits):
+            raise InputError(
+                "logits: are on the meta device, which holds no values; "
+                "give logits of a model on the CPU or a GPU"
+            )
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from iib_kernels import cpu
+from iib_kernels.compat import exportable
 from iibalance.budgets import Budgets
 from iibalance.config import ObjectiveConfig
 from iibalance.errors import as_sequence, check_names
@@ -23,6 +24,7 @@ Embeddings = Mapping[str, Tensor] | Sequence[Tensor]
 _DISTRIBUTED = dist.is_available()
 
 
+@exportable
 class HeadOutput(NamedTuple):
     """What a head returns. Rows are samples; columns of [B, M] follow the modalities' order."""
 
@@ -53,6 +55,10 @@ class IIBalanceHead(nn.Module):
         momentum: of the prototypes' moving average.
         metric: of the prototypes and the loss; the objective's own where one is given.
         impl: ``iib_kernels`` implementation.
+
+    ``torch.export.export`` takes it in evaluation mode, with a batch of any size
+    (``torch.export.Dim``). What ``torch.export.save`` writes then is loaded by a process that has
+    imported this module, for :class:`HeadOutput`.
 
     Raises ValueError naming the argument for embeddings of the wrong number, size or names, for a
     sample with no modality present, and for an objective of another metric than ``metric``.

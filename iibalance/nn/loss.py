@@ -8,9 +8,11 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 import iib_kernels
+from iib_kernels.compat import exportable
 from iibalance.config import ObjectiveConfig
 
 
+@exportable
 class LossOutput(NamedTuple):
     """The objective and its parts; every part is a mean over the samples that count.
 

@@ -95,9 +95,10 @@ class PrototypeBank(nn.Module):
 
     @property
     def complete(self) -> bool:
-        """Whether every class has a prototype in every modality."""
-        if not self._complete and bool(self.seen.all()):
-            self._complete = True
+        """Whether every class has a prototype in every modality; False on the meta device."""
+        if not self._complete:
+            seen = self.seen
+            self._complete = not seen.is_meta and bool(seen.all())
         return self._complete
 
     @torch.no_grad()
