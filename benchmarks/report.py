@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks import gpu_session
-from benchmarks.picture import picture
+from benchmarks.picture import duration, picture
 
 # What the report tells of the machine, where it is known.
 FACTS = ("device", "capability", "driver", "torch", "triton", "cuda", "date", "commit", "sources")
@@ -41,7 +41,7 @@ def read(path: Path) -> list[dict]:
     if "machine_info" in content and isinstance(content.get("benchmarks"), list):
         machine = {name: content["machine_info"].get(name) for name in FACTS}
         return [
-            {"p50": entry["stats"]["median"], **machine, **entry["extra_info"]}
+            {"p50": entry["stats"]["median"], **_quartiles(entry), **machine, **entry["extra_info"]}
             for entry in content["benchmarks"]
         ]
     raise SystemExit(
@@ -49,18 +49,9 @@ def read(path: Path) -> list[dict]:
     )
 
 
-def duration(seconds: float | None) -> str:
-    """Seconds in a unit that can be read.
-
-    >>> duration(0.00123), duration(4.2e-6), duration(2.5), duration(None)
-    ('1.23 ms', '4.20 us', '2.50 s', '')
-    """
-    if seconds is None:
-        return ""
-    for unit, factor in (("s", 1), ("ms", 1e3), ("us", 1e6)):
-        if seconds * factor >= 1 or unit == "us":
-            return f"{seconds * factor:.2f} {unit}"
-    return ""
+def _quartiles(entry: dict) -> dict:
+    """What the picture shows of the spread, where it was saved."""
+    return {name: entry["stats"][name] for name in ("q1", "q3") if name in entry["stats"]}
 
 
 def machines(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
@@ -145,7 +136,7 @@ def write(output: Path, machine: dict, rows: Sequence[dict], extra: str = "") ->
     output.mkdir(parents=True, exist_ok=True)
     written = [output / "benchmarks.md"]
     device, version, date = (machine.get(name) or "" for name in ("device", "torch", "date"))
-    title = f"{device}, torch {version}, {date}"
+    title = f"{device}, torch {version}, {date[:10]}"
     if machine.get("dry_run"):
         title = f"DRY RUN, NOT A MEASUREMENT ({title})"
     drawn = machines(rows).get((machine.get("device"), machine.get("sources")), [])

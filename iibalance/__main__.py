@@ -1,6 +1,5 @@
 """``python -m iibalance`` and the ``iibalance`` command."""
 
-import gc
 import os
 import sys
 
@@ -10,23 +9,15 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def _import() -> None:
-    """What all commands need, which stays for good.
-
-    Accelerate collects garbage after every training, and going through those objects would take it
-    0.2 s each time.
-    """
-    import iibalance.training.run  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
-
-
 def main() -> int:
     """Run the command line and return its exit code."""
-    from iibalance.cli import run
+    try:
+        from iibalance.cli import run
 
-    return run(sys.argv[1:], _import)
+        return run(sys.argv[1:])
+    except KeyboardInterrupt:  # before or after what `run` looks after
+        print("iibalance: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -120,27 +120,32 @@ class Budgets:
         if not isinstance(content, dict):
             raise InputError(f"{path}: expected an object with budgets by modality")
         try:
-            if "modalities" not in content:
-                return cls.given(content)
-            if not isinstance(content["modalities"], list):
-                raise InputError(f"modalities: {content['modalities']!r} is not a list of names")
-            if content.get("prior_temperature", 1.0) != 1.0:
-                raise InputError(
-                    f"prior_temperature is {content['prior_temperature']!r}, "
-                    "and there is none any more: the prior is proportional to the budgets"
-                )
-            return cls(
-                tuple(content["modalities"]),
-                tuple(content["values"]),
-                tuple(content["standard_errors"]),
-                content.get("label_entropy"),
-                content.get("source", "given"),
-            )
+            return cls.from_dict(content)
         except (InputError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{path}: {error}; write budgets with Budgets.save, "
                 'or as {"modality": number in [0, 1]}'
             ) from None
+
+    @classmethod
+    def from_dict(cls, content: Mapping) -> Budgets:
+        """What :meth:`to_dict` gave, or budgets by modality."""
+        if "modalities" not in content:
+            return cls.given(content)
+        if not isinstance(content["modalities"], list):
+            raise InputError(f"modalities: {content['modalities']!r} is not a list of names")
+        if content.get("prior_temperature", 1.0) != 1.0:
+            raise InputError(
+                f"prior_temperature is {content['prior_temperature']!r}, "
+                "and there is none any more: the prior is proportional to the budgets"
+            )
+        return cls(
+            tuple(content["modalities"]),
+            tuple(content["values"]),
+            tuple(content["standard_errors"]),
+            content.get("label_entropy"),
+            content.get("source", "given"),
+        )
 
     def table(self) -> str:
         """A few lines for a person to read."""

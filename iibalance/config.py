@@ -3,56 +3,62 @@
 The command line and YAML files are made from these classes; the modules that take an option as an
 argument take its default from here. A value out of range is refused when its object is made.
 
-What may come in: errors and files. Nothing here reads data or trains.
+What may come in: errors, checks and method_names. Nothing here reads data or trains.
 """
 
 from __future__ import annotations
 
 import math
-from argparse import ArgumentError
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
+from iibalance.checks import check_types, require
 from iibalance.errors import InputError
-from iibalance.files import write_text
-
-INFINITY = math.inf
-
-
-def _require(right: bool, name: str, value: object, expected: str) -> None:
-    if not right:
-        raise InputError(f"{name}: {value} cannot be used; give {expected}")
+from iibalance.method_names import METHOD_NAMES
 
 
 @dataclass
 class DataConfig:
-    """Which data to train on: what ``iibalance train --data.name npz --data.path clips.npz`` fills.
+    """Which data to train on.
+
+    On the command line ``--data.path clips.npz`` and so on.
 
     >>> DataConfig(name="npz", path="clips.npz", modalities="audio,video").modality_list()
     ('audio', 'video')
     """
 
-    name: str = "digits"
-    """Source: ``digits`` (three views of scikit-learn's handwritten digits, nothing to download) or
-    ``npz`` (your own file)."""
+    name: str | None = None
+    """Source: ``digits`` (three views of scikit-learn's handwritten digits, nothing to download),
+    ``npz``, ``folder`` (of ``.npy`` files), ``csv`` or ``parquet``. By default what the path's
+    ending says, and digits without a path."""
     path: str | None = None
-    """The npz file: arrays ``x_<modality>`` [N, ...] and ``y`` [N]; optional ``split``,
-    ``mask_<modality>``, ``classes``, group columns."""
+    """Your file or folder. An npz or folder holds arrays ``x_<modality>`` [N, ...] and ``y`` [N];
+    optional are ``split``, ``mask_<modality>``, ``classes``, ``ids`` and group columns. A table
+    has a row a sample; ``columns`` says which belong to which modality."""
     modalities: str | list[str] | None = None
     """Modalities to use, in this order: a list, or names joined by commas. All of them by
     default."""
+    columns: dict[str, str | list[str]] = field(default_factory=dict)
+    """Tables: modality -> names of its columns, or patterns: ``{audio: "a_*", video: [v1, v2]}``.
+    """
+    target: str = "y"
+    """Column (or array) of the classes: integers or strings."""
     groups: str | None = None
-    """npz column (speaker, subject, video): splits and folds made here never share one of its
+    """Column of the speaker, subject or video: splits and folds made here never share one of its
     values; a split column is taken as it is."""
     split: str = "split"
-    """npz column with 0 = train, 1 = validation, 2 = test. Where the file has no ``split``, a
-    stratified 70/10/20 split is made."""
+    """Column with 0 = train, 1 = validation, 2 = test (or these words). Where there is no
+    ``split``, a stratified 70/10/20 split is made."""
+    ids: str = "ids"
+    """Column of names for the samples, which predictions repeat."""
     layouts: dict[str, str] = field(default_factory=dict)
-    """Modality -> vector, sequence, image or video, where the shape alone does not tell (see
-    ``infer_layout``)."""
+    """Modality -> vector, sequence, image, video, tokens (integers from 0, 0 = padding) or raw (for
+    an encoder of your own, as it is), where the shape alone does not tell (see ``infer_layout``).
+    """
+    standardize: bool | list[str] = True
+    """Bring numbers to zero mean and unit variance: all modalities, none, or these. Token ids and
+    raw inputs never are."""
     train_fraction: float = 1.0
     """Share of the training samples to keep, stratified by class: for low-data experiments."""
     split_seed: int = 0
@@ -60,6 +66,9 @@ class DataConfig:
     samples."""
 
     def __post_init__(self) -> None:
+        check_types(self, "data.")
+        if self.name is None:
+            self.name = "digits" if self.path is None else _source_of(self.path)
         if not 0 < self.train_fraction <= 1:
             raise InputError(
                 f"data.train_fraction: {self.train_fraction} is no share of the training samples; "
@@ -96,7 +105,13 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    """The built-in encoders."""
+    """The built-in encoders.
+
+    On the command line ``--model.width 32`` and so on.
+
+    >>> ModelConfig(width=32).embedding_dim
+    128
+    """
 
     embedding_dim: int = 128
     """Size of each modality's embedding."""
@@ -106,15 +121,20 @@ class ModelConfig:
     """Dropout inside the encoders."""
 
     def __post_init__(self) -> None:
+        check_types(self, "model.")
         for name in ("embedding_dim", "width"):
             value = getattr(self, name)
-            _require(value >= 1, f"model.{name}", value, "at least 1")
-        _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "a number in [0, 1)")
+            require(value >= 1, f"model.{name}", value, "at least 1")
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "a number in [0, 1)")
 
 
 @dataclass
 class ObjectiveConfig:
-    """Weights of the training objective; see ``iibalance.IIBalanceLoss``."""
+    """Weights of the training objective; see ``iibalance.IIBalanceLoss``.
+
+    >>> ObjectiveConfig(alpha=0).temperature
+    0.2
+    """
 
     fused_weight: float = 1.0
     """Weight of the cross-entropy of the modalities' summed logits."""
@@ -132,21 +152,30 @@ class ObjectiveConfig:
     """Momentum of the prototypes' moving average."""
 
     def __post_init__(self) -> None:
+        check_types(self, "objective.")
         for name in ("fused_weight", "alpha", "beta"):
             value = getattr(self, name)
-            _require(0 <= value < INFINITY, f"objective.{name}", value, "a number >= 0")
-        _require(
-            self.temperature > 0, "objective.temperature", self.temperature, "a number above 0"
-        )
+            require(0 <= value < math.inf, f"objective.{name}", value, "a number >= 0")
+        temperature = self.temperature
+        right = 0 < temperature < math.inf
+        require(right, "objective.temperature", temperature, "a number above 0")
         for name in ("warmup", "ramp"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"objective.{name}", value, "a number in [0, 1]")
-        _require(0 <= self.momentum < 1, "objective.momentum", self.momentum, "a number in [0, 1)")
+            require(0 <= value <= 1, f"objective.{name}", value, "a number in [0, 1]")
+        require(0 <= self.momentum < 1, "objective.momentum", self.momentum, "a number in [0, 1)")
 
 
 @dataclass
 class TrainingConfig:
-    """The training loop, the same for every method."""
+    """The training loop, the same for every method.
+
+    >>> TrainingConfig(class_weight="balanced", alone=False).patience
+    15
+    >>> TrainingConfig(batch_size=1)
+    Traceback (most recent call last):
+        ...
+    iibalance.errors.InputError: training.batch_size: 1 cannot be used; give at least 2
+    """
 
     batch_size: int | None = None
     """Samples a step and process; by default 32 for fewer than 1,000 training samples (else an
@@ -163,6 +192,13 @@ class TrainingConfig:
     """Gradients are clipped to this norm; 0 = never."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Automatic mixed precision."""
+    class_weight: Literal["balanced"] | dict[str, float] | None = None
+    """How often a training draws samples of each class: ``balanced`` (all classes alike), or class
+    name -> weight (1 where not named). By default every sample is taken once an epoch. The
+    validation NLL that stops a training is weighted alike; calibration and every reported number
+    keep the data's own frequencies."""
+    workers: int = 0
+    """Processes that read batches ahead, for data that stay on the disk; 0 = none."""
     modality_dropout: float = 0.0
     """Probability with which each modality of a training sample is hidden (a sample always keeps
     one)."""
@@ -173,28 +209,44 @@ class TrainingConfig:
     """At most this much training time is lost by a kill (checkpoints are written at the end of an
     epoch). 0 = every epoch."""
     progress: bool = True
-    """Show progress bars (only on a terminal)."""
+    """Show progress: bars on a terminal; elsewhere a line an epoch, which the command line writes
+    to standard error and Python gives to the logger ``iibalance``."""
 
     def __post_init__(self) -> None:
+        check_types(self, "training.")
         size = self.batch_size
-        _require(size is None or size >= 2, "training.batch_size", size, "at least 2")
+        require(size is None or size >= 2, "training.batch_size", size, "at least 2")
         rate = self.learning_rate
-        _require(0 < rate < INFINITY, "training.learning_rate", rate, "a number above 0")
+        require(0 < rate < math.inf, "training.learning_rate", rate, "a number above 0")
         decay = self.weight_decay
-        _require(0 <= decay < INFINITY, "training.weight_decay", decay, "a number >= 0")
+        require(0 <= decay < math.inf, "training.weight_decay", decay, "a number >= 0")
         for name in ("max_gradient_norm", "checkpoint_seconds"):
             value = getattr(self, name)
-            _require(value >= 0, f"training.{name}", value, "a number >= 0")
+            require(value >= 0, f"training.{name}", value, "a number >= 0")
         for name in ("gradient_accumulation", "patience"):
             value = getattr(self, name)
-            _require(value >= 1, f"training.{name}", value, "at least 1")
+            require(value >= 1, f"training.{name}", value, "at least 1")
+        workers = self.workers
+        require(workers >= 0, "training.workers", workers, "0 or more")
+        if isinstance(self.class_weight, dict):
+            for name, value in self.class_weight.items():
+                require(
+                    0 < value < math.inf,
+                    f"training.class_weight: {name}",
+                    value,
+                    "a number above 0",
+                )
         dropout = self.modality_dropout
-        _require(0 <= dropout < 1, "training.modality_dropout", dropout, "a number in [0, 1)")
+        require(0 <= dropout < 1, "training.modality_dropout", dropout, "a number in [0, 1)")
 
 
 @dataclass
 class BudgetConfig:
-    """Where the Intrinsic Information Budgets come from."""
+    """Where the Intrinsic Information Budgets come from.
+
+    >>> BudgetConfig(source="probe").folds
+    3
+    """
 
     source: Literal["unimodal", "probe", "online"] = "unimodal"
     """``unimodal``: cross-fitted unimodal trainings; ``probe``: linear probes on the inputs as
@@ -207,9 +259,22 @@ class BudgetConfig:
     """Take the budgets from this JSON file instead of estimating them."""
 
     def __post_init__(self) -> None:
+        check_types(self, "budgets.")
         epochs = self.epochs
-        _require(epochs is None or epochs >= 1, "budgets.epochs", epochs, "at least 1")
-        _require(self.folds >= 2, "budgets.folds", self.folds, "at least 2")
+        require(epochs is None or epochs >= 1, "budgets.epochs", epochs, "at least 1")
+        require(self.folds >= 2, "budgets.folds", self.folds, "at least 2")
+
+    def check_estimable(self) -> None:
+        """InputError where ``iibalance budgets`` cannot estimate them by themselves."""
+        if self.path is not None:
+            raise InputError(
+                f"budgets.path: {self.path} holds budgets already; leave it out to estimate them"
+            )
+        if self.source == "online":
+            raise InputError(
+                "budgets.source: online budgets are estimated while training; "
+                "use train --budgets.source online"
+            )
 
     def epochs_of(self, epochs: int) -> int:
         """Epochs of the unimodal trainings beside a joint training of ``epochs``.
@@ -222,7 +287,11 @@ class BudgetConfig:
 
 @dataclass
 class CalibrationConfig:
-    """Stage 3: the gate is fitted by MAP on held-out samples and corrupted copies of them."""
+    """Stage 3: the gate is fitted by MAP on held-out samples and corrupted copies of them.
+
+    >>> CalibrationConfig(source="validation", copies=2).corrupted_weight
+    0.5
+    """
 
     source: Literal["out_of_fold", "validation", "both"] = "both"
     """``out_of_fold``: the held-out folds of the unimodal budget stage; ``validation``: the joint
@@ -238,17 +307,25 @@ class CalibrationConfig:
     """Width of the MAP prior around the neutral gate; small = stay neutral."""
 
     def __post_init__(self) -> None:
-        _require(self.copies >= 1, "calibration.copies", self.copies, "at least 1")
+        check_types(self, "calibration.")
+        require(self.copies >= 1, "calibration.copies", self.copies, "at least 1")
         for name in ("corrupted_weight", "max_strength"):
             value = getattr(self, name)
-            _require(0 <= value < INFINITY, f"calibration.{name}", value, "a number >= 0")
+            require(0 <= value < math.inf, f"calibration.{name}", value, "a number >= 0")
         scale = self.prior_scale
-        _require(scale > 0, "calibration.prior_scale", scale, "a number above 0")
+        require(scale > 0, "calibration.prior_scale", scale, "a number above 0")
 
 
 @dataclass
 class RunConfig:
-    """One training run."""
+    """One training run.
+
+    These are the options of ``iibalance train`` and :func:`iibalance.train`.
+
+    >>> config = RunConfig(data=DataConfig(path="clips.npz"), epochs=10, method="concat")
+    >>> config.data.name, config.method, config.training.learning_rate
+    ('npz', 'concat', 0.003)
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -257,8 +334,7 @@ class RunConfig:
     budgets: BudgetConfig = field(default_factory=BudgetConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     method: str = "iibalance"
-    """A method's name (``iibalance.methods.METHODS``: iibalance, concat, sum, ensemble, ogm_ge,
-    ...), or your own: ``my_file.py:MyMethod`` or ``my.module:MyMethod``."""
+    """A method's name, or your own: ``my_file.py:MyMethod`` or ``my.module:MyMethod``."""
     method_options: dict[str, float] = field(default_factory=dict)
     """The method's own parameters, such as ``{alpha: 0.5}`` for ogm_ge; what it has and their
     defaults stand in its class's docstring."""
@@ -273,12 +349,21 @@ class RunConfig:
     """The run's folder; by default runs/<data>-<method>-seed<seed>, numbered if that is there."""
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        check_types(self)
+        require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        require(self.output != "", "output", "''", "the name of a folder")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")
 
 
 @dataclass
 class CompareData(DataConfig):
-    """A data set of a comparison."""
+    """A data set of a comparison.
+
+    It has the options of :class:`DataConfig`, and epochs and folds of its own.
+
+    >>> CompareData(path="clips.npz", groups="speaker", epochs=40).name
+    'npz'
+    """
 
     epochs: int | None = None
     """Epochs of every method on this set, instead of the comparison's."""
@@ -287,20 +372,28 @@ class CompareData(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.epochs is None or self.epochs >= 1, "data: epochs", self.epochs, "at least 1")
-        _require(self.folds is None or self.folds >= 2, "data: folds", self.folds, "at least 2")
+        require(self.epochs is None or self.epochs >= 1, "data: epochs", self.epochs, "at least 1")
+        require(self.folds is None or self.folds >= 2, "data: folds", self.folds, "at least 2")
 
 
 @dataclass
 class CompareConfig:
-    """One comparison."""
+    """One comparison.
+
+    These are the options of ``iibalance compare`` and :func:`iibalance.compare`.
+
+    >>> data = {"clips": CompareData(path="clips.npz")}
+    >>> CompareConfig(data=data, methods=["concat", "iibalance"], seeds=3).method_list()
+    ['unimodal', 'concat', 'iibalance']
+    """
 
     data: dict[str, CompareData] = field(default_factory=lambda: {"digits": CompareData()})
     """Data sets by name: ``{avletters: {name: npz, path: avletters.npz, groups: speaker}, ...}``;
-    the options are those of ``train --data.*``."""
+    the options are those of ``train --data.*``. One set alone can be given as to ``train``:
+    ``--data.name npz --data.path avletters.npz --data.groups speaker``."""
     methods: str | list[str] = "all"
     """``all``, or a list of names (joined by commas on the command line); ``my_file.py:MyMethod``
-    is a name too. The encoders alone are always there."""
+    is a name too. The encoders alone (``unimodal``) are always there."""
     focus: str = "iibalance"
     """The method that is compared with the best of the others (its ablations apart) by a paired
     bootstrap."""
@@ -335,9 +428,7 @@ class CompareConfig:
     timing_batch: int = 64
     """Samples a timed step."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(width=32))
-    training: TrainingConfig = field(
-        default_factory=lambda: TrainingConfig(progress=False, alone=False)
-    )
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(alone=False))
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     budgets: BudgetConfig = field(default_factory=BudgetConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -345,7 +436,9 @@ class CompareConfig:
     """The comparison's folder. One that is there is gone on with, if its options are the same."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.data), "data", self.data, "at least one data set")
+        check_types(self)
+        require(self.output != "", "output", "''", "the name of a folder")
+        require(bool(self.data), "data", self.data, "at least one data set")
         for name in self.data:
             if not name or any(not (letter.isalnum() or letter in "_+.") for letter in name):
                 raise InputError(
@@ -359,59 +452,41 @@ class CompareConfig:
             ("timing_batch", 2),
         ):
             value = getattr(self, name)
-            _require(value >= least, name, value, f"at least {least}")
+            require(value >= least, name, value, f"at least {least}")
         tuning, seeds = self.tuning_seeds, self.seeds
-        _require(1 <= tuning <= seeds, "tuning_seeds", tuning, f"1 to seeds, {seeds}")
+        require(1 <= tuning <= seeds, "tuning_seeds", tuning, f"1 to seeds, {seeds}")
         workers = self.workers
-        _require(workers is None or workers >= 1, "workers", workers, "at least 1")
-        _require(0 <= self.fraction <= 1, "fraction", self.fraction, "0 to 1")
-        _require(0 <= self.strength < INFINITY, "strength", self.strength, "a number >= 0")
-        _require(0 <= self.low_data < 1, "low_data", self.low_data, "0 to below 1")
-        _require(self.timing_steps >= 0, "timing_steps", self.timing_steps, "0 or more")
-        _require(self.budgets.path is None, "budgets.path", self.budgets.path, "none")
+        require(workers is None or workers >= 1, "workers", workers, "at least 1")
+        require(0 <= self.fraction <= 1, "fraction", self.fraction, "0 to 1")
+        require(0 <= self.strength < math.inf, "strength", self.strength, "a number >= 0")
+        require(0 <= self.low_data < 1, "low_data", self.low_data, "0 to below 1")
+        low = self.low_data_seeds
+        require(low is None or low >= 0, "low_data_seeds", low, "0 or more")
+        require(self.timing_steps >= 0, "timing_steps", self.timing_steps, "0 or more")
+        require(self.budgets.path is None, "budgets.path", self.budgets.path, "none")
+
+    def method_list(self) -> list[str]:
+        """The methods in order, the encoders alone first.
+
+        >>> CompareConfig(methods="sum, concat,sum").method_list()
+        ['unimodal', 'sum', 'concat']
+        """
+        given = self.methods.split(",") if isinstance(self.methods, str) else self.methods
+        names = [METHOD_NAMES[0]]
+        for name in map(str.strip, given):
+            names += METHOD_NAMES if name == "all" else [name]
+        return list(dict.fromkeys(names))
 
 
-def config_parser(skip: set[str] | None = None):
-    """A jsonargparse parser of the options of :class:`RunConfig`, ``--data.name`` and so on.
-
-    ``skip``: options to leave out.
-    """
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(RunConfig, skip=skip)
-    return parser
-
-
-def save_config(path: str | Path, config: RunConfig) -> None:
-    """Write every option as YAML, whole or not at all."""
-    write_text(path, yaml.safe_dump(asdict(config), sort_keys=False))
-
-
-def load_config(path: str | Path) -> RunConfig:
-    """Read what :func:`save_config` wrote, or any YAML file with some of the options.
-
-    Raises InputError naming the option that is wrong.
-
-    >>> import tempfile, os
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_config(os.path.join(folder, "config.yaml"), RunConfig(epochs=3))
-    ...     load_config(os.path.join(folder, "config.yaml")).epochs
-    3
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+def _source_of(path: str) -> str:
+    """The source that reads ``path``, by its ending."""
+    if Path(path).expanduser().is_dir():
+        return "folder"
+    endings = {".npz": "npz", ".csv": "csv", ".parquet": "parquet", ".pq": "parquet"}
+    ending = Path(path).suffix.lower()
+    if ending not in endings:
         raise InputError(
-            f"{path}: is not a readable YAML file ({' '.join(str(error).split())})"
-        ) from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected options by name")
-    parser = config_parser()
-    try:
-        return RunConfig(**vars(parser.instantiate(parser.parse_object(content))))
-    except (ArgumentError, InputError) as error:
-        raise InputError(f"{path}: {' '.join(str(error).split())}") from None
+            f"data.path: what {path} holds cannot be told from its name; give an .npz, .csv or "
+            ".parquet file or a folder of .npy files, or say data.name"
+        )
+    return endings[ending]

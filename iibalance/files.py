@@ -134,10 +134,38 @@ def read_model(path: PathLike) -> tuple[dict[str, Any], dict[str, str]]:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{path}: is not a whole safetensors file ({error}); restore it or train again"
-        ) from None
+        raise _no_model(path, error) from None
     return tensors, header.get("__metadata__") or {}
+
+
+def read_metadata(path: PathLike) -> dict[str, str]:
+    """The metadata of a safetensors file alone: no tensor is read, and torch is not imported.
+
+    Raises InputError as :func:`read_model` does.
+
+    >>> import tempfile, torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_model(f"{folder}/m.safetensors", {"weight": torch.ones(2)}, {"by": "iibalance"})
+    ...     read_metadata(f"{folder}/m.safetensors")
+    {'by': 'iibalance'}
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except SafetensorError as error:
+        raise _no_model(path, error) from None
+
+
+def _no_model(path: PathLike, error: Exception) -> InputError:
+    return InputError(
+        f"{path}: is not a whole safetensors file ({error}); restore it or train again"
+    )
 
 
 def sync_folder(path: Path) -> None:
@@ -233,12 +261,20 @@ def file_digest(path: PathLike, sync: bool = False) -> str:
 
 
 def data_digest(path: str | None) -> str | None:
-    """The sha256 of a user's data file, or None where the data come from no file.
+    """The sha256 of a user's data file or folder of arrays, or None where there is none.
 
     >>> data_digest(None) is None
     True
     """
-    return file_digest(Path(path).expanduser()) if path else None
+    if not path:
+        return None
+    place = Path(path).expanduser()
+    if not place.is_dir():
+        return file_digest(place)
+    digest = hashlib.sha256()
+    for file in sorted(place.glob("*.npy")):
+        digest.update(f"{file.name} {file_digest(file)}\n".encode())
+    return digest.hexdigest()
 
 
 @cache

@@ -417,11 +417,12 @@ def test_the_report_reads_what_pytest_benchmark_writes(tmp_path):
     path = tmp_path / "saved.json"
     entry = {
         "extra_info": {key: ROWS[0][key] for key in ("op", "mode", "shape", "precision", "row")},
-        "stats": {"median": 0.25},
+        "stats": {"median": 0.25, "q1": 0.2, "q3": 0.5},
     }
     path.write_text(json.dumps({"machine_info": {"device": "cpu"}, "benchmarks": [entry]}))
     (row,) = report.read(path)
     assert row["device"] == "cpu" and row["p50"] == 0.25
+    assert (row["q1"], row["q3"]) == (0.2, 0.5)  # for the picture
     report.main([str(path), "--output", str(tmp_path / "out")])
     assert (
         "| B=1 | fp32 | reference | 250.00 ms |" in (tmp_path / "out" / "benchmarks.md").read_text()

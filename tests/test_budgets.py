@@ -323,7 +323,7 @@ def test_classes_without_a_sample_do_not_stand_in_the_way():
     ("folds", "groups", "message"),
     [
         (1, None, "budgets.folds: 1; at least 2"),
-        (4, None, "budgets.folds: 4 folds need as many samples of the rarest class, there are 3"),
+        (4, None, "budgets.folds: 4 folds need as many samples of every class, class 1 has 3"),
         (3, [0, 1] * 6, "budgets.folds: 3 folds need as many groups, there are 2"),
     ],
 )
@@ -418,20 +418,25 @@ def test_a_missing_modality_is_judged_where_it_is():
     [
         (dict(source="guess"), "source: 'guess' is none of unimodal, probe, online"),
         (dict(targets=torch.zeros(60, dtype=torch.long)), "targets: hold a single class"),
-        (dict(targets=torch.zeros(60)), "targets: expected class indices"),
-        (dict(targets=torch.zeros(60, 2, dtype=torch.long)), "targets: expected class indices"),
-        (dict(targets=torch.arange(60) % 3 - 1), "targets: .*-1"),
-        (dict(targets=torch.arange(59) % 2), "inputs: a has 60 samples, targets 59"),
+        (dict(targets=torch.zeros(60)), "targets: hold a single class"),
+        (dict(targets=torch.rand(60)), "targets: row 0 holds .* regression is not supported"),
+        (dict(targets=torch.zeros(60, 2, dtype=torch.long)), "targets: .*several targets a sample"),
+        (dict(targets=["yes", None] * 30), "targets: row 1 holds None; give every sample a class"),
+        (
+            dict(targets=torch.arange(59) % 2),
+            r"targets: has shape \(59,\); give one class",
+        ),
         (dict(inputs={}), "modalities: at least one"),
         (dict(inputs={"a.b": torch.zeros(60, 2)}), "'a.b' cannot name a modality"),
         (dict(folds=1), "budgets.folds: 1"),
         (
             dict(folds=31),
-            "budgets.folds: 31 folds need as many samples of the rarest class, there are 30",
+            "budgets.folds: 31 folds need as many samples of every class, class 0 has 30 in the "
+            "training split; lower budgets.folds to 30",
         ),
         (dict(groups=np.arange(60) % 2), "budgets.folds: 3 folds need as many groups, there are 2"),
         (dict(groups=np.arange(59)), "groups: .*59"),
-        (dict(mask=torch.ones(60, 2)), r"mask: has shape \[60, 2\], expected \[60, 1\]"),
+        (dict(mask=torch.ones(60, 2)), r"mask: has shape \(60, 2\), expected \(60, 1\)"),
         (
             dict(mask=torch.zeros(60, 1)),
             "a is present for fewer than two classes|a is missing in every sample",

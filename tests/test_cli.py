@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gc
+import hashlib
 import importlib.util
 import io
 import json
@@ -14,7 +16,8 @@ import math
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+import weakref
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +28,13 @@ import yaml
 
 import iibalance
 from iibalance import cli
-from iibalance.config import BudgetConfig, RunConfig, load_config
+from iibalance.config import BudgetConfig, DataConfig, RunConfig, TrainingConfig
+from iibalance.config_files import load_config
 from iibalance.data import load_data
+from iibalance.data.samples import Samples
+from iibalance.errors import InputError
 from iibalance.files import read_model
-from iibalance.training import budget_stage, loop
+from iibalance.training import budget_stage, loop, stages
 from iibalance.training.run import estimate_run_budgets
 
 METHODS = ["iibalance", "concat", "sum", "unimodal", "ensemble"]
@@ -128,6 +134,8 @@ def test_the_files_of_a_run(method, train):
         "history.csv",
         "model.safetensors",
         "report.png",
+        "report.svg",
+        "report.pdf",
     }
     expected |= {"budgets.json"} if method == "iibalance" else set()
     expected |= {"tensorboard"} if importlib.util.find_spec("tensorboard") else set()
@@ -225,6 +233,98 @@ def test_tensorboard_events_are_the_history(train):
         }
 
 
+def recorded_digest(folder: Path) -> str | None:
+    return read(folder / "run.json")["data_sha256"]
+
+
+def test_a_run_records_the_sha256_of_its_file(data, train, tmp_path):
+    expected = hashlib.sha256(data.read_bytes()).hexdigest()
+    folder = train(*QUICK)
+    assert recorded_digest(folder) == expected
+    config = replace(load_config(folder / "config.yaml"), output=tmp_path / "python")
+    iibalance.train(config)
+    assert recorded_digest(tmp_path / "python") == expected
+    assert (tmp_path / "python" / "model.safetensors").read_bytes() == (
+        folder / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_digits_have_no_digest_and_are_resumed(tmp_path):
+    run("train", *SMALL, *QUICK, "--output", tmp_path / "run")
+    assert recorded_digest(tmp_path / "run") is None
+    run("train", "--resume", tmp_path / "run")
+
+
+def test_data_in_memory_are_not_given_beside_a_path(data, tmp_path):
+    with np.load(data) as file:
+        inputs = {name: file[f"x_{name}"] for name in ("audio", "visual")}
+        samples = iibalance.Samples(inputs, file["y"])
+    config = RunConfig(
+        data=DataConfig(path=data),
+        training=TrainingConfig(alone=False),
+        method="concat",
+        epochs=1,
+        output=tmp_path / "run",
+    )
+    with pytest.raises(InputError, match=f"^data: is given beside config.data.path .{data}.; give"):
+        iibalance.train(config, data=samples)
+    assert not (tmp_path / "run").exists()
+    iibalance.train(replace(config, data=DataConfig()), data=samples)  # the advice works
+    assert recorded_digest(tmp_path / "run") == samples.digest()
+    # The command line has no such data: of the run it can only say so.
+    with pytest.raises(InputError, match="the run was started on samples, these are digits"):
+        iibalance.train(replace(config, data=DataConfig()), resume=True)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_of_arrays_is_evaluated_and_predicts_on_files(data, test_file, tmp_path, capsys):
+    with np.load(data) as file:
+        inputs = {name: file[f"x_{name}"] for name in ("visual", "audio")}  # in another order
+        mask = np.stack([file[f"mask_{name}"] for name in inputs], 1)
+        samples = iibalance.Samples(
+            inputs, file["y"], mask=mask, split=file["split"], classes=file["classes"].tolist()
+        )
+    folder, quick = tmp_path / "run", TrainingConfig(alone=False)
+    config = RunConfig(method="concat", epochs=2, training=quick, output=folder)
+    test = iibalance.train(config, data=samples).metrics["test"]
+    run("evaluate", folder, "--data.path", data, "--output", tmp_path / "e.json")
+    assert read(tmp_path / "e.json")["test"]["nll"] == pytest.approx(test["nll"], rel=1e-5)
+    printed = run("predict", folder, "--data.path", test_file, "--output", tmp_path / "p.csv")
+    assert f"accuracy on the labels in the file: {test['accuracy']:.4f}" in printed
+    # A table, by its ending: its columns are not those that the run knows.
+    np.savetxt(tmp_path / "new.csv", np.zeros((3, 2)), header="a,v", comments="", delimiter=",")
+    for words, path in (
+        ("digits: holds the modalities pixels, fourier, shape, the run has visual, audio", []),
+        ("new.csv: data.columns: say which columns", ["--data.path", tmp_path / "new.csv"]),
+        ("new.dat holds cannot be told from its name", ["--data.path", tmp_path / "new.dat"]),
+    ):
+        (tmp_path / "new.dat").touch()
+        assert cli.run(["evaluate", str(folder), *map(str, path)]) == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="a call holds on to its arguments")
+def test_the_arrays_of_a_file_are_not_kept_beside_the_tensors(data, tmp_path, monkeypatch):
+    made, left = [], []
+    init, fit = Samples.__init__, stages.Run.fit
+
+    def noted(self, *more, **options):
+        init(self, *more, **options)
+        made.append(weakref.ref(self))
+
+    def looked(self):
+        gc.unfreeze()  # what only rubbish of earlier tests refers to does not count
+        gc.collect()
+        left.extend(reference() for reference in made)
+        return fit(self)
+
+    monkeypatch.setattr(Samples, "__init__", noted)
+    monkeypatch.setattr(stages.Run, "fit", looked)
+    run("train", "--data.path", data, "--output", tmp_path / "run", *SMALL, *QUICK)
+    assert left == [None]
+
+
 # Prediction
 
 
@@ -299,6 +399,7 @@ def test_predictions_without_a_modality_are_those_with_it_masked(train, test_fil
             tmp_path / f"{name}.npz",
             "--output",
             tmp_path / f"{name}-p.npz",
+            *(["--missing", "visual"] if name == "a" else []),
         )
         with np.load(tmp_path / f"{name}-p.npz") as file:
             arrays[name] = dict(file)
@@ -431,9 +532,9 @@ def test_defaults_are_those_of_the_dataclasses_and_configuration_files_go_round(
     data, tmp_path, print_config
 ):
     defaults = print_config()
-    assert {key: value for key, value in defaults.items() if key in asdict(RunConfig())} == asdict(
-        RunConfig()
-    )
+    expected = asdict(RunConfig())
+    expected["data"]["name"] = None  # as the path says, and digits without one
+    assert {key: value for key, value in defaults.items() if key in expected} == expected
     first = print_config(*swapped_options(data))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(first))
     assert print_config("--config", tmp_path / "run.yaml") == first
@@ -771,7 +872,8 @@ def test_the_command_and_the_module_are_the_same_program(data, train, tmp_path):
         *SMALL,
         *QUICK,
     )
-    assert done.returncode == 0 and done.stderr == ""
+    assert done.returncode == 0
+    assert all("joint: " in line for line in done.stderr.splitlines()[1:]), done.stderr
     accuracy = read(tmp_path / "run" / "metrics.json")["test"]["accuracy"]
     assert f"{100 * accuracy:.1f}" in done.stdout and "audio" in done.stdout
     installed = Path(sys.executable).with_name("iibalance")

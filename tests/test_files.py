@@ -256,17 +256,18 @@ def test_a_broken_file_system_is_named(tmp_path, monkeypatch):
 
 def test_another_run_is_not_overwritten(run):
     run.close()
-    with pytest.raises(InputError, match="holds another run; resume it, or choose another folder"):
+    with pytest.raises(InputError, match="holds another run; resume it, .* give --overwrite"):
         RunFolder.create(run.path)
     with RunFolder.create(run.path, resume=True) as again:
         assert again.path == run.path
 
 
-def test_checkpoints_alone_are_a_run_too(tmp_path):
+def test_checkpoints_alone_are_left_alone(tmp_path):
     with RunFolder.create(tmp_path) as folder:
         _checkpoint(folder, 1)
-    with pytest.raises(InputError, match="holds another run"):
-        RunFolder.create(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="no config.yaml.* choose another folder"):
+            RunFolder.create(tmp_path, overwrite=overwrite)
 
 
 def test_empty_folders_and_unrelated_files_are_no_run(tmp_path):

@@ -1,12 +1,21 @@
 """What the texts show is what runs and what is there: commands, examples, names, links, figures."""
 
+import ast
+import csv
+import importlib.util
 import re
+import shlex
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
+from PIL import Image
 
+import iib_kernels
 import iibalance
+from benchmarks import noise_picture
 from iibalance import cli
 from iibalance.methods import METHODS
 
@@ -31,17 +40,27 @@ CHOICES = (ROOT / "benchmarks" / "results" / "choices.md").read_text(encoding="u
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
-def examples(text):
-    """The blocks of Python that are to run."""
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
-    return [block for block in blocks if not block.startswith("# not run here")]
+EXAMPLES = sorted((ROOT / "iibalance" / "examples").glob("*.py"))
+
+
+def blocks(text, language):
+    """The code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
 
 
 PYTHON = [
     pytest.param(block, id=f"{name}-{number}")
     for name, text in (("README", README), ("method page", METHOD_PAGE))
-    for number, block in enumerate(examples(text))
+    for number, block in enumerate(blocks(text, "python"))
 ]
+
+
+def test_the_readme_can_be_read_in_a_few_minutes():
+    lines = README.splitlines()
+    assert 120 <= len(lines) <= 180
+    assert not [line for line in lines if len(line) > 100]
+    # Mathematics that goes over the end of a line is not set by GitHub.
+    assert not [line for line in lines if line.count("$") % 2]
 
 
 def test_the_two_commands_stand_there():
@@ -50,30 +69,147 @@ def test_the_two_commands_stand_there():
 
 
 def test_the_ten_lines_are_ten():
-    first = examples(README)[0]
+    first = blocks(README, "python")[0]
     lines = [line for line in first.splitlines() if line.strip()]
     assert "IIBalanceHead" in first and len(lines) <= 10
 
 
-def run_example(block):
+def run_example(block, folder, monkeypatch):
+    """The names that a block leaves, run in an empty folder."""
+    if "transformers" in block and importlib.util.find_spec("transformers") is None:
+        pytest.skip('the example needs transformers: pip install -e ".[examples]"')
+    monkeypatch.chdir(folder)
     namespace = {}
     exec(compile(block, "an example", "exec"), namespace)  # noqa: S102 - our own text
     return namespace
 
 
 @pytest.mark.parametrize("block", PYTHON)
-def test_examples_run(block):
-    run_example(block)
+def test_examples_run(block, tmp_path, monkeypatch):
+    run_example(block, tmp_path, monkeypatch)
 
 
-def test_the_ten_lines_train_a_model_and_predict():
-    names = run_example(examples(README)[0])
+def example_with(name):
+    (block,) = (block for block in blocks(README, "python") if name in block)
+    return block
+
+
+def test_the_ten_lines_train_a_model_and_predict(tmp_path, monkeypatch):
+    names = run_example(blocks(README, "python")[0], tmp_path, monkeypatch)
     assert names["out"].loss.item() < 2
     assert names["prediction"].weights.sum(1).sub(1).abs().max() < 1e-5
 
 
+def test_the_example_with_arrays_gives_what_its_comments_say(tmp_path, monkeypatch):
+    np.random.seed(0)
+    names = run_example(example_with("IIBalanceClassifier"), tmp_path, monkeypatch)
+    table, y = names["table"], names["y"]
+    again = iibalance.IIBalanceClassifier.load(tmp_path / "classifier.safetensors")
+    assert again.modalities_ == ("sound", "person") and list(again.classes_) == sorted(set(y))
+    added = again.contributions(table)
+    assert added.shape == (120, 2)
+    # What they add to: log p of what is predicted less the log of its class's share, a third.
+    expected = np.log(again.predict_proba(table).max(1)) - np.log(1 / 3)
+    assert np.abs(added.sum(1) - expected).max() < 1e-4
+
+
+def test_the_example_with_bert_trains_it_and_predicts_without_text(tmp_path, monkeypatch):
+    names = run_example(example_with("BertModel"), tmp_path, monkeypatch)
+    assert type(names["model"].encoders[0]).__name__ == "BertModel"
+    assert names["probabilities"].shape == (90, 3)
+    assert names["weights"][:, 0].abs().max() == 0  # the text is missing
+    assert (tmp_path / "runs" / "bert" / "metrics.json").exists()
+
+
+# What makes a command of the README quick; nothing else about it is changed.
+QUICK = {
+    "train": "--epochs 1 --budgets.folds 2 --training.alone false",
+    "compare": "--epochs 1 --budgets.folds 2 --seeds 1 --trials 1 --low_data 0 --timing_steps 0"
+    " --workers 1 --model.width 8",
+}
+
+
+def command_lines(text):
+    """The arguments of each ``python -m iibalance`` among the commands of the bash blocks."""
+    found = []
+    for block in blocks(text, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            for command in line.split("&&"):
+                words = shlex.split(command)
+                if words[:3] == ["python", "-m", "iibalance"]:
+                    found.append(words[3:])
+    return found
+
+
+def made_files(folder):
+    """The files that the commands name: two modalities, of which the audio tells the class."""
+    random = np.random.default_rng(0)
+    y = np.array(["up", "down"])[np.arange(80) % 2]
+    audio = random.normal(size=(80, 6)) + 3 * (y == "up")[:, None]
+    video = random.normal(size=(80, 3, 8, 8))
+    clips = {"x_audio": audio, "x_video": video, "y": y, "speaker": np.arange(80) // 8}
+    np.savez(folder / "clips.npz", **clips)
+    np.savez(folder / "new.npz", x_audio=audio[:10])
+    table = pd.DataFrame(audio).add_prefix("a_").assign(v1=video[:, 0, 0, 0], v2=1.0, label=y)
+    table.to_csv(folder / "table.csv", index=False)
+
+
+def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    made_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    lines = command_lines(README)
+    assert {"train", "evaluate", "predict", "compare"} == {words[0] for words in lines}
+    for words in lines:
+        quick = shlex.split(QUICK.get(words[0], ""))
+        assert cli.run([*words, *quick]) == 0, f"{words}: {capsys.readouterr().err}"
+    with open("predictions.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == 10
+    assert all(abs(float(row["p.up"]) + float(row["p.down"]) - 1) < 1e-4 for row in found)
+    assert all(float(row["weight.video"]) == 0 for row in found)  # it is missing
+    assert Path("runs/clips/evaluation-audio-noise.json").exists()
+    pd.read_csv("table.csv").filter(like="a_").to_csv("new.csv", index=False)
+    assert cli.run("predict runs/table --data.path new.csv --missing video".split()) == 0
+    assert Path("runs/compared/comparison.csv").exists()
+
+
+PUBLIC = {"iibalance": set(iibalance.__all__), "iib_kernels": set(iib_kernels.__all__)}
+
+
+def imported_parts(text):
+    """What a piece of code imports of the two packages beside their public names."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+            found += [name for name in names if name.split(".")[0] in PUBLIC and "." in name]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            room, dot, _ = node.module.partition(".")
+            names = [alias.name for alias in node.names]
+            if room in PUBLIC:
+                found += [node.module] if dot else [n for n in names if n not in PUBLIC[room]]
+    return found
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_no_example_imports_a_module_inside_the_package(path):
+    assert not imported_parts(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("block", PYTHON)
+def test_no_block_imports_a_module_inside_the_package(block):
+    assert not imported_parts(block)
+
+
+def test_imports_from_inside_are_found():
+    assert imported_parts("from iibalance.data.dataset import Batch") == ["iibalance.data.dataset"]
+    assert imported_parts("import iibalance.cli") == ["iibalance.cli"]
+    assert imported_parts("from iibalance import nn") == ["nn"]
+    assert not imported_parts("from iibalance import Batch, tuned\nimport iib_kernels, iibalance")
+
+
 def test_the_method_of_ones_own_is_found_by_its_file(tmp_path):
-    (block,) = (block for block in examples(METHOD_PAGE) if "class Smoothed" in block)
+    (block,) = (block for block in blocks(METHOD_PAGE, "python") if "class Smoothed" in block)
     (tmp_path / "mine.py").write_text(block)
     method = iibalance.make_method(f"{tmp_path}/mine.py:Smoothed", amount=0.3)
     assert method.name == "smoothed" and method.options.amount == 0.3
@@ -145,8 +281,8 @@ def test_the_files_that_contributing_names_are_there():
 def test_the_names_that_contributing_sends_to_are_there():
     for file, names in {
         "iibalance/nn/encoders.py": ["_BUILDERS"],
-        "iibalance/data/__init__.py": ["_SOURCES"],
-        "iibalance/data/assemble.py": ["RawData"],
+        "iibalance/data/sources.py": ["_SOURCES"],
+        "iibalance/data/samples.py": ["Samples"],
         "iibalance/data/layouts.py": ["LAYOUT_DIMENSIONS"],
         "iibalance/data/standardize.py": ["statistic_shape"],
         "iibalance/methods/registry.py": ["METHODS", "_SEARCH"],
@@ -208,6 +344,28 @@ def test_the_ranks_in_readme_are_those_of_the_benchmarks():
     for label, method in named.items():
         figures = [cell.replace("*", "") for cell in ranks[method][1:]]
         assert f"| {label} | {' | '.join(figures)} |\n" in ours
+
+
+def test_every_effect_that_the_readme_names_is_one_of_the_benchmarks():
+    named = re.findall(r"[-+]\d+\.\d\s\+-\s\d+\.\d", README)
+    assert len(named) == 4
+    assert not [effect for effect in named if " ".join(effect.split()) not in BENCHMARKS]
+    ranks = rows(BENCHMARKS, "average rank, accuracy / NLL")["iibalance"][1:]
+    assert all(cell.split(" / ")[1].startswith("**") for cell in ranks)  # "best ... in NLL"
+
+
+def test_the_picture_is_of_the_published_table_and_the_text_under_it_true():
+    with Image.open(noise_picture.PICTURE) as image:
+        assert image.text["Description"] == noise_picture.digest()
+    found = noise_picture.rows()
+    lost = [row.clean[0] - row.noise[0] for row in found.values()]
+    first, last = re.search(r"the last three (\d+) to (\d+) points", README).groups()
+    assert [round(min(lost[2:])), round(max(lost[2:]))] == [int(first), int(last)]
+    assert f"and iibalance {lost[0]:.0f}" in README
+    means = rows(BENCHMARKS, "mean over the settings")
+    for method in ("iibalance", "ensemble_gated", "ensemble"):
+        clean, _, noise, _ = (cell.split(" / ")[0] for cell in means[method])
+        assert [f"{found[method].clean[0]:.1f}", f"{found[method].noise[0]:.1f}"] == [clean, noise]
 
 
 def test_the_citation_is_of_this_version():

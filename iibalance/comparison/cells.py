@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from iibalance.files import (
     write_bytes,
     write_json,
 )
+from iibalance.method_names import METHOD_NAMES
 from iibalance.methods import METHODS, make_method, own_source
 from iibalance.training.evaluation import degrade, evaluate
 from iibalance.training.sampling import derive_seed
@@ -35,19 +37,9 @@ from iibalance.training.stages import Run
 from iibalance.training.trainer import Trainer, make_accelerator
 
 CLEAN = "clean"
-REFERENCE = "unimodal"  # whose heads are the encoders trained alone: every comparison has it
+# The encoders trained alone: their heads' reference, and every comparison has it.
+REFERENCE = METHOD_NAMES[0]
 TRAINING_OPTIONS = ("learning_rate", "weight_decay")  # what every method tunes
-
-
-def method_names(config: CompareConfig) -> list[str]:
-    """The methods in order, the encoders alone first."""
-    names = config.methods
-    if names == "all":
-        names = list(METHODS)
-    elif isinstance(names, str):
-        names = names.split(",")
-    names = [name.strip() for name in names]
-    return [REFERENCE, *dict.fromkeys(name for name in names if name != REFERENCE)]
 
 
 @dataclass(frozen=True)
@@ -158,7 +150,14 @@ def run_cell(folder: str, config: CompareConfig, cell: Cell, setting: dict) -> N
         None,
         make_accelerator(options.training),
         folds=Run.folds_of(method, options, data.train),
-        trainer=SharedTrainer(folder, about, options.training, seed=cell.seed, source=source),
+        trainer=SharedTrainer(
+            folder,
+            about,
+            options.training,
+            seed=cell.seed,
+            source=source,
+            class_names=data.class_names,
+        ),
     ).fit()
     result = {
         "cell": asdict(cell),
@@ -217,8 +216,9 @@ class SharedTrainer(Trainer):
         *,
         seed: int,
         source: str | None = None,
+        class_names: Sequence[str] | None = None,
     ):
-        super().__init__(training, seed=seed)
+        super().__init__(training, seed=seed, class_names=class_names)
         self.cache, self.about, self.source = folder / "stages", about, source
 
     def path(self, name: str, key: dict, epochs: int) -> Path:

@@ -1,10 +1,10 @@
-"""Critical-difference diagrams: the average ranks of a comparison, and which may be chance."""
+"""A comparison's picture: mean ranks over the data sets, their spread, and what may be chance."""
 
 from __future__ import annotations
 
 import io
-import logging
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.style
@@ -13,90 +13,262 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.transforms import Transform, offset_copy
+from scipy.stats import studentized_range
 
-from iibalance.comparison.results import GROUPS, group_means
-from iibalance.comparison.statistics import SIGNS
+from iibalance.comparison.results import GROUPS, by_method, group_means, read_table
+from iibalance.comparison.statistics import SIGNS, ablation_names, ranks
+from iibalance.errors import InputError
 from iibalance.files import write_bytes
-from iibalance.training.report import DPI, GREY, PALETTE, STYLE
+from iibalance.methods import METHODS
+from iibalance.training.report import DPI, GREY, INK, PALETTE, STYLE
 
 NAMES = {"accuracy": "accuracy", "nll": "NLL"}
-log = logging.getLogger(__name__)
+LEVEL = 0.05  # of the test
+LONGEST = 26  # characters of a method's name; a longer one loses its middle
+LEAST_ROWS = 4  # of a panel's height, so that few methods stay slim
+FOCUS, PALE = PALETTE[1], "#b4b4b4"
+# Inches: a row, what a panel needs above and below its rows, and across beside its names.
+ROW, FRAME, ACROSS, LETTER = 0.165, 0.62, 2.0, 0.062
 
 
-def write_picture(path: Path, result: Mapping) -> bool:
-    """Write :func:`picture` as PNG; False, and a warning, where scikit-posthocs is not there."""
-    try:
-        figure = picture(result)
-    except ImportError:
-        log.warning("no comparison.png: it needs scikit-posthocs (pip install 'iibalance[bench]')")
-        return False
-    image = io.BytesIO()
-    FigureCanvasAgg(figure)
+def write_picture(path: Path, result: Mapping) -> None:
+    """Write :func:`picture` as PNG, whole or not at all; the same result gives the same bytes."""
+    figure, image = picture(result), io.BytesIO()
     figure.savefig(image, format="png", dpi=DPI, metadata={"Software": None})
     write_bytes(path, image.getvalue())
-    return True
+
+
+def redraw(table: str | Path, focus: str = "iibalance") -> Path:
+    """Draw a comparison again from its ``comparison.csv``; the PNG's path, beside the table.
+
+    A method of that table which is none of :data:`iibalance.methods.METHODS` takes a rank: what it
+    might be an ablation of is not in the table.
+
+    Raises :class:`~iibalance.errors.InputError` for a ``focus`` that the table does not have.
+
+    ``python -c "from iibalance.comparison.picture import redraw; redraw('comparison.csv')"``
+    """
+    path, results = Path(table), by_method(read_table(table))
+    methods = dict.fromkeys(method for entries in results.values() for method in entries)
+    if focus not in methods:
+        raise InputError(f"focus: {focus!r} is no method of {path}; it has {', '.join(methods)}")
+    parts = ablation_names([method for method in methods if method in METHODS])
+    whole = {
+        name: {method: entry for method, entry in entries.items() if method not in parts}
+        for name, entries in results.items()
+    }
+    seeds = max(len(entry["seeds"]) for entries in whole.values() for entry in entries.values())
+    result = {"focus": focus, "seeds": seeds, "results": results, "ranks": ranks(whole)}
+    write_picture(path.with_suffix(".png"), result)
+    return path.with_suffix(".png")
 
 
 def picture(result: Mapping) -> Figure:
-    """A diagram for each kind of condition and metric: average ranks, 1 is best.
+    """A panel for each metric and kind of condition; in each, the methods from best to worst.
 
-    A bar joins methods whose ranks are not told apart by Nemenyi's test (alpha = 0.05) over the
-    data sets, which treats every data set as one sample: with few of them the bars are long.
-    Methods that are not defined for every data set are left out of the test and of the diagrams.
+    Of every method it shows the mean rank over the data sets (1 is best), its standard error, and
+    the rank on each data set. A black bar at the right joins methods whose mean ranks are not told
+    apart by Nemenyi's test (Demsar 2006, "Statistical Comparisons of Classifiers over Multiple Data
+    Sets"), which takes every data set for one sample: with few of them the bars are long.
+
+    Where there is one data set, the rank is that of the mean over seeds, with the ranks by seed
+    beside it. They share their test samples, and so are neither averaged nor tested.
+
+    Methods that are not defined for every data set are left out, and named.
     """
     kinds = [kind for kind in GROUPS if kind in result["ranks"]]
-    tables = {
-        (kind, metric): mean_table(result, kind, metric) for kind in kinds for metric in SIGNS
-    }
-    lines = 1 + max(len(table.columns) for table in tables.values()) // 2
+    tables = {(metric, kind): places(result, kind, metric) for metric in SIGNS for kind in kinds}
+    rows = max(table.shape[1] for table in tables.values())
+    letters = max((len(_short(name)) for table in tables.values() for name in table), default=9)
+    shape = (len(SIGNS), len(kinds)) if len(kinds) > 1 else (1, len(SIGNS))
+    width = shape[1] * (ACROSS + LETTER * letters)
+    heading, sets = _heading(result, tables, round(width * 13)), len(result["results"])
+    height = shape[0] * (FRAME + ROW * max(rows, LEAST_ROWS)) + 0.16 * (len(heading) + 1) + 0.3
     with matplotlib.style.context(["default", STYLE]):
-        height = 0.6 + len(kinds) * (0.75 + 0.19 * lines)
-        figure = Figure(figsize=(10.0, height), layout="constrained")
-        axes = figure.subplots(len(kinds), 2, squeeze=False)
-        for (kind, metric), axis in zip(tables, axes.ravel()):
-            _diagram(axis, tables[kind, metric], SIGNS[metric], result["focus"])
-            axis.set_title(f"{kind}: {NAMES[metric]}", loc="left", fontsize=9, fontweight="bold")
-        count = len(result["results"])
-        whose = "one data set" if count == 1 else f"{count} data sets"
-        figure.suptitle(
-            f"Average ranks over {whose}, of the methods that each of them has; "
-            f"{result['seeds']} seeds (1 is best; bars: not told apart at 5 %)",
-            x=0.01,
-            ha="left",
-            fontsize=9.5,
-        )
+        figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        figure.get_layout_engine().set(w_pad=0.09, h_pad=0.05)
+        panels = figure.subplots(*shape, squeeze=False).ravel()
+        for ((metric, kind), table), axes in zip(tables.items(), panels, strict=True):
+            fewer = f" ({len(table)} sets)" if 0 < len(table) < sets else ""
+            title = f"{kind}: {NAMES[metric]}{fewer}"
+            axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
+            if table.empty:
+                axes.set_axis_off()
+                axes.text(0, 0.5, "no method has every data set", transform=axes.transAxes)
+                continue
+            scattered = _by_seed(result, kind, metric, table) if sets == 1 else table
+            _panel(axes, table, scattered, result["focus"])
+        figure.suptitle("\n".join(heading), x=0.01, ha="left", fontsize=9, linespacing=1.3)
+        _legend(figure, sets, result["focus"], width)
     return figure
 
 
-def mean_table(result: Mapping, kind: str, metric: str) -> pd.DataFrame:
-    """Means over seeds, data sets by ranked methods, of the methods that every set has."""
+def places(result: Mapping, kind: str, metric: str) -> pd.DataFrame:
+    """Ranks, data sets by methods, of the methods that every one of these sets has; best first.
+
+    The sets are those with a condition of that kind. Ties share their mean rank.
+    """
     ranked = result["ranks"][kind][metric]
+    having = {
+        name: {
+            method: entry
+            for method, entry in entries.items()
+            if method in ranked and group_means(entry, metric).get(kind)
+        }
+        for name, entries in result["results"].items()
+    }
+    having = {name: entries for name, entries in having.items() if entries}
+    complete = [method for method in ranked if all(method in had for had in having.values())]
     rows = {}
-    for name, methods in result["results"].items():
-        means = {m: group_means(methods[m], metric).get(kind) for m in ranked if m in methods}
-        rows[name] = {m: np.mean(list(row.values())) for m, row in means.items() if row}
-    return pd.DataFrame.from_dict(rows, orient="index").dropna(axis=1)
+    for name, entries in having.items() if complete else ():
+        found = ranks({name: {method: entries[method] for method in complete}})[kind][metric]
+        rows[name] = {method: found[method]["rank"] for method in complete}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=complete)
+    return table[table.mean().sort_values(kind="stable").index]
 
 
-def _diagram(axis: Axes, table: pd.DataFrame, sign: int, focus: str) -> None:
-    from scikit_posthocs import critical_difference_diagram, posthoc_nemenyi_friedman
+def _by_seed(result: Mapping, kind: str, metric: str, table: pd.DataFrame) -> pd.DataFrame:
+    """The ranks of each seed on the one data set that ``table`` has."""
+    entries = {method: result["results"][table.index[0]][method] for method in table}
+    means = {method: group_means(entry, metric)[kind] for method, entry in entries.items()}
+    rows = {}
+    for seed in set.intersection(*map(set, means.values())):
+        alone = {method: _of_seed(entry, seed) for method, entry in entries.items()}
+        found = ranks({seed: alone})[kind][metric]
+        rows[seed] = {method: found[method]["rank"] for method in table}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(table))
 
-    methods = list(table.columns)
-    ranks = (sign * table).rank(axis=1).mean()
-    if len(table) > 1 and len(methods) > 2:
-        p = posthoc_nemenyi_friedman(table.to_numpy())
-        p.index = p.columns = methods
-    else:  # nothing to test: every method by itself
-        p = pd.DataFrame(np.eye(len(methods)), index=methods, columns=methods)
-    colours = {method: PALETTE[1] if method == focus else GREY for method in methods}
-    critical_difference_diagram(
-        ranks,
-        p,
-        ax=axis,
-        color_palette=colours,
-        label_props={"fontsize": 7.5},
-        elbow_props={"linewidth": 0.9},
-        crossbar_props={"linewidth": 2.0, "color": "#1a1a1a"},
-        marker_props={"s": 14},
-        text_h_margin=0.02,
+
+def _of_seed(entry: Mapping, seed: int) -> dict:
+    """What :func:`ranks` reads of a method's results, with one of the seeds alone."""
+    conditions = {
+        name: {
+            metric: {"values": {seed: row[metric]["values"][seed]}}
+            if row[metric] is not None and seed in row[metric]["values"]
+            else None
+            for metric in SIGNS
+        }
+        for name, row in entry["conditions"].items()
+    }
+    return {"conditions": conditions}
+
+
+def critical_difference(methods: int, sets: int) -> float:
+    """What two mean ranks must differ by to be told apart, by Nemenyi's test at ``LEVEL``.
+
+    Two methods or one data set are too few for it: infinite.
+
+    >>> round(critical_difference(5, 30), 3)  # Demsar 2006, table 5: 2.728 sqrt(5 6 / (6 30))
+    1.114
+    """
+    if methods < 3 or sets < 2:
+        return float("inf")
+    quantile = studentized_range.ppf(1 - LEVEL, methods, np.inf) / np.sqrt(2)
+    return float(quantile * np.sqrt(methods * (methods + 1) / (6 * sets)))
+
+
+def groups(means: Sequence[float], difference: float) -> list[tuple[int, int]]:
+    """The widest runs of rising ``means`` that span no more than ``difference``: first and last.
+
+    A run of one is none, and so is one inside another.
+
+    >>> groups([1.0, 2.0, 2.5, 4.0], 1.5)
+    [(0, 2), (2, 3)]
+    """
+    found: list[tuple[int, int]] = []
+    for first, mean in enumerate(means):
+        last = max(index for index, other in enumerate(means) if other - mean <= difference)
+        if last > first and (not found or last > found[-1][1]):
+            found.append((first, last))
+    return found
+
+
+def _panel(axes: Axes, table: pd.DataFrame, scattered: pd.DataFrame, focus: str) -> None:
+    """Rows of one metric and kind: each data set's ranks, the mean with its error, the groups."""
+    sets, count = table.shape
+    means = table.mean().to_numpy()
+
+    def beside(inches: float) -> Transform:
+        """Right of the panel, across in inches from ``inches`` on; down in rows."""
+        return offset_copy(axes.get_yaxis_transform(), axes.figure, x=inches, units="inches")
+
+    for row, method in enumerate(table):
+        where, own = np.unique(scattered[method].dropna(), return_counts=True)
+        axes.scatter(where, [row] * len(where), s=5 * own, color=PALE, linewidth=0, zorder=2)
+        colour, ink = (FOCUS, FOCUS) if method == focus else (GREY, INK)
+        error = table[method].std(ddof=1) / np.sqrt(sets) if sets > 1 else None
+        style = {"marker": "o", "markersize": 4.5, "elinewidth": 1.3, "zorder": 3}
+        axes.errorbar(means[row], row, xerr=error, color=colour, **style)
+        style = {"ha": "right", "va": "center_baseline", "fontsize": 7, "fontweight": _weight(ink)}
+        axes.text(1, row, f"{means[row]:.1f}", transform=beside(0.28), color=ink, **style)
+    axes.set_ylim(max(count, LEAST_ROWS) - 0.4, -0.6)
+    axes.set_yticks(range(count), [_short(method) for method in table], fontsize=7.5)
+    for label, method in zip(axes.get_yticklabels(), table, strict=True):
+        ink = FOCUS if method == focus else INK
+        label.set(color=ink, fontweight=_weight(ink))
+    axes.set_xlim(0.5, count + 0.5)
+    axes.set_xticks(range(1, count + 1) if count < 7 else [1, *range(5, count + 1, 5)])
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(True, axis="y")
+    for lane, (first, last) in enumerate(groups(means, critical_difference(count, sets))):
+        if sets > 1:
+            down, where = [first - 0.25, last + 0.25], beside(0.34 + 0.05 * lane)
+            axes.plot([1, 1], down, transform=where, clip_on=False, color=INK, linewidth=1.6)
+
+
+def _weight(ink: str) -> str:
+    return "bold" if ink == FOCUS else "normal"
+
+
+def _heading(result: Mapping, tables: Mapping, letters: int) -> list[str]:
+    """What is drawn, of how much, and who is left out."""
+    drawn = {method for table in tables.values() for method in table}
+    listed = {
+        method for rows in result["ranks"].values() for row in rows.values() for method in row
+    }
+    absent = sorted(listed - drawn)
+    names = list(result["results"])
+    seeds = "1 seed" if result["seeds"] == 1 else f"{result['seeds']} seeds"
+    where = f"Rank on {names[0]}" if len(names) == 1 else f"Mean rank over {len(names)} data sets"
+    heading = f"{where} (1 is best), {seeds}"
+    if absent:
+        heading += f". Left out, as not every data set has them: {', '.join(map(_short, absent))}"
+    return textwrap.wrap(heading, letters)
+
+
+def _legend(figure: Figure, sets: int, focus: str, width: float) -> None:
+    """What points and bars mean, under all panels."""
+    mean, small = {"marker": "o", "markersize": 4.5}, {"marker": "o", "markersize": 2.4}
+    bar = {"marker": "|", "markersize": 9, "markeredgewidth": 1.6}
+    entries = [
+        ("mean ± standard error over the data sets", mean | {"color": GREY, "linestyle": "-"}),
+        ("one data set (larger: several)", small | {"color": PALE}),
+        (f"not told apart (Nemenyi, {100 * LEVEL:g} %)", bar | {"color": INK}),
+        (_short(focus), mean | {"color": FOCUS}),
+    ]
+    if sets == 1:
+        entries[:3] = [
+            ("by the mean over seeds", mean | {"color": GREY}),
+            ("one seed (larger: several)", small | {"color": PALE}),
+        ]
+    figure.legend(
+        [Line2D([], [], **{"linestyle": ""} | style) for _, style in entries],
+        [label for label, _ in entries],
+        loc="outside lower left",
+        ncols=len(entries) if width > 8 else 1,
     )
+
+
+def _short(name: str) -> str:
+    """The name, without its middle where it is longer than ``LONGEST``.
+
+    >>> _short("my_method_of_a_very_long_name_v2")
+    'my_method_of_…ong_name_v2'
+    """
+    if len(name) <= LONGEST:
+        return name
+    return f"{name[: LONGEST // 2]}…{name[-(LONGEST // 2 - 2) :]}"

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from iibalance.comparison import results as measured
-from iibalance.comparison.cells import Cell, cell_files, data_config, method_names, run_config
+from iibalance.comparison.cells import Cell, cell_files, data_config, run_config
 from iibalance.comparison.picture import write_picture
 from iibalance.comparison.statistics import best_trial, bootstrap, focus_name, summary
 from iibalance.comparison.tables import page
@@ -75,7 +75,12 @@ def compare(config: CompareConfig) -> dict:
         run_config(config, Cell(name, "iibalance", 0, 0, "test"), {})
         if config.low_data:
             load_data(run_config(config, Cell(name, "iibalance", 0, 0, "low"), {}).data)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"output: {folder} cannot be made ({error.strerror or error}); choose another folder"
+        ) from None
     taken = f"output: another process is running the comparison in {folder}"
     with locked(folder / ".lock", wait=False, held=taken):
         _describe(folder, config)
@@ -245,7 +250,7 @@ def choose(folder: Path, trials: Sequence[Cell], settings: dict) -> tuple[dict, 
 
 def _check(config: CompareConfig) -> list[str]:
     """The methods in order; InputError for names that cannot be compared."""
-    names = method_names(config)
+    names = config.method_list()
     labels = [method_class(name).name for name in names]
     for label in labels:
         if labels.count(label) > 1:

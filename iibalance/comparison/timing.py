@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from iibalance.data.dataset import MultimodalData
 from iibalance.files import read_json, write_json
 from iibalance.methods import Method, make_method
 from iibalance.training.stages import Run
-from iibalance.training.trainer import alone_model, make_accelerator, only
+from iibalance.training.trainer import alone_model, make_accelerator
 
 
 def time_steps(
@@ -49,9 +48,7 @@ def time_steps(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for name in tqdm(
-            late, desc="timing", unit="set", disable=None if progress else not sys.stderr.isatty()
-        ):
+        for name in tqdm(late, desc="timing", unit="set", disable=None if progress else True):
             step = {
                 method: _stepper(config(name, method), sets[name], batch_size)
                 for method in defined[name]
@@ -83,9 +80,9 @@ def _stepper(config: RunConfig, data: MultimodalData, batch_size: int) -> Callab
         parts.append((run.build(), method, data.train))
     else:
         for modality in data.modalities:
-            split = only(data.train, modality)
+            split = data.train.only(modality)
             alone = alone_model(
-                modality, run.encoders[modality](), split.inputs[modality][:2], data.num_classes
+                modality, run.encoders[modality](), split.head(modality), data.num_classes
             )
             parts.append((alone, Method(config), split))
     work = []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
+import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,8 @@ from iibalance.comparison.cells import Cell, run_cell, stands
 from iibalance.config import CompareConfig
 from iibalance.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 Task = tuple[Cell, dict]  # a cell and its setting
 
 
@@ -27,18 +30,21 @@ def run_cells(
     waiting = [task for task in cells if not stands(folder, *task)]
     workers = min(config.workers or os.cpu_count() or 1, max(len(waiting), 1))
     failures: dict[str, str] = {}
+    done, shown = len(cells) - len(waiting), config.training.progress
     bar = tqdm(
-        total=len(cells),
-        initial=len(cells) - len(waiting),
-        desc=name,
-        unit="cell",
-        disable=None if config.training.progress else not sys.stderr.isatty(),
+        total=len(cells), initial=done, desc=name, unit="cell", disable=None if shown else True
     )
+    if shown:
+        logger.info("%s: %d cells, %d of them done, %d workers", name, len(cells), done, workers)
     run = _here if workers == 1 else _in_processes
     with bar:
         for key, failure in run(folder, config, waiting, workers):
             if failure is not None:
                 failures[key] = failure
+            done += 1
+            if shown:
+                failed = "" if failure is None else f"  failed: {failure}"
+                logger.info("%s: cell %d/%d  %s%s", name, done, len(cells), key, failed)
             bar.update()
             bar.set_postfix_str(key)
     return failures
@@ -60,7 +66,7 @@ def _in_processes(
 ) -> Iterator[tuple[str, str | None]]:
     # One thread each: the cores are the workers'.
     with parallel_config(
-        "loky", inner_max_num_threads=1, initializer=_end_with, initargs=(os.getpid(),)
+        "loky", inner_max_num_threads=1, initializer=_follow, initargs=(os.getpid(),)
     ):
         parallel = Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)
         yield from parallel(delayed(_attempt)(str(folder), config, *task) for task in tasks)
@@ -80,11 +86,13 @@ def _attempt(
     return cell.key, None
 
 
-def _end_with(parent: int) -> None:
+def _follow(parent: int) -> None:
     """In a worker: end when the process that started it is gone, however it went.
 
-    A worker of a killed comparison would train on for nobody.
+    A worker of a killed comparison would train on for nobody. Ctrl-C is for the main process, which
+    ends its workers: each of them would print a traceback.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         while os.getppid() == parent:

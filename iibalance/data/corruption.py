@@ -8,15 +8,15 @@ that generator's device), and leaves its input as it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from iibalance.data.dataset import Batch
+from iibalance.data.degrade import KINDS, check_amount, check_degradation
+from iibalance.data.values import Values, each, is_numeric, parts_of
 from iibalance.errors import InputError
-
-KINDS = ("noise", "missing", "shuffled")
 
 
 def corrupt(
@@ -32,7 +32,9 @@ def corrupt(
 
     Their number is rounded, and they are the same samples whatever the kind:
 
-    - ``noise`` adds ``strength`` standard deviations of Gaussian noise;
+    - ``noise`` adds ``strength`` standard deviations of Gaussian noise; what is no number (token
+      ids, fields) is taken from another of these samples at a share strength / (1 + strength) of
+      its positions;
     - ``missing`` clears the mask and the values, except where this is the sample's only modality;
     - ``shuffled`` gives each chosen sample this modality of another chosen one, never its own.
 
@@ -44,33 +46,29 @@ def corrupt(
     >>> corrupt(batch, "a", "missing", generator=generator).mask.sum(0)
     tensor([2, 4])
     """
-    modality, kind = _check(modality, kind, tuple(batch.inputs))
-    if not 0 <= fraction <= 1:
-        raise InputError(
-            f"fraction: {fraction} is no share of the samples; give a number from 0 to 1"
-        )
-    if not 0 <= strength < float("inf"):
-        raise InputError(
-            f"strength: {strength} is no noise level; give 0 or more standard deviations"
-        )
+    check_degradation(modality, kind, tuple(batch.inputs))
+    check_amount(fraction, strength)
     column = tuple(batch.inputs).index(modality)
     present = batch.mask[:, column].nonzero().squeeze(1)
     order = torch.randperm(len(present), generator=generator, device=generator.device)
     order = order.to(present.device)
     count = int(fraction * len(present) + 0.5)
     rows, spare = present[order[:count]], present[order[count:]]
-    values, mask = batch.inputs[modality].clone(), batch.mask.clone()
-    if kind == "noise":
+    original, mask = batch.inputs[modality], batch.mask.clone()
+    values = each(torch.clone, original)
+    # One cycle through the rows, which are in random order: nobody gets its own.
+    others = spare[:1] if count == 1 and len(spare) else rows.roll(1)
+    if kind == "noise" and is_numeric(values):
         values[rows] += strength * _normal(values[rows], generator)
+    elif kind == "noise":
+        share = torch.full((len(rows),), strength / (1 + strength), device=rows.device)
+        _mix(values, original, rows, others, share, generator)
     elif kind == "missing":
         rows = rows[batch.mask[rows].sum(1) > 1]
-        values[rows] = 0.0
+        _clear(values, rows)
         mask[rows, column] = False
-    elif count > 1:
-        # One cycle through the rows, which are in random order: nobody keeps its own.
-        values[rows] = batch.inputs[modality][rows.roll(1)]
-    elif count == 1 and len(spare):
-        values[rows] = batch.inputs[modality][spare[:1]]
+    elif count > 1 or len(spare):
+        _replace(values, rows, original, others)
     return Batch({**batch.inputs, modality: values}, batch.targets, mask)
 
 
@@ -85,7 +83,8 @@ def random_corruptions(
 
     This is the second half of the set that the gate is calibrated on (method page, section 5).
 
-    - ``noise`` has a strength uniform in 0..``max_strength``, drawn for each sample;
+    - ``noise`` has a strength uniform in 0..``max_strength``, drawn for each sample, and is that of
+      :func:`corrupt`;
     - ``missing`` clears the mask and the values;
     - ``shuffled`` takes the modality of another sample of the batch.
 
@@ -122,26 +121,68 @@ def random_corruptions(
         is_kind["noise"] |= alone & batch.mask.any(1)
     inputs, mask = {}, batch.mask.clone()
     for column, (name, original) in enumerate(batch.inputs.items()):
-        values = inputs[name] = original.clone()
+        values = inputs[name] = each(torch.clone, original)
         rows = {
             kind: (where & (chosen == column)).nonzero().squeeze(1)
             for kind, where in is_kind.items()
         }
-        if "noise" in rows:
+        present = batch.mask[:, column].nonzero().squeeze(1)
+        if "noise" in rows and is_numeric(values):
             scale = strength[rows["noise"]].view(-1, *[1] * (values.dim() - 1))
             values[rows["noise"]] += scale * _normal(values[rows["noise"]], generator)
-        if "shuffled" in rows:
-            present = batch.mask[:, column].nonzero().squeeze(1)
-            if len(present) > 1:
-                others = len(present) - 1
-                place = torch.searchsorted(present, rows["shuffled"])
-                step = (uniform(len(place)) * others).long().clamp_max(others - 1)
-                taken = (place + 1 + step) % len(present)  # 1 to n - 1 places on: never itself
-                values[rows["shuffled"]] = original[present[taken]]
+        elif "noise" in rows and len(present) > 1:
+            share = strength[rows["noise"]] / (1 + strength[rows["noise"]])
+            others = _others(present, rows["noise"], uniform)
+            _mix(values, original, rows["noise"], others, share, generator)
+        if "shuffled" in rows and len(present) > 1:
+            others = _others(present, rows["shuffled"], uniform)
+            _replace(values, rows["shuffled"], original, others)
         if "missing" in rows:
-            values[rows["missing"]] = 0.0
+            _clear(values, rows["missing"])
             mask[rows["missing"], column] = False
     return Batch(inputs, batch.targets, mask)
+
+
+def _others(present: Tensor, rows: Tensor, uniform: Callable[..., Tensor]) -> Tensor:
+    """For each of ``rows`` another one of ``present``, at random."""
+    count = len(present) - 1
+    place = torch.searchsorted(present, rows)
+    step = (uniform(len(place)) * count).long().clamp_max(count - 1)
+    return present[(place + 1 + step) % len(present)]  # 1 to n - 1 places on: never itself
+
+
+def _clear(values: Values, rows: Tensor) -> None:
+    for (part,) in parts_of(values):
+        part[rows] = 0
+
+
+def _replace(values: Values, rows: Tensor, source: Values, others: Tensor) -> None:
+    """``values[rows] = source[others]``, of every field."""
+    for part, from_part in parts_of(values, source):
+        part[rows] = from_part[others]
+
+
+def _mix(
+    values: Values,
+    source: Values,
+    rows: Tensor,
+    others: Tensor,
+    share: Tensor,
+    generator: torch.Generator,
+) -> None:
+    """Give ``rows`` the values that ``others`` have at a ``share`` [n] of the positions.
+
+    Positions go along the first axis of a sample, and are the same in every field that has as many:
+    a token keeps its place in the attention mask.
+    """
+    drawn: dict[int, Tensor] = {}
+    for part, from_part in parts_of(values, source):
+        size = part.shape[1] if part.dim() > 1 else 1
+        if size not in drawn:
+            draw = torch.rand(len(rows), size, generator=generator, device=generator.device)
+            drawn[size] = draw.to(share.device) < share[:, None]
+        swap = drawn[size].view(len(rows), *part.shape[1:2], *[1] * (part.dim() - 2))
+        part[rows] = torch.where(swap, from_part[others], part[rows])
 
 
 def drop_modalities(mask: Tensor, probability: float, generator: torch.Generator) -> Tensor:
@@ -163,30 +204,6 @@ def drop_modalities(mask: Tensor, probability: float, generator: torch.Generator
     last = draw.masked_fill(~mask, -1.0).argmax(1, keepdim=True)
     rescue = torch.zeros_like(mask).scatter_(1, last, True) & mask
     return torch.where(kept.any(1, keepdim=True), kept, rescue)
-
-
-def parse_degrade(text: str, modalities: Sequence[str]) -> tuple[str, str]:
-    """``"audio=noise"`` -> ``("audio", "noise")``.
-
-    Raises InputError that says which modalities and kinds there are.
-
-    >>> parse_degrade("audio=noise", ["audio", "visual"])
-    ('audio', 'noise')
-    """
-    modality, equals, kind = text.partition("=")
-    if not equals:
-        raise InputError(
-            f"degrade: {text!r} is not <modality>=<kind>, such as {modalities[0]}=noise"
-        )
-    return _check(modality.strip(), kind.strip(), modalities)
-
-
-def _check(modality: str, kind: str, modalities: Sequence[str]) -> tuple[str, str]:
-    if modality not in modalities:
-        raise InputError(f"degrade: no modality {modality!r}; there are {', '.join(modalities)}")
-    if kind not in KINDS:
-        raise InputError(f"degrade: {kind!r} is none of {', '.join(KINDS)}")
-    return modality, kind
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -6,7 +6,7 @@ modalities in that order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,16 +15,18 @@ import torch
 from torch import Tensor
 
 from iibalance.data.standardize import Standardizer
+from iibalance.data.values import Values, each
 
 
 class Batch(NamedTuple):
     """B samples of every modality.
 
-    ``inputs[m]`` is [B, ...] float32, standardised, zero where missing; ``targets`` [B] int64;
-    ``mask`` [B, M] bool, True where the modality is present, columns in the order of ``inputs``.
+    ``inputs[m]`` is [B, ...] float32, standardised, zero where missing; for token ids and raw
+    inputs it is what the modality's encoder takes. ``targets`` is [B] int64; ``mask`` [B, M] bool,
+    True where the modality is present, columns in the order of ``inputs``.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Values]
     targets: Tensor
     mask: Tensor
     #: [B] row numbers in the split, where the batch was taken from one. It hides `tuple.index`.
@@ -47,7 +49,7 @@ class Split(torch.utils.data.Dataset):
     [[0, 1], [0]]
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Values]
     targets: Tensor
     mask: Tensor
     groups: Tensor | None = None
@@ -55,20 +57,22 @@ class Split(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.targets)
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities, in order."""
+        return tuple(self.inputs)
+
     def __getitem__(self, index: int) -> Batch:
         """One sample without the batch dimension, for ``default_collate`` to make a batch of."""
-        return Batch(
-            {name: values[index] for name, values in self.inputs.items()},
-            self.targets[index],
-            self.mask[index],
-            torch.tensor(index),
-        )
+        batch = self.__getitems__([index])
+        inputs = {name: each(lambda part: part[0], values) for name, values in batch.inputs.items()}
+        return Batch(inputs, batch.targets[0], batch.mask[0], torch.tensor(index))
 
     def __getitems__(self, indices: Sequence[int] | Tensor) -> Batch:
         """The samples at ``indices`` [B] as one :class:`Batch` (a copy)."""
         rows = torch.as_tensor(indices, dtype=torch.long)
         return Batch(
-            {name: values[rows] for name, values in self.inputs.items()},
+            {name: each(lambda part: part[rows], values) for name, values in self.inputs.items()},
             self.targets[rows],
             self.mask[rows],
             rows,
@@ -79,14 +83,53 @@ class Split(torch.utils.data.Dataset):
 
         Everything is copied.
         """
-        rows = torch.as_tensor(indices)
-        rows = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows.long()
+        rows = as_rows(indices)
         inputs, targets, mask, _ = self.__getitems__(rows)
         return Split(inputs, targets, mask, None if self.groups is None else self.groups[rows])
+
+    def only(self, name: str) -> Split:
+        """The samples that have modality ``name``, with that modality alone."""
+        rows = self.mask[:, self.modalities.index(name)].nonzero().squeeze(1)
+        return Split(
+            {name: each(lambda part: part[rows], self.inputs[name])},
+            self.targets[rows],
+            torch.ones(len(rows), 1, dtype=torch.bool),
+            None if self.groups is None else self.groups[rows],
+        )
 
     def batch(self) -> Batch:
         """Everything as one :class:`Batch` (views, no copy)."""
         return Batch(dict(self.inputs), self.targets, self.mask)
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """The samples in order, ``size`` at a time (views, no copy)."""
+        for start in range(0, len(self), size):
+            rows = slice(start, start + size)
+            inputs = {
+                name: each(lambda part: part[rows], values) for name, values in self.inputs.items()
+            }
+            yield Batch(inputs, self.targets[rows], self.mask[rows])
+
+    def chunks(self) -> Iterator[Batch]:
+        """The samples in order, as many at a time as memory is meant to hold: here all of them."""
+        yield self.batch()
+
+    def head(self, name: str, count: int = 2) -> Values:
+        """The first ``count`` samples that have a modality: what an encoder is tried on.
+
+        Where there are fewer, the first samples, whatever they hold.
+        """
+        return self.__getitems__(self._first(name, count)).inputs[name]
+
+    def _first(self, name: str, count: int) -> Tensor:
+        there = self.mask[:, self.modalities.index(name)].nonzero().squeeze(1)[:count]
+        return there if len(there) == count else torch.arange(min(count, len(self)))
+
+
+def as_rows(indices: Sequence[int] | Tensor | np.ndarray) -> Tensor:
+    """Row numbers int64, of integers or of a bool [N]."""
+    rows = torch.as_tensor(indices)
+    return rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows.long()
 
 
 def identity(batch: Any) -> Any:
@@ -114,5 +157,5 @@ class MultimodalData:
     validation: Split
     test: Split
     standardizer: Standardizer
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, Any]
     layouts: dict[str, str]

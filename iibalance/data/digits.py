@@ -16,12 +16,12 @@ from scipy import ndimage
 from sklearn.datasets import load_digits
 
 from iibalance.config import DataConfig
-from iibalance.data.assemble import RawData
+from iibalance.data.samples import Samples
 from iibalance.data.splits import hold_out
 from iibalance.errors import InputError
 
 
-def read_digits(config: DataConfig) -> RawData:
+def read_digits(config: DataConfig) -> Samples:
     """The 1,797 digits (E. Alpaydin, C. Kaynak, UCI 1998), split 60/20/20 by class.
 
     The modalities are ``pixels`` [64], ``fourier`` [34] and ``shape`` [7].
@@ -29,16 +29,16 @@ def read_digits(config: DataConfig) -> RawData:
     Raises InputError for options that only mean something for a file, and for a modality that is
     none of the three.
 
-    >>> raw = read_digits(DataConfig(modalities="shape,pixels"))
-    >>> {name: array.shape for name, array in raw.arrays.items()}
-    {'shape': (1797, 7), 'pixels': (1797, 64)}
+    >>> samples = read_digits(DataConfig())
+    >>> {name: array.shape for name, array in samples.inputs.items()}
+    {'pixels': (1797, 64), 'fourier': (1797, 34), 'shape': (1797, 7)}
     """
     for option, default in (("path", None), ("groups", None), ("split", "split")):
         value = getattr(config, option)
         if value != default:
             raise InputError(
                 f"data.{option}: {value!r} is given, but the digits have no such thing; "
-                "for your own file add data.name npz"
+                "for your own file leave data.name out"
             )
     bunch = load_digits()
     images, targets = bunch.images, bunch.target.astype(np.int64)
@@ -47,8 +47,7 @@ def read_digits(config: DataConfig) -> RawData:
         "fourier": fourier_view(images),
         "shape": shape_view(images),
     }
-    chosen = config.modality_list() or tuple(views)
-    for name in chosen:
+    for name in config.modality_list() or ():
         if name not in views:
             raise InputError(
                 f"data.modalities: the digits have no {name!r}; there are {', '.join(views)}"
@@ -57,14 +56,13 @@ def read_digits(config: DataConfig) -> RawData:
     rest = np.flatnonzero(~test)
     split = np.where(test, 2, 0)
     split[rest[hold_out(targets[rest], 0.25, seed=config.split_seed)]] = 1
-    return RawData(
-        origin="digits",
-        arrays={name: views[name].astype(np.float32) for name in chosen},
-        targets=targets,
-        mask=np.ones((len(targets), len(chosen)), dtype=bool),
-        groups=None,
+    return Samples(
+        {name: values.astype(np.float32) for name, values in views.items()},
+        targets,
         split=split,
-        class_names=[str(digit) for digit in range(10)],
+        classes=[str(digit) for digit in range(10)],
+        origin="digits",
+        key="{}".format,
     )
 
 

@@ -6,18 +6,24 @@ its statistics.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from iibalance.errors import InputError
 
-Layout = Literal["vector", "sequence", "image", "video"]
+Layout = Literal["vector", "sequence", "image", "video", "tokens", "raw"]
 
-# How many dimensions a sample of each layout may have; None: any number, it is flattened.
-LAYOUT_DIMENSIONS = {"vector": None, "sequence": (2, 3, 4), "image": (2, 3), "video": (3, 4)}
+# How many dimensions a sample of each layout may have; None: any number (a vector is flattened).
+LAYOUT_DIMENSIONS = {
+    "vector": None,
+    "sequence": (2, 3, 4),
+    "image": (2, 3),
+    "video": (3, 4),
+    "tokens": (1,),  # token ids, 0 = padding
+    "raw": None,  # as it is, for an encoder of the user's own
+}
 
 # An axis of 1 to 4 may be colour channels; a longer one is not taken for them.
 MAX_CHANNELS = 4
@@ -71,7 +77,7 @@ def infer_layout(shape: Sequence[int], dtype: Any = None) -> Layout:
         return "video"
     raise InputError(
         f"a sample of shape {shape} can be read in more than one way; pass its layout "
-        f"({', '.join(LAYOUT_DIMENSIONS)}) or bring your own encoder"
+        "(vector, sequence, image, video) or bring your own encoder"
     )
 
 
@@ -91,30 +97,64 @@ def check_layout(shape: Sequence[int], layout: str) -> None:
 
 
 def choose_layouts(
-    arrays: Mapping[str, np.ndarray], given: Mapping[str, str], origin: str
+    inputs: Mapping[str, Any],
+    given: Mapping[str, str],
+    error: Callable[[str], InputError],
+    key: Callable[[str], str],
+    own: Collection[str] = (),
 ) -> dict[str, str]:
-    """The layout of each of the ``arrays`` [N, ...]: the one the user gave, or else inferred.
+    """The layout of each modality of ``inputs``: the one the user gave, or else inferred.
 
-    Raises InputError that begins with ``origin`` and names the modality.
+    Args:
+        inputs: modality name -> array [N, ...], or a dict of them.
+        given: layouts that the user gave.
+        error, key: make an InputError, and say how it calls a modality.
+        own: modalities with an encoder of the user's own. Their integers (but bytes, which are
+            pixels) are ids, and what cannot be told is taken as it is.
     """
-    unknown = sorted(set(given) - set(arrays))
+    unknown = sorted(set(given) - set(inputs))
     if unknown:
         raise InputError(
-            f"data.layouts: {unknown[0]!r} is no modality in use; there are {', '.join(arrays)}"
+            f"data.layouts: {unknown[0]!r} is no modality in use; there are {', '.join(inputs)}"
         )
-    layouts = {}
-    for name, array in arrays.items():
+    layouts: dict[str, str] = {}
+    for name, array in inputs.items():
         try:
-            layouts[name] = given.get(name) or infer_layout(array.shape[1:], array.dtype)
-            check_layout(array.shape[1:], layouts[name])
-        except InputError as error:
-            raise InputError(f"{origin}: x_{name}: {error}") from None
+            layouts[name] = given.get(name) or _layout_of(array, name in own)
+            if isinstance(array, Mapping):
+                if layouts[name] != "raw" or name not in own:
+                    raise InputError(
+                        f"holds the fields {', '.join(array)}, which only an encoder of your own "
+                        f"can read; give train(..., encoders={{{name!r}: ...}})"
+                    )
+            elif layouts[name] == "raw" and name not in own:
+                raise InputError(
+                    "layout 'raw' is read by an encoder of your own; "
+                    f"give train(..., encoders={{{name!r}: ...}}), or another layout"
+                )
+            else:
+                check_layout(array.shape[1:], layouts[name])
+        except InputError as found:
+            raise error(f"{key(name)}: {found}") from None
     return layouts
+
+
+def _layout_of(array: Any, own: bool) -> str:
+    if isinstance(array, Mapping):
+        return "raw"
+    if own and _is_integer(array.dtype) and array.dtype.itemsize > 1:
+        return "raw"
+    try:
+        return infer_layout(array.shape[1:], array.dtype)
+    except InputError:
+        if own:
+            return "raw"
+        raise
 
 
 def _is_integer(dtype: Any) -> bool:
     if dtype is None:
         return False
-    if isinstance(dtype, torch.dtype):
-        return not (dtype.is_floating_point or dtype.is_complex)
+    if str(dtype).startswith("torch."):
+        return "int" in str(dtype)
     return np.dtype(dtype).kind in "iu"

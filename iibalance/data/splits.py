@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-from torch import Tensor
 
 from iibalance.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def hold_out(
@@ -84,15 +87,19 @@ def make_folds(
     if folds < 2:
         raise InputError(f"budgets.folds: {folds}; at least 2 are needed to hold samples out")
     if groups is None:
-        what = "samples of the rarest class"
-        there = int(np.unique(targets.numpy(), return_counts=True)[1].min())
+        labels, counts = np.unique(targets.numpy(), return_counts=True)
+        what, there = "samples of every class", int(counts.min())
+        found = f"class {labels[counts.argmin()]} has {there} in the training split"
     else:
         what, there = "groups", len(np.unique(groups))
+        found = f"there are {there}"
     if there < folds:
-        raise InputError(
-            f"budgets.folds: {folds} folds need as many {what}, there are {there}; "
-            "lower budgets.folds"
-        )
+        remedy = f"lower budgets.folds to {there}"
+        if there < 2 and groups is None:
+            remedy = "give more samples of this class, or leave it out"
+        elif there < 2:
+            remedy = "give no groups, or samples of more groups"
+        raise InputError(f"budgets.folds: {folds} folds need as many {what}, {found}; {remedy}")
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold
     splitter = kind(folds, shuffle=True, random_state=seed % 2**32)
     labels, apart = targets.numpy(), None if groups is None else groups.numpy()

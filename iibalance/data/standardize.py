@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from iibalance.data.layouts import MAX_CHANNELS, check_layout, infer_layout
+from iibalance.data.values import Values, each
 from iibalance.errors import InputError
+
+MAX_ID = 10_000_000  # token ids above are no row of a table of vectors that fits memory
 
 
 class Standardizer(nn.Module):
@@ -19,10 +23,19 @@ class Standardizer(nn.Module):
     samples and over what a layout holds to be alike: per feature of a vector, per channel of a
     sequence (over its frames), of an image or of a video (over their pixels).
 
+    Modalities of layout ``tokens`` and ``raw``, and those that are ``off``, pass as they are, as
+    float32, int64, uint8 or bool. Bytes that are off become numbers in [0, 1], and token ids beyond
+    those seen in training become one more id.
+
     The buffers ``mean_<modality>`` and ``std_<modality>``, float32, are the whole state, and the
     constructor's arguments tell their shapes: to read a saved one,
-    ``Standardizer(shapes, layouts).load_state_dict(...)``. ``shapes[m]`` is the shape of one
-    sample; layouts not given are inferred.
+    ``Standardizer(shapes, layouts).load_state_dict(...)``.
+
+    Args:
+        shapes: modality -> shape of one sample, or a dict of them by field.
+        layouts: modality -> layout; inferred where not given.
+        off: modalities that are not to be standardised.
+        vocabularies: of ``tokens``: modality -> number of ids; :meth:`fit` counts them.
 
     >>> standardizer = Standardizer({"audio": (40, 26)})
     >>> standardizer.mean_audio.shape
@@ -34,20 +47,33 @@ class Standardizer(nn.Module):
     """
 
     def __init__(
-        self, shapes: Mapping[str, Sequence[int]], layouts: Mapping[str, str] | None = None
+        self,
+        shapes: Mapping[str, Any],
+        layouts: Mapping[str, str] | None = None,
+        *,
+        off: Collection[str] = (),
+        vocabularies: Mapping[str, int] | None = None,
     ):
         super().__init__()
-        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self.shapes = {name: _as_shape(shape) for name, shape in shapes.items()}
         self.layouts = {
-            name: (layouts or {}).get(name) or infer_layout(shape)
+            name: (layouts or {}).get(name)
+            or ("raw" if isinstance(shape, dict) else infer_layout(shape))
             for name, shape in self.shapes.items()
         }
+        self.off = tuple(name for name in self.shapes if name in off)
+        self.vocabularies = dict(vocabularies or {})
         for name, shape in self.shapes.items():
-            statistic = statistic_shape(shape, self.layouts[name])
-            self.register_buffer(f"mean_{name}", torch.zeros(statistic))
-            self.register_buffer(f"std_{name}", torch.ones(statistic))
+            if self.applies_to(name):
+                statistic = statistic_shape(shape, self.layouts[name])
+                self.register_buffer(f"mean_{name}", torch.zeros(statistic))
+                self.register_buffer(f"std_{name}", torch.ones(statistic))
 
-    def fit(self, inputs: Mapping[str, Tensor], mask: Tensor) -> Standardizer:
+    def applies_to(self, name: str) -> bool:
+        """Whether a modality is standardised."""
+        return name not in self.off and self.layouts[name] not in ("tokens", "raw")
+
+    def fit(self, inputs: Mapping[str, Values], mask: Tensor) -> Standardizer:
         """Set the statistics from ``inputs[m]`` [N, ...] where ``mask`` [N, M] is True.
 
         The inputs are of any real dtype. Returns itself.
@@ -56,7 +82,7 @@ class Standardizer(nn.Module):
         its neighbours (1e-9), gets std 1: dividing by rounding noise would turn the first unusual
         value into an enormous one.
 
-        Raises InputError where a modality has no row at all.
+        Raises InputError where a modality has no row at all, and for token ids below 0.
         """
         for column, name in enumerate(self.shapes):
             rows = mask[:, column].nonzero().squeeze(1)
@@ -64,27 +90,126 @@ class Standardizer(nn.Module):
                 raise InputError(
                     f"{name}: missing in every training sample; leave this modality out"
                 )
-            held_mean, held_std = getattr(self, f"mean_{name}"), getattr(self, f"std_{name}")
-            over = [0, *(1 + axis for axis, size in enumerate(held_mean.shape) if size == 1)]
-            mean, std = _mean_and_std(inputs[name], rows, over)
-            floor = torch.maximum(1e-6 * mean.abs(), 1e-9 * std.max())
-            std = torch.where(std > floor.clamp_min(torch.finfo(torch.float32).tiny), std, 1.0)
-            held_mean.copy_(mean)
-            held_std.copy_(std)
+            values = cast(Tensor, inputs[name])
+            if self.applies_to(name):
+                self._set(name, *_mean_and_std(values, rows, self._axes(name)))
+            elif self.layouts[name] == "tokens":
+                self.count_ids(name, values[rows])
         return self
 
-    def transform(self, inputs: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
-        """Standardised float32 copies [N, ...] of ``inputs``, on their device.
+    def fit_batches(self, batches: Iterable[tuple[Mapping[str, Values], Tensor]]) -> Standardizer:
+        """As :meth:`fit`, from (inputs, mask) a batch at a time: for data that memory cannot hold.
 
-        Rows that ``mask`` [N, M] says are missing may hold anything, NaN included; they become 0.
+        The moments are merged as Chan, Golub and LeVeque do (1979).
         """
-        output = {}
-        for column, name in enumerate(self.shapes):
-            values = inputs[name].to(torch.float32, copy=True)
-            values.sub_(getattr(self, f"mean_{name}")).div_(getattr(self, f"std_{name}"))
-            values[~mask[:, column]] = 0.0
-            output[name] = values
+        moments: dict[str, tuple[int, Tensor, Tensor]] = {}
+        there = dict.fromkeys(self.shapes, 0)
+        for inputs, mask in batches:
+            for column, name in enumerate(self.shapes):
+                rows = mask[:, column].nonzero().squeeze(1)
+                there[name] += len(rows)
+                if not len(rows):
+                    continue
+                values = cast(Tensor, inputs[name])
+                if self.applies_to(name):
+                    fresh = _moments(values[rows].double(), self._axes(name))
+                    moments[name] = _merged(moments[name], fresh) if name in moments else fresh
+                elif self.layouts[name] == "tokens":
+                    self.count_ids(name, values[rows])
+        for name, count in there.items():
+            if not count:
+                raise InputError(
+                    f"{name}: missing in every training sample; leave this modality out"
+                )
+        for name, (count, mean, squares) in moments.items():
+            self._set(name, mean, (squares / count).sqrt())
+        return self
+
+    def _axes(self, name: str) -> list[int]:
+        """The axes of a batch that a modality's statistics are taken over."""
+        held = getattr(self, f"mean_{name}")
+        return [0, *(1 + axis for axis, size in enumerate(held.shape) if size == 1)]
+
+    def _set(self, name: str, mean: Tensor, std: Tensor) -> None:
+        floor = torch.maximum(1e-6 * mean.abs(), 1e-9 * std.max())
+        std = torch.where(std > floor.clamp_min(torch.finfo(torch.float32).tiny), std, 1.0)
+        getattr(self, f"mean_{name}").copy_(mean)
+        getattr(self, f"std_{name}").copy_(std)
+
+    def count_ids(self, name: str, ids: Tensor) -> None:
+        """Note the token ids [N, T] that training holds."""
+        _check_ids(name, ids)
+        if ids.max() > MAX_ID:
+            raise InputError(
+                f"{name}: holds the token id {ids.max().item()}, of a vocabulary too large for a "
+                "table of vectors; number the tokens from 1 without gaps"
+            )
+        known = self.vocabularies.get(name, 1)
+        self.vocabularies[name] = max(known, int(ids.max()) + 1)
+
+    def transform(
+        self, inputs: Mapping[str, Values], mask: Tensor, names: Sequence[str] | None = None
+    ) -> dict[str, Values]:
+        """What encoders are given: copies [N, ...] of ``inputs``, on their device.
+
+        Standardised modalities are float32. Rows that ``mask`` [N, M] says are missing may hold
+        anything, NaN included; they become 0. Its columns are ``names``, all by default.
+        """
+        output: dict[str, Values] = {}
+        for column, name in enumerate(self.shapes if names is None else names):
+            missing = ~mask[:, column]
+            if self.applies_to(name):
+                values = cast(Tensor, inputs[name]).to(torch.float32, copy=True)
+                values.sub_(getattr(self, f"mean_{name}")).div_(getattr(self, f"std_{name}"))
+                values[missing] = 0.0
+                output[name] = values
+            else:
+                output[name] = each(lambda part: self._as_is(name, part, missing), inputs[name])
         return output
+
+    def first_bad(self, inputs: Mapping[str, Values]) -> tuple[str, int] | None:
+        """(modality, row) of the first standardised value that float32 cannot hold."""
+        for name, values in inputs.items():
+            if self.applies_to(name) and isinstance(values, Tensor):
+                bad = ~values.flatten(1).isfinite().all(1)
+                if bad.any():
+                    return name, int(bad.nonzero()[0])
+        return None
+
+    def _as_is(self, name: str, values: Tensor, missing: Tensor) -> Tensor:
+        if self.layouts[name] == "tokens":
+            values = values.masked_fill(missing.view(-1, *[1] * (values.dim() - 1)), 0)
+            _check_ids(name, values)
+            return values.long().clamp_(max=self.vocabularies[name])
+        if values.dtype == torch.uint8 and self.layouts[name] != "raw":  # pixels
+            values = values.float().div_(255)
+        elif values.dtype not in (torch.uint8, torch.bool):
+            number = values.is_floating_point()
+            values = values.to(torch.float32 if number else torch.int64, copy=True)
+        else:
+            values = values.clone()
+        values[missing] = 0
+        return values
+
+
+def _check_ids(name: str, ids: Tensor) -> None:
+    kind = str(ids.dtype).removeprefix("torch.")
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise InputError(
+            f"{name}: layout 'tokens' takes integers, and this is {kind}; convert it, such as "
+            "with .astype(int), and tell what is missing by a mask"
+        )
+    if len(ids) and ids.min() < 0:
+        raise InputError(
+            f"{name}: holds the token id {ids.min().item()}; "
+            "number tokens from 1, and give 0 for padding"
+        )
+
+
+def _as_shape(shape: Any) -> Any:
+    if isinstance(shape, Mapping):
+        return {field: tuple(sizes) for field, sizes in shape.items()}
+    return tuple(shape)
 
 
 def statistic_shape(shape: Sequence[int], layout: str) -> tuple[int, ...]:
@@ -127,3 +252,19 @@ def _mean_and_std(values: Tensor, rows: Tensor, over: list[int]) -> tuple[Tensor
 
     mean = average(lambda block: block)
     return mean, average(lambda block: (block - mean).square()).sqrt()
+
+
+def _moments(values: Tensor, over: list[int]) -> tuple[int, Tensor, Tensor]:
+    """Count, mean and summed squares about the mean of ``values`` over the axes ``over``."""
+    count = math.prod(values.shape[axis] for axis in over)
+    mean = values.mean(over, keepdim=True)
+    return count, mean[0], (values - mean).square().sum(over, keepdim=True)[0]
+
+
+def _merged(
+    one: tuple[int, Tensor, Tensor], other: tuple[int, Tensor, Tensor]
+) -> tuple[int, Tensor, Tensor]:
+    (n, mean, squares), (m, its, more) = one, other
+    apart = its - mean
+    total = n + m
+    return total, mean + apart * (m / total), squares + more + apart.square() * (n * m / total)

@@ -16,7 +16,8 @@ from iibalance.data.dataset import Batch, Split
 from iibalance.errors import InputError, as_sequence
 from iibalance.methods.step import training_step
 from iibalance.nn.calibration import HeldOut
-from iibalance.nn.model import MultimodalClassifier, embedding_dims_of
+from iibalance.nn.encoding import embedding_dims_of
+from iibalance.nn.model import MultimodalClassifier
 
 
 class Method:

@@ -14,6 +14,7 @@ from types import ModuleType
 from iibalance.config import RunConfig
 from iibalance.errors import InputError
 from iibalance.files import file_digest
+from iibalance.method_names import check_method
 from iibalance.methods.agm import AGM
 from iibalance.methods.base import Method
 from iibalance.methods.concat import Concat
@@ -134,16 +135,10 @@ def method_class(name: str) -> type[Method]:
     """The class behind a method's name (see :func:`make_method`)."""
     if name in METHODS:
         return METHODS[name]
-    place, colon, attribute = name.rpartition(":")
-    if not colon:
-        raise InputError(
-            f"method: {name!r} is none of {', '.join(METHODS)}; "
-            "a method of your own is given as my_file.py:MyMethod"
-        )
+    check_method(name)
+    place, _, attribute = name.rpartition(":")
     try:
         found = getattr(_module(place), attribute, None)
-    except InputError:
-        raise
     except Exception as error:  # whatever the user's own file does
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise InputError(f"method: {place} cannot be imported ({said})") from error
@@ -154,18 +149,6 @@ def method_class(name: str) -> type[Method]:
             f'method: {attribute} in {place} has no name; give the class one, such as name = "mine"'
         )
     return found
-
-
-def absolute(name: str) -> str:
-    """A method's name that means the same from any folder: a ``.py`` file by its whole path.
-
-    >>> absolute("iibalance")
-    'iibalance'
-    """
-    place, colon, attribute = name.rpartition(":")
-    if not (colon and place.endswith(".py")):
-        return name
-    return f"{Path(place).expanduser().resolve()}:{attribute}"
 
 
 def own_source(name: str) -> str | None:
@@ -192,8 +175,6 @@ def _module(place: str) -> ModuleType:
     if not place.endswith(".py"):
         return importlib.import_module(place)
     path = Path(place).expanduser().resolve()
-    if not path.is_file():
-        raise InputError(f"method: {place}: no such file")
     # A file that has changed is another module.
     digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:16]
     name = f"iibalance_user_{path.stem}_{digest}"

@@ -54,25 +54,26 @@ def collect(
     The model has an IIBalanceHead; ``seed`` chooses the corruptions.
     """
     generator = torch.Generator().manual_seed(seed)
-    clean, parts = split.batch(), []
+    parts = []
     for copy in range(config.copies + 1):
-        batch, weight = clean, 1.0
-        if copy:
-            batch = random_corruptions(clean, generator=generator, max_strength=config.max_strength)
-            weight = config.corrupted_weight / config.copies
-        for rows, embeddings, mask in in_batches(
-            model, batch.inputs, batch.mask, batch_size=batch_size
-        ):
-            parts.append(
-                HeldOut(
-                    [values.float().cpu() for values in model.head.heads(embeddings, mask)],
-                    model.head.prototypes.novelty(embeddings).cpu(),
-                    batch.targets[rows],
-                    mask.cpu(),
-                    torch.full((len(mask),), weight),
-                    torch.full((len(mask),), copy == 0),
+        weight = config.corrupted_weight / config.copies if copy else 1.0
+        for batch in split.chunks():
+            if copy:
+                batch = random_corruptions(
+                    batch, generator=generator, max_strength=config.max_strength
                 )
-            )
+            parts_of = Split(batch.inputs, batch.targets, batch.mask).batches(batch_size)
+            for rows, embeddings, mask in in_batches(model, parts_of):
+                parts.append(
+                    HeldOut(
+                        [values.float().cpu() for values in model.head.heads(embeddings, mask)],
+                        model.head.prototypes.novelty(embeddings).cpu(),
+                        batch.targets[rows],
+                        mask.cpu(),
+                        torch.full((len(mask),), weight),
+                        torch.full((len(mask),), copy == 0),
+                    )
+                )
     return merge(parts)
 
 

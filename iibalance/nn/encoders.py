@@ -10,13 +10,15 @@ the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from iibalance.config import ModelConfig
 from iibalance.data.layouts import check_layout, infer_layout
+from iibalance.data.standardize import Standardizer
 from iibalance.errors import InputError
 
 
@@ -27,12 +29,14 @@ def build_encoder(
     width: int = ModelConfig.width,
     dropout: float = ModelConfig.dropout,
     layout: str | None = None,
+    vocabulary: int | None = None,
 ) -> nn.Module:
     """The built-in encoder for samples of ``shape``: [B, *shape] float -> [B, embedding_dim].
 
     ``shape`` is without the batch dimension. ``layout`` is one of ``"vector"``, ``"sequence"``,
-    ``"image"`` and ``"video"``; None infers it from the shape, by the rules of
-    :func:`iibalance.data.layouts.infer_layout`. ``width`` scales the hidden channels.
+    ``"image"``, ``"video"`` and ``"tokens"`` ([B, T] int64, 0 = padding, below ``vocabulary``);
+    None infers it from the shape, by the rules of :func:`iibalance.data.layouts.infer_layout`.
+    ``width`` scales the hidden channels.
 
     Raises :class:`~iibalance.errors.InputError` for a layout that does not exist or does not fit
     the shape.
@@ -43,8 +47,8 @@ def build_encoder(
     """
     shape = tuple(int(size) for size in shape)
     layout = layout or infer_layout(shape)
-    if layout not in _BUILDERS:
-        raise InputError(f"layout: {layout!r} is none of {', '.join(_BUILDERS)}")
+    if layout not in (*_BUILDERS, "tokens"):
+        raise InputError(f"layout: {layout!r} is none of {', '.join(_BUILDERS)}, tokens")
     try:
         check_layout(shape, layout)
     except InputError:
@@ -52,7 +56,25 @@ def build_encoder(
             f"layout: {layout!r} does not fit samples of shape {shape}; "
             "choose another layout or bring your own encoder"
         ) from None
+    if layout == "tokens":
+        if vocabulary is None:
+            raise InputError("vocabulary: layout 'tokens' needs the number of ids; give it")
+        return TokenEncoder(shape, embedding_dim, width, dropout, vocabulary)
     return _BUILDERS[layout](shape, embedding_dim, width, dropout)
+
+
+def builtin(name: str, model: ModelConfig, standardizer: Standardizer) -> Callable[[], nn.Module]:
+    """A function that makes the built-in encoder of a modality, as its standardizer reads it."""
+    return partial(
+        build_encoder,
+        standardizer.shapes[name],
+        embedding_dim=model.embedding_dim,
+        width=model.width,
+        dropout=model.dropout,
+        layout=standardizer.layouts[name],
+        # One more than training saw: all ids that it did not see.
+        vocabulary=standardizer.vocabularies.get(name, 0) + 1,
+    )
 
 
 class VectorEncoder(nn.Sequential):
@@ -105,6 +127,25 @@ class SequenceEncoder(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         hidden = self.convolutions(inputs.flatten(2).transpose(1, 2))  # [B, 2 * width, T / 4]
         return self.project(torch.cat([hidden.mean(-1), hidden.amax(-1)], 1))
+
+
+class TokenEncoder(nn.Sequential):
+    """Learnt vectors of token ids [B, T], read as a sequence. Padding, id 0, is zero."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        embedding_dim: int,
+        width: int,
+        dropout: float,
+        vocabulary: int,
+    ):
+        vectors = nn.Embedding(vocabulary, 2 * width, padding_idx=0)
+        with torch.no_grad():
+            vectors.weight[-1] = 0.0  # the ids that training has not seen: as good as padding
+        super().__init__(
+            vectors, SequenceEncoder((*shape, 2 * width), embedding_dim, width, dropout)
+        )
 
 
 class ImageEncoder(nn.Module):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from iibalance.data.dataset import Split
+from iibalance.data.dataset import Batch, Split
+from iibalance.data.lazy import ArrayReader
+from iibalance.data.samples import Samples, as_array
+from iibalance.data.values import Values, each, is_numeric, shapes_of
 from iibalance.errors import InputError, as_sequence, check_names
+from iibalance.nn.encoding import embedding_dims_of, encode, encoder_size, evaluating
 from iibalance.nn.head import HeadOutput, IIBalanceHead
 
 BATCH_SIZE = 256  # samples a step where nothing is trained: bounds memory
@@ -29,7 +33,8 @@ class MultimodalClassifier(nn.Module):
     """One encoder a modality and a head over their embeddings.
 
     Args:
-        encoders: modality name -> any module that maps [B, ...] to [B, D_m].
+        encoders: modality name -> any module that maps [B, ...] to [B, D_m]. One whose input has
+            several fields (``{"input_ids": ..., "attention_mask": ...}``) is given them by name.
         num_classes: K; ignored when ``head`` is given.
         embedding_dims: modality name -> D_m. Left out, it is read from each encoder's
             ``embedding_dim`` attribute or its last ``nn.Linear``.
@@ -60,6 +65,11 @@ class MultimodalClassifier(nn.Module):
     ):
         super().__init__()
         self.modalities = check_names(encoders)
+        for name, encoder in encoders.items():
+            if not isinstance(encoder, nn.Module):
+                raise InputError(
+                    f"encoders: {name} is a {type(encoder).__name__}; give a torch.nn.Module"
+                )
         if head is None:
             if num_classes is None:
                 raise ValueError("num_classes: expected the number of classes (or give a head)")
@@ -87,14 +97,26 @@ class MultimodalClassifier(nn.Module):
         self.num_classes = head.num_classes
         self.class_names = class_names or [str(index) for index in range(self.num_classes)]
 
-    def embed(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Embeddings of standardised inputs, M of [B, D_m]."""
+    def embed(self, inputs: Mapping[str, Values], mask: Tensor | None = None) -> list[Tensor]:
+        """Embeddings of standardised inputs, M of [B, D_m].
+
+        What is no number (token ids, fields) has no neutral value to stand for a missing row, so
+        its encoder sees the rows that ``mask`` [B, M] says are present, and the others are 0.
+        """
         values = as_sequence(inputs, self.modalities, "inputs")
-        return [encoder(rows) for encoder, rows in zip(self.encoders, values)]
+        embeddings = []
+        sizes = list(getattr(self.head, "embedding_dims", {}).values())
+        for index, (encoder, rows) in enumerate(zip(self.encoders, values)):
+            present = None if mask is None or is_numeric(rows) else mask[:, index]
+            if present is not None and sizes and not bool(present.any()):
+                embeddings.append(torch.zeros(len(present), sizes[index], device=present.device))
+            else:
+                embeddings.append(encode(encoder, rows, present))
+        return embeddings
 
     def forward(
         self,
-        inputs: Mapping[str, Tensor],
+        inputs: Mapping[str, Values],
         targets: Tensor | None = None,
         *,
         mask: Tensor | None = None,
@@ -108,7 +130,8 @@ class MultimodalClassifier(nn.Module):
             mask: [B, M] bool, True = present.
             progress: in [0, 1]; see the head.
         """
-        return self.head(self.embed(inputs), targets, mask=mask, progress=progress)
+        embeddings = self.embed(inputs, mask)
+        return self.head(embeddings, targets, mask=mask, progress=progress)
 
     def keys_of(self, index: int) -> set[str]:
         """Names, in the state dict, of what belongs to modality ``index`` alone.
@@ -122,7 +145,7 @@ class MultimodalClassifier(nn.Module):
     @torch.inference_mode()
     def predict(
         self,
-        batch: Mapping[str, Tensor | np.ndarray],
+        batch: Mapping[str, Any] | Samples,
         mask: Tensor | np.ndarray | None = None,
         *,
         batch_size: int = BATCH_SIZE,
@@ -133,7 +156,8 @@ class MultimodalClassifier(nn.Module):
         back afterwards.
 
         Args:
-            batch: modality name -> [N, ...] array or tensor. A modality left out is missing in
+            batch: modality name -> [N, ...] array or tensor, or whatever
+                :class:`~iibalance.data.samples.Samples` takes. A modality left out is missing in
                 every sample; its column of ``mask`` is ignored.
             mask: [N, M] bool, True = present; all present by default. Rows of a missing modality
                 may hold anything, NaN included.
@@ -142,95 +166,96 @@ class MultimodalClassifier(nn.Module):
         Raises :class:`~iibalance.errors.InputError` for unknown names, differing lengths, NaN or
         infinite values and samples with no modality.
         """
-        inputs, mask = self._check_batch(batch, mask)
-        if not len(mask):
-            raise InputError("batch: holds no samples")
+        if next(self.parameters()).is_meta:
+            raise InputError(
+                "batch: the model is on the meta device and holds no numbers; "
+                "model.to_empty(device=...) and load_state_dict first"
+            )
+        inputs, mask = self.check_batch(batch, mask)
+        samples = Split(inputs, torch.zeros(len(mask), dtype=torch.int64), mask)
         outputs = []
-        for _, embeddings, present in in_batches(
-            self, inputs, mask, batch_size=batch_size, raw=True
-        ):
-            out = self.head.fuse(embeddings, present)
-            columns = (out.logits.float().softmax(-1), out.weights, out.uncertainty)
-            outputs.append([None if value is None else value.float().cpu() for value in columns])
+        try:
+            for _, embeddings, present in in_batches(self, samples.batches(batch_size), raw=True):
+                out = self.head.fuse(embeddings, present)
+                columns = (out.logits.float().softmax(-1), out.weights, out.uncertainty)
+                outputs.append(
+                    [None if value is None else value.float().cpu() for value in columns]
+                )
+        except Exception:
+            if self.standardizer is None:  # which would have told the shapes
+                for name, encoder in zip(self.modalities, self.encoders):
+                    encoder_size(encoder, each(lambda part: part[:1], inputs[name]), name)
+            raise
         return Prediction(
             *(None if column[0] is None else torch.cat(column) for column in zip(*outputs))
         )
 
-    def _check_batch(self, batch: Mapping, mask) -> tuple[dict[str, Tensor], Tensor]:
+    def check_batch(self, batch: Any, mask: Any = None) -> tuple[dict[str, Values], Tensor]:
+        """Raw inputs of every modality in order, zeros for those left out, and the mask [N, M]."""
         names = ", ".join(self.modalities)
-        unknown = [name for name in batch if name not in self.modalities]
-        if unknown:
-            raise InputError(f"batch: {unknown[0]!r} is none of this model's modalities ({names})")
-        given = {name: torch.as_tensor(batch[name]) for name in self.modalities if name in batch}
-        if not given:
-            raise InputError(f"batch: expected at least one of the modalities {names}")
-        lengths = {name: len(values) for name, values in given.items()}
-        if len(set(lengths.values())) > 1:
-            sizes = ", ".join(f"{name}: {size}" for name, size in lengths.items())
-            raise InputError(f"batch: modalities differ in length ({sizes})")
-        shape = next(iter(lengths.values())), len(self.modalities)
-        mask = torch.ones(shape) if mask is None else torch.as_tensor(mask)
-        mask = mask.bool().clone()
-        if mask.shape != shape:
+        given = batch.inputs if isinstance(batch, Samples) else batch
+        if not isinstance(given, Mapping):
             raise InputError(
-                f"mask: has shape {list(mask.shape)}, expected {list(shape)} ({names})"
+                f"batch: is a {type(batch).__name__}; give a dict of arrays by modality ({names})"
             )
-        inputs = {
-            name: self._check_modality(name, given.get(name), mask[:, index])
-            for index, name in enumerate(self.modalities)
-        }
-        if not mask.any(1).all():
-            row = int((~mask.any(1)).nonzero()[0])
-            raise InputError(f"mask: row {row} has no modality present; leave such samples out")
-        return inputs, mask
+        for name in given:
+            if name not in self.modalities:
+                raise InputError(f"batch: {name!r} is none of this model's modalities ({names})")
+        there = [name for name in self.modalities if name in given]
+        if not there:
+            raise InputError(f"batch: expected at least one of the modalities {names}")
+        columns = [self.modalities.index(name) for name in there]
+        if isinstance(batch, Samples):
+            samples = batch.select(there)
+        else:
+            if mask is not None:
+                mask = as_array(mask)
+                if mask.ndim != 2 or mask.shape[1] != len(self.modalities):
+                    raise InputError(
+                        f"mask: has shape {list(mask.shape)}, expected a row a sample and "
+                        f"{len(self.modalities)} columns ({names})"
+                    )
+                mask = mask[:, columns]
+            samples = Samples(
+                {name: given[name] for name in there}, mask=mask, key="batch: {}".format
+            )
+        present = torch.zeros(len(samples), len(self.modalities), dtype=torch.bool)
+        present[:, columns] = torch.from_numpy(samples.mask)
+        read = ArrayReader(samples.inputs)(range(len(samples)), there)
+        inputs = {n: self._check_modality(n, read.get(n), present) for n in self.modalities}
+        return inputs, present
 
-    def _check_modality(self, name: str, values: Tensor | None, present: Tensor) -> Tensor:
-        """Float inputs of one modality, missing rows finite; ``present`` [N] is cleared without."""
-        shape = None if self.standardizer is None else tuple(self.standardizer.shapes[name])
+    def _check_modality(self, name: str, values: Values | None, present: Tensor) -> Values:
+        """Raw inputs of one modality, whose missing rows are finite."""
+        shape = None if self.standardizer is None else self.standardizer.shapes[name]
         if values is None:
             if shape is None:
                 raise InputError(
                     f"batch: {name} is not there; a model without a standardizer needs an array "
                     "of it (any values, with mask False)"
                 )
-            present.fill_(False)
-            return torch.zeros(len(present), *shape)
-        values = values.float()
-        if shape is not None and tuple(values.shape[1:]) != shape:
+            # Of what is no number no row is seen; integers say so, whatever the encoder takes.
+            whole = self.standardizer.layouts[name] in ("tokens", "raw")
+            kind = torch.int64 if whole else torch.float32
+            if isinstance(shape, dict):
+                sizes = shape.items()
+                return {f: torch.zeros(len(present), *size, dtype=kind) for f, size in sizes}
+            return torch.zeros(len(present), *shape, dtype=kind)
+        if shape is not None and shapes_of(values) != shape:
             raise InputError(
-                f"batch: {name} has samples of shape {tuple(values.shape[1:])}, "
+                f"batch: {name} has samples of shape {shapes_of(values)}, "
                 f"the model was trained on {shape}"
             )
-        bad = ~torch.isfinite(values.flatten(1)).all(1)
-        if (bad & present).any():
-            row = int((bad & present).nonzero()[0])
-            raise InputError(
-                f"batch: {name} row {row} holds a NaN or infinite value; repair it or mask the row"
-            )
-        return values.masked_fill(bad.view(-1, *[1] * (values.dim() - 1)), 0.0)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """``module`` in evaluation mode, and every part of it back in its own mode afterwards.
-
-    A frozen encoder, say, stays in evaluation mode.
-    """
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
+        return each(
+            lambda part: part.nan_to_num(0.0, 0.0, 0.0) if part.is_floating_point() else part,
+            values,
+        )
 
 
 def in_batches(
     model: MultimodalClassifier,
-    inputs: Mapping[str, Tensor],
-    mask: Tensor,
+    batches: Iterable[Batch],
     *,
-    batch_size: int = BATCH_SIZE,
     raw: bool = False,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Iterator[tuple[slice, list[Tensor], Tensor]]:
@@ -241,21 +266,24 @@ def in_batches(
     caller's ``torch.no_grad()`` holds for what it does with the embeddings too.
 
     Args:
-        inputs: modality name -> [N, ...], standardised; with ``raw`` the model's standardizer is
+        batches: of ``Split.batches``, standardised; with ``raw`` the model's standardizer is
             applied first.
-        mask: [N, M] bool, True = present.
         autocast: makes the encoders' context, such as ``accelerator.autocast``.
     """
-    device = next(model.parameters()).device
+    device, start = next(model.parameters()).device, 0
     with evaluating(model):
-        for start in range(0, len(mask), batch_size):
-            rows = slice(start, start + batch_size)
-            present = mask[rows].to(device)
-            part = {name: values[rows].to(device) for name, values in inputs.items()}
+        for batch in batches:
+            rows = slice(start, start + len(batch.mask))
+            start = rows.stop
+            present = batch.mask.to(device)
+            part = {
+                name: each(lambda field: field.to(device), values)
+                for name, values in batch.inputs.items()
+            }
             if raw and model.standardizer is not None:
                 part = model.standardizer.transform(part, present)
             with autocast():
-                embeddings = model.embed(part)
+                embeddings = model.embed(part, present)
             yield rows, embeddings, present
 
 
@@ -264,37 +292,5 @@ def embed_split(
     model: MultimodalClassifier, split: Split, batch_size: int = BATCH_SIZE
 ) -> list[Tensor]:
     """Embeddings (M of [N, D_m]) of a split by a model in evaluation mode, on its device."""
-    batches = in_batches(model, split.inputs, split.mask, batch_size=batch_size)
-    parts = [embeddings for _, embeddings, _ in batches]
+    parts = [embeddings for _, embeddings, _ in in_batches(model, split.batches(batch_size))]
     return [torch.cat(values).float() for values in zip(*parts)]
-
-
-def encoder_size(encoder: nn.Module, sample: Tensor) -> int:
-    """D of an encoder, from what it returns for a batch; InputError if that is not [B, D]."""
-    with torch.no_grad(), evaluating(encoder):
-        embedding = encoder(sample)
-    if isinstance(embedding, Tensor) and embedding.dim() == 2 and len(embedding) == len(sample):
-        return embedding.shape[1]
-    found = list(embedding.shape) if isinstance(embedding, Tensor) else type(embedding).__name__
-    raise InputError(
-        f"encoders: {type(encoder).__name__} returned {found} for a batch of {len(sample)}; "
-        "an encoder must return [B, D]"
-    )
-
-
-def embedding_dims_of(encoders: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Modality name -> D_m: an encoder's ``embedding_dim``, or the size of its last Linear."""
-    return {name: _embedding_dim(name, encoder) for name, encoder in encoders.items()}
-
-
-def _embedding_dim(name: str, encoder: nn.Module) -> int:
-    size = getattr(encoder, "embedding_dim", None)
-    if isinstance(size, int):
-        return size
-    linears = [module for module in encoder.modules() if isinstance(module, nn.Linear)]
-    if not linears:
-        raise ValueError(
-            f"embedding_dims: the size of {name}'s embedding cannot be told from its encoder; "
-            f"give embedding_dims={{{name!r}: ...}}"
-        )
-    return linears[-1].out_features

@@ -7,23 +7,32 @@ for the same samples, options and seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
-from torch import Tensor, nn
+from torch import Tensor
 
 from iibalance.budgets import Budgets, budgets_from_logits, label_entropy, smooth_budgets
 from iibalance.config import BudgetConfig, ObjectiveConfig, RunConfig, TrainingConfig
 from iibalance.data.dataset import Split
+from iibalance.data.labels import check_labels, encode_labels
+from iibalance.data.lazy import ArrayReader, LazySplit
+from iibalance.data.samples import Samples
 from iibalance.data.splits import make_folds
-from iibalance.errors import InputError, check_names
+from iibalance.data.values import Values, is_numeric
+from iibalance.errors import InputError
 from iibalance.nn.encoders import build_encoder
+from iibalance.nn.encoding import encoder_size
 from iibalance.nn.head import IIBalanceHead
 from iibalance.nn.model import MultimodalClassifier, embed_split
+from iibalance.nn.own_encoders import Encoder, Factory, as_factories
 from iibalance.training.sampling import derive_seed
-from iibalance.training.trainer import Factory, Trainer, fit_alone
+from iibalance.training.surroundings import surroundings
+from iibalance.training.trainer import Trainer, fit_alone
 
 
 def budget_stage(
@@ -49,6 +58,17 @@ def budget_stage(
     """
     models: list[MultimodalClassifier] = []
     if source == "probe":
+        if isinstance(train, LazySplit):
+            raise InputError(
+                "budgets.source: probe needs all inputs in memory, and these stay on the disk; "
+                "use unimodal"
+            )
+        for name, values in train.inputs.items():
+            if not is_numeric(values):
+                raise InputError(
+                    f"budgets.source: probe is a linear model of numbers, and {name} holds ids or "
+                    "fields; use unimodal"
+                )
         logits = probe_logits(train.inputs, train.targets, folds, train.mask)
     else:
         models = cross_fit(
@@ -77,7 +97,7 @@ def folds_of(train: Split, folds: int, seed: int) -> list[np.ndarray]:
 
 def check_folds(train: Split, folds: Sequence[np.ndarray]) -> None:
     """InputError unless every training finds two samples, and outside each fold two classes."""
-    for index, name in enumerate(train.inputs):
+    for index, name in enumerate(train.modalities):
         present = train.mask[:, index]
         if int(present.sum()) < 2:
             raise InputError(
@@ -207,14 +227,14 @@ def probe_logits(
 
 
 def estimate_budgets(
-    inputs: Mapping[str, Tensor | np.ndarray],
-    targets: Tensor | np.ndarray,
+    inputs: Mapping[str, Tensor | np.ndarray] | Samples,
+    targets: Tensor | np.ndarray | Sequence | None = None,
     *,
     source: str = BudgetConfig.source,
     mask: Tensor | np.ndarray | None = None,
     groups: Tensor | np.ndarray | None = None,
     folds: int = BudgetConfig.folds,
-    encoders: Mapping[str, Callable[[], nn.Module]] | None = None,
+    encoders: Mapping[str, Encoder] | None = None,
     epochs: int = RunConfig.epochs,
     training: TrainingConfig | None = None,
     alpha: float = ObjectiveConfig.alpha,
@@ -230,8 +250,8 @@ def estimate_budgets(
         inputs: modality name -> array. For ``unimodal`` standardised inputs [N, ...]; for ``probe``
             features [N, ...] (flattened); for ``online`` held-out logits [N, K] of the heads that
             are being trained.
-        targets: [N] class indices. Training samples for the first two sources (never the test
-            split), held-out ones for ``online``.
+        targets: [N] classes, integers or strings. Training samples for the first two sources (never
+            the test split), held-out ones for ``online``.
         source: ``"unimodal"``: short cross-fitted trainings of an encoder a modality, the default
             and the most faithful. ``"probe"``: cross-fitted linear probes, seconds; beware of
             features made by a network that was trained on the same labels (see
@@ -239,7 +259,7 @@ def estimate_budgets(
         mask: [N, M] bool, True = present.
         groups: [N], whose values (speakers, videos, subjects) no two folds share.
         folds, epochs, training, seed: of the cross-fitting.
-        encoders: modality name -> function that makes a new encoder; built-in ones by shape by
+        encoders: modality name -> module, or function that makes one; built-in ones by shape by
             default.
         alpha: weight of the prototype contrastive loss in these trainings.
         previous, momentum: ``online`` only: what the moving average starts from, and how much of it
@@ -256,52 +276,59 @@ def estimate_budgets(
     """
     if source not in ("unimodal", "probe", "online"):
         raise InputError(f"source: {source!r} is none of unimodal, probe, online")
-    split = _as_split(inputs, targets, mask, groups)
+    split = _as_split(inputs, targets, mask, groups, encoders)
     entropy = label_entropy(split.targets)
     if source == "online":
         fresh = budgets_from_logits(
             split.inputs, split.targets, mask=split.mask, entropy=entropy, source=source
         )
         return smooth_budgets(previous, fresh, momentum)
-    if encoders is None:
-        shapes = {name: tuple(values.shape[1:]) for name, values in split.inputs.items()}
-        encoders = {
-            name: lambda shape=shape: build_encoder(shape) for name, shape in shapes.items()
-        }
-    budgets, _ = budget_stage(
-        Trainer(training or TrainingConfig(), seed=seed),
-        encoders,
-        split,
-        folds_of(split, folds, seed),
-        source=source,
-        num_classes=int(split.targets.max()) + 1,
-        epochs=epochs,
-        alpha=alpha,
-    )
+    makers = as_factories(encoders, split.modalities)
+    for name, make in makers.items():
+        encoder_size(make(), split.head(name), name)
+    for name in split.modalities:
+        if name not in makers:
+            makers[name] = partial(build_encoder, tuple(split.inputs[name].shape[1:]))
+    trainer = Trainer(training or TrainingConfig(), seed=seed)
+    plain = {name: _as_layout(values) for name, values in split.inputs.items()}
+    with surroundings(plain, trainer.accelerator.device):
+        budgets, _ = budget_stage(
+            trainer,
+            {name: makers[name] for name in split.modalities},
+            split,
+            folds_of(split, folds, seed),
+            source=source,
+            num_classes=int(split.targets.max()) + 1,
+            epochs=epochs,
+            alpha=alpha,
+        )
     return budgets
 
 
-def _as_split(inputs: Mapping, targets, mask, groups) -> Split:
+def _as_layout(values: Values) -> str:
+    return "vector" if is_numeric(values) and values.dim() == 2 else "other"
+
+
+def _as_split(inputs: Any, targets: Any, mask: Any, groups: Any, encoders: Any) -> Split:
     """The arguments of :func:`estimate_budgets`, checked."""
-    names = check_names(inputs)
-    values = {name: torch.as_tensor(inputs[name]).float() for name in names}
-    targets = torch.as_tensor(targets)
-    if targets.dim() != 1 or targets.is_floating_point():
-        raise InputError(
-            f"targets: expected class indices [N], got {targets.dtype} {list(targets.shape)}"
-        )
-    count = len(targets)
-    for name in names:
-        if len(values[name]) != count:
-            raise InputError(f"inputs: {name} has {len(values[name])} samples, targets {count}")
-    shape = (count, len(names))
-    mask = torch.ones(shape, dtype=torch.bool) if mask is None else torch.as_tensor(mask).bool()
-    if mask.shape != shape:
-        raise InputError(
-            f"mask: has shape {list(mask.shape)}, expected {list(shape)} ({', '.join(names)})"
-        )
-    if groups is not None:
-        if len(groups) != count:
-            raise InputError(f"groups: has {len(groups)} entries, targets {count}")
-        groups = torch.as_tensor(np.unique(np.asarray(groups), return_inverse=True)[1])
-    return Split(values, targets.long(), mask, groups)
+    samples = inputs if isinstance(inputs, Samples) else Samples(inputs, mask=mask, some=False)
+    labels = samples.targets if targets is None else targets
+    if labels is None:
+        raise InputError("targets: there are none; give the class of each sample")
+    labels = check_labels(labels, len(samples), InputError, "targets")
+    if len(np.unique(labels)) < 2:
+        raise InputError("targets: hold a single class; a budget needs at least two")
+    positions, _ = encode_labels(labels, None, InputError)
+    numbered = samples.groups if groups is None else np.asarray(groups)
+    if numbered is not None:
+        if numbered.shape != (len(samples),):
+            raise InputError(f"groups: has {len(numbered)} entries, targets {len(samples)}")
+        numbered = torch.as_tensor(np.unique(numbered, return_inverse=True)[1])
+    values = ArrayReader(samples.inputs)(range(len(samples)), samples.modalities)
+    for name, part in values.items():
+        if isinstance(part, dict):
+            if name not in (encoders or {}):
+                raise InputError(f"inputs: {name} holds fields; give encoders={{{name!r}: ...}}")
+        elif name not in (encoders or {}):
+            values[name] = part.float()
+    return Split(values, torch.from_numpy(positions), torch.from_numpy(samples.mask), numbered)

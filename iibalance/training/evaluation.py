@@ -19,7 +19,7 @@ from iibalance.metrics import (
     reliability_curve,
     scaled,
 )
-from iibalance.nn.model import MultimodalClassifier, embed_split, in_batches
+from iibalance.nn.model import BATCH_SIZE, MultimodalClassifier, embed_split, in_batches
 
 
 class Outputs(NamedTuple):
@@ -118,7 +118,7 @@ def predict_split(model: nn.Module, split: Split, accelerator: Accelerator) -> O
         mine = [min(index, last) for index in range(rank * share, (rank + 1) * share)]
         part = split.subset(torch.tensor(mine))
     rows = []
-    batches = in_batches(module, part.inputs, part.mask, autocast=accelerator.autocast)
+    batches = in_batches(module, part.batches(BATCH_SIZE), autocast=accelerator.autocast)
     for _, embeddings, mask in batches:
         out = module.head.fuse([embedding.float() for embedding in embeddings], mask)
         own = out.logits.new_zeros(len(mask), 0, out.logits.shape[1])
@@ -133,11 +133,12 @@ def predict_split(model: nn.Module, split: Split, accelerator: Accelerator) -> O
     return Outputs(*columns, split.targets)
 
 
-def score(outputs: Outputs, split: Split) -> dict:
+def score(outputs: Outputs, split: Split, weights: Tensor | None = None) -> dict:
     """``validation.nll`` and ``validation.accuracy``, of the fused prediction and of each head.
 
     Each is taken after one temperature fitted on the same samples: what counts is what a prediction
-    is worth once it is calibrated.
+    is worth once it is calibrated. With ``weights`` [N] the NLL counts each sample by its own, as
+    the training did.
     """
     row = {}
     everything = torch.ones_like(split.mask[:, 0])
@@ -145,13 +146,16 @@ def score(outputs: Outputs, split: Split) -> dict:
     if outputs.modality_logits.shape[1]:
         columns += [
             (f".{name}", outputs.modality_logits[:, index], split.mask[:, index])
-            for index, name in enumerate(split.inputs)
+            for index, name in enumerate(split.modalities)
         ]
     for suffix, logits, rows in columns:
         if rows.any():
             targets = outputs.targets[rows]
             log_p = scaled(logits[rows], targets).log_softmax(-1)
             metrics = classification_metrics(log_p, targets)
+            if weights is not None:
+                losses = -log_p.gather(1, targets[:, None]).squeeze(1).double()
+                metrics["nll"] = float((weights[rows] * losses).sum() / weights[rows].sum())
             row |= {f"validation.{key}{suffix}": metrics[key] for key in ("nll", "accuracy")}
     return row
 

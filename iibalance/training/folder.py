@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,23 @@ from iibalance.errors import InputError
 from iibalance.files import PathLike, file_digest, read_json, sync_folder, take_lock, write_json
 
 MANIFEST = "manifest.json"
+
+# What a run writes into its folder, and overwriting removes in this order. Killed between two steps
+# it leaves an unfinished run, to resume or overwrite, or none: metrics.json makes a run a finished
+# one, config.yaml makes a folder a run.
+RUN_FILES = (
+    "metrics.json",
+    "evaluation-*.json",
+    "report.*",
+    "history.csv",
+    "model.safetensors",
+    "budgets.json",
+    "checkpoints",
+    "stages",
+    "tensorboard",
+    "config.yaml",
+    "run.json",
+)
 
 # A lock that nothing refers to any more is freed. A run's lock is not: only `close` or the end of
 # the process frees it, even where a caller forgot its RunFolder.
@@ -55,47 +73,109 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @classmethod
-    def create(cls, path: PathLike, resume: bool = False) -> RunFolder:
-        """Make ``path``, or with ``resume`` take the run that is there, and lock it.
+    def create(cls, path: PathLike, resume: bool = False, overwrite: bool = False) -> RunFolder:
+        """Make ``path``, and lock it: a new folder, or what :meth:`check` allows.
 
-        What a killed process left half done in it is removed.
+        With ``resume`` the run that is there is taken as it is, with ``overwrite`` it is removed:
+        what a run writes, and no other file. What a killed process left half done is removed.
 
-        Raises InputError where ``path`` is a file, cannot be written, is in use by another process,
-        holds a run already (without ``resume``), or holds none (with it).
+        Raises InputError as :meth:`check` does.
         """
         folder = cls(path)
-        if resume and not folder.config_path.is_file():
-            raise InputError(
-                f"{folder.path}: holds no run to resume (no config.yaml); start it without resume"
-            )
+        folder._check(resume, overwrite)
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise InputError(
-                f"{folder.path}: is a file, or lies below one; choose another folder for the run"
-            ) from None
         except OSError as error:
             raise InputError(
                 f"{folder.path}: cannot be made ({error.strerror or error}); "
                 "choose another folder for the run"
             ) from None
-        folder._lock = take_lock(
-            folder.path / ".lock",
-            wait=False,
-            held=f"{folder.path}: another process is training into this folder; "
-            "wait for it, or choose another folder",
-        )
-        _held.add(folder._lock)
+        folder._take_lock()
         try:
-            if not resume and (folder.config_path.exists() or folder.checkpoints()):
-                raise InputError(
-                    f"{folder.path}: holds another run; resume it, or choose another folder"
-                )
+            folder._check(resume, overwrite)  # again: now nobody else changes it
+            if overwrite:
+                folder._remove_run()
             folder._clean()
         except BaseException:
             folder.close()
             raise
         return folder
+
+    def check(self, resume: bool = False, overwrite: bool = False) -> None:
+        """InputError where :meth:`create` would refuse the folder; nothing is made or changed.
+
+        That is where the path is a file or lies below one, is in use by another process, holds a
+        run already (without ``resume`` and ``overwrite``), holds none (with ``resume``), or holds
+        anything but a run (with ``overwrite``).
+        """
+        self._check(resume, overwrite)
+        if self._lock is None and (self.path / ".lock").exists():
+            self._take_lock()
+            self.close()
+
+    def _check(self, resume: bool, overwrite: bool) -> None:
+        if resume and overwrite:
+            raise InputError(
+                "overwrite: not together with resume; "
+                "resume goes on with the run, overwrite begins it anew"
+            )
+        try:
+            is_run, names = self.config_path.is_file(), self._names()
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot be read ({error.strerror or error}); "
+                "choose another folder for the run"
+            ) from None
+        if resume and not is_run:
+            raise InputError(
+                f"{self.path}: holds no run to resume (no config.yaml); start it without resume"
+            )
+        # A config.yaml alone may be anybody's: ours never stands without run.json.
+        if overwrite and not (is_run and "run.json" in names) and set(names) - {"run.json"}:
+            raise InputError(
+                f"{self.path}: holds files but no run (no config.yaml with a run.json), and "
+                "overwrite removes nothing else; choose another folder"
+            )
+        if is_run and not (resume or overwrite):
+            raise InputError(
+                f"{self.path}: holds another run; resume it, choose another folder, "
+                "or give --overwrite (overwrite=True in Python) to replace it"
+            )
+        if not is_run and self.checkpoints():
+            raise InputError(
+                f"{self.path}: holds checkpoints but no config.yaml to resume them by; "
+                "choose another folder"
+            )
+
+    def _names(self) -> list[str]:
+        """What is in the folder, but for scratch; nothing where it is to be made."""
+        check_place(self.path, "run")
+        names = os.listdir(self.path) if self.path.exists() else []
+        return [name for name in names if not name.startswith(".")]
+
+    def _take_lock(self) -> None:
+        self._lock = take_lock(
+            self.path / ".lock",
+            wait=False,
+            held=f"{self.path}: another process is training into this folder; "
+            "wait for it, or choose another folder",
+        )
+        _held.add(self._lock)
+
+    def _remove_run(self) -> None:
+        """Remove what a run writes, and no other file."""
+        for entry in [entry for name in RUN_FILES for entry in self.path.glob(name)]:
+            try:
+                if entry.is_dir() and not entry.is_symlink():
+                    _discard(entry)
+                else:
+                    entry.unlink()
+            except OSError as error:
+                raise InputError(
+                    f"{entry}: cannot be removed ({error.strerror or error}); "
+                    "remove it, or choose another folder"
+                ) from None
+        sync_folder(self.path)
 
     def close(self) -> None:
         """Free the lock. Harmless when repeated."""
@@ -109,6 +189,23 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def model_path(self) -> Path:
+        """``model.safetensors``, which a finished run holds; InputError where it is not there."""
+        path = self.path / "model.safetensors"
+        if not self.path.is_dir():
+            raise InputError(
+                f"{self.path}: no such run folder; give the folder that train --output wrote"
+            )
+        if not path.is_file():
+            started = self.config_path.is_file()
+            hint = (
+                f"go on with it: iibalance train --resume {shlex.quote(str(self.path))}"
+                if started
+                else "give the folder that train --output wrote"
+            )
+            raise InputError(f"{self.path}: holds no trained model (model.safetensors); {hint}")
+        return path
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first: by name, numbers compared as numbers."""
@@ -189,6 +286,7 @@ class RunFolder:
         parent = self.path / "checkpoints"
         for entry in [
             *self.path.glob(".*.tmp"),
+            *self.path.glob(".removing-*"),
             *parent.glob(".writing-*"),
             *parent.glob(".removing-*"),
         ]:
@@ -198,6 +296,15 @@ class RunFolder:
                 entry.unlink(missing_ok=True)
 
 
+def check_place(path: Path, what: str) -> None:
+    """InputError unless ``path`` is a folder, or one can be made there for a ``what``."""
+    there = next(part for part in (path, *path.absolute().parents) if part.exists())
+    if not there.is_dir():
+        raise InputError(
+            f"{path}: is a file, or lies below one; choose another folder for the {what}"
+        )
+
+
 def _order(path: Path) -> tuple:
     """Sort key of a checkpoint's name: epoch-9 before epoch-10."""
     parts = re.split(r"(\d+)", path.name)
@@ -205,7 +312,7 @@ def _order(path: Path) -> tuple:
 
 
 def _discard(folder: Path) -> None:
-    """Remove a checkpoint: renamed first, so that half of one is never taken for a whole."""
+    """Remove a folder: renamed first, so that half of one is never taken for a whole."""
     trash = folder.with_name(f".removing-{folder.name}")
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(folder, trash)

@@ -1,8 +1,9 @@
 """One run on one page: training, accuracy, budgets and calibration (method page, section 6).
 
-It is drawn with ``Figure`` objects inside a style context: no pyplot, no display, and neither the
-backend nor the rcParams of the importing program change. It needs only numbers that a run has
-written, so a report can be drawn again at any time.
+It is written three times, the same figure: as PNG to look at, as PDF and SVG to print. It is drawn
+with ``Figure`` objects inside a style context: no pyplot, no display, and neither the backend nor
+the rcParams of the importing program change. It needs only numbers that a run has written, so a
+report can be drawn again at any time.
 
 The four panels are in :mod:`iibalance.training.report_panels`.
 """
@@ -13,12 +14,14 @@ import io
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib.style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from iibalance.config import DataConfig
 from iibalance.files import write_bytes
 from iibalance.training.report_panels import (
     GREY,
@@ -33,7 +36,17 @@ from iibalance.training.report_panels import (
     finite,
 )
 
-__all__ = ["DPI", "GREY", "INK", "MARKERS", "PALETTE", "STYLE", "report_figure", "write_report"]
+__all__ = [
+    "DPI",
+    "GREY",
+    "INK",
+    "MARKERS",
+    "PALETTE",
+    "STYLE",
+    "report_figure",
+    "report_title",
+    "write_report",
+]
 
 SIZE_INCHES = (7.0, 6.0)  # the text width of a page; nothing is set smaller than 7 pt
 DPI = 200
@@ -69,6 +82,16 @@ STYLE = {
     "lines.linewidth": 1.4,
     "lines.solid_capstyle": "round",
     "text.parse_math": False,
+    # Letters stay letters, to be searched and edited; the same figure has the same bytes.
+    "svg.fonttype": "none",
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "iibalance",
+}
+# What each format says of its making by default, and is not to say: date, program and its version.
+_UNSAID = {
+    "png": ("Software",),
+    "pdf": ("Creator", "Producer", "CreationDate"),
+    "svg": ("Creator", "Date"),
 }
 
 
@@ -81,10 +104,12 @@ def write_report(
     reliability: Mapping[str, Sequence[Any]],
     title: str,
 ) -> None:
-    """Draw :func:`report_figure`, which takes the same arguments, into the PNG file ``path``.
+    """Draw :func:`report_figure`, which takes the same arguments, as PNG, PDF and SVG.
 
-    The picture has 1400 x 1200 pixels (7 x 6 inches at 200 dpi), and the same numbers give the same
-    bytes. The file appears whole or not at all (:func:`iibalance.files.write_bytes`).
+    ``path`` is the PNG, of 1400 x 1200 pixels (7 x 6 inches at 200 dpi); the PDF and the SVG stand
+    beside it, under the same name with their own suffix. Their text is text, in the font DejaVu
+    Sans, which the PDF holds and the SVG only names. The same numbers give the same bytes. Each
+    file appears whole or not at all (:func:`iibalance.files.write_bytes`).
 
     Raises :class:`~iibalance.errors.InputError` where the folder does not exist or cannot be
     written to; an earlier file is then untouched.
@@ -93,16 +118,35 @@ def write_report(
     >>> nothing = {"history": [], "metrics": {}, "budgets": None, "reliability": {}}
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_report(f"{folder}/report.png", **nothing, title="a run without numbers")
-    ...     os.listdir(folder)
-    ['report.png']
+    ...     sorted(os.listdir(folder))
+    ['report.pdf', 'report.png', 'report.svg']
     """
-    image = io.BytesIO()
+    images = {form: io.BytesIO() for form in _UNSAID}
     with matplotlib.style.context(["default", STYLE]):
         figure = report_figure(
             history=history, metrics=metrics, budgets=budgets, reliability=reliability, title=title
         )
-        figure.savefig(image, format="png", dpi=DPI, metadata={"Title": title, "Software": None})
-    write_bytes(path, image.getvalue())
+        for form, image in images.items():
+            about = {"Title": title} | dict.fromkeys(_UNSAID[form])
+            figure.savefig(image, format=form, dpi=DPI, metadata=about)
+    for form, image in images.items():  # none is written before all are drawn
+        write_bytes(Path(path).with_suffix(f".{form}"), image.getvalue())
+
+
+def report_title(method: str, data: str, config: DataConfig) -> str:
+    """What a run's page is called: the method, and the data by the name of their file.
+
+    ``data`` is the name of the data trained on, which came from elsewhere than ``config`` where
+    another name stands there. Folders are left out: they are the machine's.
+
+    >>> report_title("iibalance", "npz", DataConfig(path="/home/me/clips.npz"))
+    'iibalance on clips.npz'
+    >>> report_title("iibalance", "digits", DataConfig())
+    'iibalance on digits'
+    """
+    if config.path and config.name == data:
+        data = Path(config.path).name
+    return f"{method} on {data}"
 
 
 def report_figure(
@@ -125,8 +169,9 @@ def report_figure(
       ``standard_errors``, ``prior`` and ``anchor``. Where it is None, the Shapley contributions are
       drawn in their place.
     - ``reliability``: for ``"fused"`` and modalities, the curve (confidence [b], accuracy [b],
-      count [b]) of :func:`iibalance.metrics.reliability_curve`. The ECE in the legend is computed
-      from the curve drawn.
+      count [b]) of :func:`iibalance.metrics.reliability_curve`. The ECE in the legend is that of
+      these bins; for the drawing, bins of few samples are merged
+      (:func:`iibalance.training.report_panels.merge_bins`).
 
     Whatever a method does not have is left out, never made up, and numbers that are not finite are
     not drawn. Budget and prior are defined in the method page, section 1; the fusion weight in the

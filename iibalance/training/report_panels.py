@@ -18,7 +18,6 @@ from matplotlib.figure import SubFigure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 INK, GREY, PALE = "#1a1a1a", "#7f7f7f", "#c4c4c4"
@@ -26,6 +25,9 @@ INK, GREY, PALE = "#1a1a1a", "#7f7f7f", "#c4c4c4"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP"
 BAR = 0.84  # the height of a bar; its lane is 1 high
+# Samples that a point of a reliability curve has at least: then the standard error of its accuracy
+# is at most 0.09.
+LEAST_SAMPLES = 30
 # A point that is a white ring; its edge has the colour of what it belongs to.
 RING = {"marker": "o", "linestyle": "", "color": "white", "markeredgewidth": 1.3, "zorder": 4}
 DIAMOND = RING | {"marker": "D", "markeredgewidth": 1.1, "markersize": 5.5, "zorder": 3}
@@ -171,22 +173,27 @@ def draw_budgets(
         if len(shown) == 2:
             axes.plot(shown, [lower, lower], color=_tint(colour, 0.5), linewidth=1.6, zorder=2)
         if before is not None:
-            axes.plot(before, lower, **DIAMOND, markeredgecolor=colour)
+            axes.plot(before, lower, **DIAMOND, markeredgecolor=colour, clip_on=False)
         if after is not None:
-            axes.plot(after, lower, **DOT, color=colour, zorder=4)
+            axes.plot(after, lower, **DOT, color=colour, zorder=4, clip_on=False)
         if shown:
             label = " → ".join(f"{share:.2f}" for share in shown)
             ends.append(_value(axes, max(shown), lower, label, gap=6))
     _value_axis(axes, 0, max(ends))
     axes.set_xlabel("share of label information / of fusion")
-    handles = [Patch(color=GREY), Line2D([], [], **DIAMOND, markeredgecolor=GREY)]
-    labels = ["budget ± s.e." if any(errors) else "budget", "prior"]
-    if weights:
-        handles.append(Line2D([], [], **DOT, color=GREY))
-        labels.append("mean fusion weight")
+    # Symbols and arrow as they stand in the panel: what the arrow leads from, and what to.
+    diamond, dot = (
+        Line2D([], [], **DIAMOND, markeredgecolor=GREY),
+        Line2D([], [], **DOT, color=GREY),
+    )
+    handles = [Patch(color=GREY), (diamond, dot) if weights else diamond]
+    labels = [
+        "budget ± s.e." if any(errors) else "budget",
+        "prior → mean fusion weight" if weights else "prior",
+    ]
     if budgets.get("anchor") in names:
         handles.append(Line2D([], [], marker="*", linestyle="", color=INK, markersize=5))
-        labels.append("anchor")
+        labels.append("anchor (largest)")
     _header(cell, title, handles, labels)
 
 
@@ -213,21 +220,23 @@ def draw_shapley(cell: SubFigure, shapley: Mapping[str, float], colours: Mapping
 def draw_reliability(
     cell: SubFigure, reliability: Mapping[str, Sequence[Any]], colours: Mapping[str, str]
 ) -> None:
-    """Reliability curves; the ECE of each is in the legend."""
+    """Reliability curves; the ECE of each, which is that of the bins given, is in the legend."""
     axes, title = cell.subplots(), "(d) Calibration"
     names = [name for name in ("fused", *colours) if name in reliability]
     if not names:
         return _nothing(cell, axes, title, "no reliability curves")
     axes.plot([0, 1], [0, 1], color=PALE, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
-    handles, labels = [], []
+    handles, labels, merged = [], [], False
     for name in reversed(names):  # fused last, on top
         confidence, accuracy, count = (np.asarray(v, dtype=float) for v in reliability[name])
+        drawn = merge_bins(confidence, accuracy, count)
+        merged |= len(drawn[0]) < len(confidence)
         if name == "fused":
             style = {"color": INK, "marker": "o", "linewidth": 1.8, "markersize": 3.6, "zorder": 4}
         else:
             marker = MARKERS[list(colours).index(name) % len(MARKERS)]
             style = {"color": colours[name], "marker": marker, "linewidth": 1.0, "markersize": 3}
-        handles += axes.plot(confidence, accuracy, **{"zorder": 3} | style)
+        handles += axes.plot(*drawn[:2], **{"zorder": 3} | style)
         ece = float((count * np.abs(confidence - accuracy)).sum() / count.sum())
         # A second line is indented by spaces as wide as the number above it.
         indented = _wrapped(name, 15).replace("\n", "\n\u2007\u2008\u2007\u2007\u2007 ")
@@ -238,7 +247,9 @@ def draw_reliability(
     axes.set_xticks(ticks, texts)
     axes.set_yticks(ticks, texts)
     axes.grid(True)
-    _header(cell, title)
+    point = Line2D([], [], **DOT, color=GREY)
+    note = ([point], [f"≥ {LEAST_SAMPLES} samples, bins merged"]) if merged else ()
+    _header(cell, title, *note)
     cell.legend(
         handles[::-1],
         labels[::-1],
@@ -251,6 +262,34 @@ def draw_reliability(
         handlelength=1.3,
         handletextpad=0.5,
     )
+
+
+def merge_bins(
+    confidence: np.ndarray, accuracy: np.ndarray, count: np.ndarray, least: int = LEAST_SAMPLES
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Join neighbouring bins [b] of a reliability curve until each has ``least`` samples.
+
+    From low to high confidence, a bin takes in the next while it has too few; what is left at the
+    end joins the last. Samples, and their mean confidence and accuracy, stay the same. Fewer than
+    ``least`` samples in all make one bin.
+
+    >>> merge_bins(np.array([0.5, 0.7, 0.9]), np.array([0.0, 1.0, 1.0]), np.array([10, 10, 10]), 20)
+    (array([0.7]), array([0.666...]), array([30]))
+    """
+    groups: list[int] = []  # the first bin of each
+    held = least
+    for index, size in enumerate(count):
+        if held >= least:
+            groups.append(index)
+            held = 0
+        held += size
+    if held < least and len(groups) > 1:
+        groups.pop()
+    if len(groups) == len(count):
+        return confidence, accuracy, count
+    totals = np.add.reduceat(count, groups)
+    means = (np.add.reduceat(values * count, groups) / totals for values in (confidence, accuracy))
+    return *means, totals
 
 
 def _header(
@@ -306,8 +345,9 @@ def _lanes(axes: Axes, groups: Sequence[tuple[str, int]]) -> list[list[float]]:
 def _value(axes: Axes, x: float, lane: float, text: str, gap: float = 4) -> float:
     """Write ``text`` right of ``x``, which is returned."""
     style = {"textcoords": "offset points", "va": "center_baseline", "fontsize": 7}
-    legible = [withStroke(linewidth=2, foreground="white")]  # on a grid line too
-    axes.annotate(text, (x, lane), (gap, 0), path_effects=legible, **style)
+    # Legible on a grid line too. A white outline would do, but make paths of the letters in a PDF.
+    legible = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+    axes.annotate(text, (x, lane), (gap, 0), bbox=legible, **style)
     return x
 
 

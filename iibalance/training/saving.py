@@ -3,48 +3,53 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import nn
-
-from iibalance.config import load_config
-from iibalance.data.dataset import MultimodalData
+from iibalance.config import RunConfig
+from iibalance.config_files import load_config
 from iibalance.data.standardize import Standardizer
 from iibalance.errors import InputError
 from iibalance.files import read_model, write_model
 from iibalance.methods import make_method
-from iibalance.nn.encoders import build_encoder
+from iibalance.nn.encoders import builtin
 from iibalance.nn.model import MultimodalClassifier
+from iibalance.nn.own_encoders import Encoder, as_factories
+from iibalance.training.folder import RunFolder
+from iibalance.training.header import description, own_encoders
 
 
 def save_model(
     path: str | Path,
     model: MultimodalClassifier,
-    data: MultimodalData,
     *,
-    custom: bool = False,
+    own: Sequence[str] = (),
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write the weights as safetensors, and in the header what is needed to build the model again.
 
-    ``custom``: whether its encoders are the user's own.
+    ``own``: the modalities whose encoders are the user's. ``metadata``: more for the header.
     """
-    description = {
+    standardizer = model.standardizer
+    about = {
         "modalities": model.modalities,
-        "shapes": data.shapes,
-        "layouts": data.layouts,
+        "shapes": standardizer.shapes,
+        "layouts": standardizer.layouts,
+        "off": standardizer.off,
+        "vocabularies": standardizer.vocabularies,
         "classes": model.class_names,
         "embedding_dims": model.head.embedding_dims,
-        "custom_encoders": custom,
-        "format": 1,
+        "own_encoders": list(own),
+        "format": 2,
     }
-    write_model(path, model.state_dict(), {"iibalance": json.dumps(description)})
+    header = {"iibalance": json.dumps(about), **(metadata or {})}
+    write_model(path, model.state_dict(), header)
 
 
 def load(
     run: str | Path,
     *,
-    encoders: Mapping[str, Callable[[], nn.Module]] | None = None,
+    encoders: Mapping[str, Encoder] | None = None,
     device: str = "cpu",
 ) -> MultimodalClassifier:
     """The trained model of a run's folder, in evaluation mode.
@@ -54,8 +59,8 @@ def load(
 
     Args:
         run: the folder that ``iibalance train --output`` wrote.
-        encoders: modality name -> function that makes the encoder, for runs that were trained with
-            the user's own encoders.
+        encoders: modality name -> module, or function that makes one, for runs that were trained
+            with the user's own encoders.
         device: where to put it.
 
     Raises :class:`~iibalance.errors.InputError` for a folder without a finished run and for a
@@ -64,48 +69,41 @@ def load(
     >>> import tempfile
     >>> from iibalance import RunConfig, train
     >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +SKIP
-    ...     metrics = train(RunConfig(epochs=1, output=folder + "/run"))
+    ...     result = train(RunConfig(epochs=1, output=folder + "/run"))
     ...     model = load(folder + "/run")
     """
-    run = Path(run).expanduser()
-    file = run / "model.safetensors"
-    if not run.is_dir():
-        raise InputError(f"{run}: no such run folder")
-    if not file.exists():
-        started = (run / "config.yaml").exists()
-        hint = "resume it with --resume" if started else "give the folder that train --output wrote"
-        raise InputError(f"{run}: holds no trained model (model.safetensors); {hint}")
-    config = load_config(run / "config.yaml")
+    folder = RunFolder(run)
+    model, _ = read_saved(folder.model_path(), load_config(folder.config_path), encoders)
+    return model.to(device).eval()
+
+
+def read_saved(
+    file: Path, config: RunConfig, encoders: Mapping[str, Encoder] | None = None
+) -> tuple[MultimodalClassifier, dict[str, str]]:
+    """The model that :func:`save_model` wrote, trained by ``config``, and the file's metadata."""
     weights, metadata = read_model(file)
-    try:
-        about = json.loads(metadata["iibalance"])
-        names, shapes, layouts = about["modalities"], about["shapes"], about["layouts"]
-    except (KeyError, ValueError):
-        raise InputError(
-            f"{file}: was not written by iibalance (no description in its header)"
-        ) from None
-    if about["custom_encoders"] and encoders is None:
-        raise InputError(
-            f"{run}: was trained with encoders of your own; "
-            "give load(..., encoders={name: function that makes it})"
-        )
-    parts = {}
-    for name in names:
-        if encoders and name in encoders:
-            parts[name] = encoders[name]()
-        else:
-            parts[name] = build_encoder(
-                shapes[name],
-                embedding_dim=config.model.embedding_dim,
-                width=config.model.width,
-                dropout=config.model.dropout,
-                layout=layouts[name],
+    about = description(file, metadata)
+    names = about["modalities"]
+    own = own_encoders(about)
+    made = as_factories(encoders, names)
+    for name in own:
+        if name not in made and "own_encoders" in about or own and not made:
+            raise InputError(
+                f"{file}: was trained with encoders of your own ({', '.join(own)}); "
+                "give encoders={name: module, or function that makes it}"
             )
-    sizes = {name: about["embedding_dims"][name] for name in names}
+    standardizer = Standardizer(
+        {name: about["shapes"][name] for name in names},
+        about["layouts"],
+        off=about.get("off", ()),
+        vocabularies=about.get("vocabularies"),
+    )
     model = MultimodalClassifier(
-        parts,
-        head=make_method(config.method, config).head(sizes, len(about["classes"])),
-        standardizer=Standardizer({name: shapes[name] for name in names}, layouts),
+        {name: (made.get(name) or builtin(name, config.model, standardizer))() for name in names},
+        head=make_method(config.method, config).head(
+            {name: about["embedding_dims"][name] for name in names}, len(about["classes"])
+        ),
+        standardizer=standardizer,
         class_names=about["classes"],
     )
     try:
@@ -113,4 +111,4 @@ def load(
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{file}: does not fit its configuration ({reason})") from None
-    return model.to(device).eval()
+    return model, metadata

@@ -21,15 +21,17 @@ from iibalance.data.dataset import MultimodalData, Split
 from iibalance.files import write_bytes, write_json
 from iibalance.methods import Method
 from iibalance.nn.calibration import HeldOut, collect, merge
-from iibalance.nn.encoders import build_encoder
-from iibalance.nn.model import MultimodalClassifier, encoder_size
+from iibalance.nn.encoders import builtin
+from iibalance.nn.encoding import encoder_size
+from iibalance.nn.model import MultimodalClassifier
+from iibalance.nn.own_encoders import Factory, GroupMaker
 from iibalance.training.budget_stage import budget_stage, folds_of
 from iibalance.training.evaluation import Outputs, evaluate
 from iibalance.training.folder import RunFolder
-from iibalance.training.report import write_report
+from iibalance.training.report import report_title, write_report
 from iibalance.training.sampling import derive_seed
 from iibalance.training.saving import save_model
-from iibalance.training.trainer import Factory, Trainer, fit_alone, only
+from iibalance.training.trainer import Trainer, fit_alone
 
 
 class Run:
@@ -43,6 +45,7 @@ class Run:
         given: budgets that are not to be estimated.
         folds: of the budget stage, by :meth:`folds_of`.
         trainer: makes the trainings; one of the run's own by default.
+        parameter_groups: modality name -> groups of its encoder's parameters.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Run:
         given: Budgets | None = None,
         folds: list[np.ndarray] | None = None,
         trainer: Trainer | None = None,
+        parameter_groups: Mapping[str, GroupMaker] | None = None,
     ):
         self.config, self.data, self.method = config, data, method
         self.folder, self.accelerator = folder, accelerator
@@ -63,9 +67,15 @@ class Run:
         #: What the budget stage trained, for the joint training to start from.
         self.fold_models: list[MultimodalClassifier] = []
         self.trainer = trainer or Trainer(
-            config.training, seed=config.seed, accelerator=accelerator, folder=folder
+            config.training,
+            seed=config.seed,
+            accelerator=accelerator,
+            folder=folder,
+            parameter_groups=parameter_groups,
+            class_names=data.class_names,
         )
-        self.custom = encoders is not None
+        #: The modalities whose encoders are the user's own.
+        self.own = tuple(encoders or ())
         self.encoders: dict[str, Factory] = {
             name: (encoders or {}).get(name) or self._builtin(name) for name in data.modalities
         }
@@ -77,17 +87,17 @@ class Run:
             return None
         return folds_of(train, config.budgets.folds, config.seed)
 
-    def run(self) -> dict:
-        """All stages and the report: what ``metrics.json`` holds.
+    def run(self) -> tuple[MultimodalClassifier, dict, Budgets | None]:
+        """All stages and the report: the model, what ``metrics.json`` holds, and the budgets.
 
-        An empty dict on processes other than the main one.
+        The metrics are empty on processes other than the main one.
         """
         model, history, budgets, alone = self.fit()
         metrics = {}
         if self.accelerator.is_main_process:
             metrics = self.report(model, history, budgets, alone)
         self.accelerator.wait_for_everyone()
-        return metrics
+        return model.eval(), metrics, budgets
 
     def fit(
         self,
@@ -121,8 +131,8 @@ class Run:
     def build(self) -> MultimodalClassifier:
         """A new model of the run's encoders and the method's head."""
         parts = {name: make() for name, make in self.encoders.items()}
-        inputs = self.data.train.inputs
-        sizes = {name: encoder_size(part, inputs[name][:2]) for name, part in parts.items()}
+        train = self.data.train
+        sizes = {n: encoder_size(part, train.head(n), n) for n, part in parts.items()}
         model = MultimodalClassifier(
             parts,
             head=self.method.head(sizes, self.data.num_classes),
@@ -285,28 +295,21 @@ class Run:
             "test": test.metrics,
         }
         write_bytes(path / "history.csv", _as_csv(history).encode())
-        save_model(path / "model.safetensors", model, data, custom=self.custom)
+        save_model(path / "model.safetensors", model, own=self.own)
         write_report(
             path / "report.png",
             history=history,
             metrics=metrics,
             budgets=None if budgets is None else budgets.to_dict(),
             reliability=test.reliability,
-            title=f"{self.method.name} on {data.name}",
+            title=report_title(self.method.name, data.name, config.data),
         )
         write_json(path / "metrics.json", metrics)
         shutil.rmtree(path / "stages", ignore_errors=True)
         return metrics
 
     def _builtin(self, name: str) -> Factory:
-        model, shape, layout = self.config.model, self.data.shapes[name], self.data.layouts[name]
-        return lambda: build_encoder(
-            shape,
-            embedding_dim=model.embedding_dim,
-            width=model.width,
-            dropout=model.dropout,
-            layout=layout,
-        )
+        return builtin(name, self.config.model, self.data.standardizer)
 
     def _save(self, budgets: Budgets) -> None:
         if self.accelerator.is_main_process and self.folder is not None:
@@ -359,7 +362,7 @@ class Run:
             return {}
         found = {}
         for name, model in alone.items():
-            split = only(self.data.test, name)
+            split = self.data.test.only(name)
             found[name] = None
             if len(split):
                 own = evaluate(model, split, shapley=False).metrics["modalities"][name]

@@ -7,7 +7,7 @@ resumed run skips it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,14 +17,15 @@ from torch import nn
 
 from iibalance.config import TrainingConfig
 from iibalance.data.dataset import Split
+from iibalance.data.values import Values
 from iibalance.files import read_model, write_model
+from iibalance.nn.encoding import encoder_size
 from iibalance.nn.loss import IIBalanceLoss
-from iibalance.nn.model import MultimodalClassifier, encoder_size
+from iibalance.nn.model import MultimodalClassifier
+from iibalance.nn.own_encoders import Factory, GroupMaker
 from iibalance.training.folder import RunFolder
-from iibalance.training.loop import fit
+from iibalance.training.loop import fit, speaker
 from iibalance.training.sampling import derive_seed
-
-Factory = Callable[[], nn.Module]
 
 
 def make_accelerator(training: TrainingConfig, **options) -> Accelerator:
@@ -41,7 +42,7 @@ class Trainer:
     """Runs trainings in order.
 
     With a ``folder``, each one's weights and history stand in ``stages/<name>.safetensors`` once it
-    is done.
+    is done. ``parameter_groups``: see :func:`~iibalance.nn.own_encoders.with_own_groups`.
     """
 
     def __init__(
@@ -51,7 +52,11 @@ class Trainer:
         seed: int,
         accelerator: Accelerator | None = None,
         folder: RunFolder | None = None,
+        parameter_groups: Mapping[str, GroupMaker] | None = None,
+        class_names: Sequence[str] | None = None,
     ):
+        self.class_names = class_names
+        self.parameter_groups = dict(parameter_groups or {})
         self.training, self.seed, self.folder, self.order = training, seed, folder, 0
         self.accelerator = make_accelerator(training) if accelerator is None else accelerator
 
@@ -84,6 +89,7 @@ class Trainer:
         if path is not None and path.exists():
             weights, metadata = read_model(path)
             model.load_state_dict(weights)
+            speaker(name, train, self.training, self.accelerator)("is done already")
             return model.to(self.accelerator.device), json.loads(metadata["history"])
         history = fit(
             model,
@@ -96,6 +102,8 @@ class Trainer:
             name=name,
             folder=self.folder,
             order=order,
+            parameter_groups=self.parameter_groups,
+            class_names=self.class_names,
             **options,
         )
         if path is not None and self.accelerator.is_main_process:
@@ -105,21 +113,10 @@ class Trainer:
         return model, history
 
 
-def only(split: Split, name: str) -> Split:
-    """The samples of ``split`` in which modality ``name`` is present, with that modality alone."""
-    rows = split.mask[:, list(split.inputs).index(name)].nonzero().squeeze(1)
-    return Split(
-        {name: split.inputs[name][rows]},
-        split.targets[rows],
-        torch.ones(len(rows), 1, dtype=torch.bool),
-        None if split.groups is None else split.groups[rows],
-    )
-
-
 def alone_model(
     name: str,
     encoder: nn.Module,
-    sample: torch.Tensor,
+    sample: Values,
     num_classes: int,
     *,
     alpha: float = 0.0,
@@ -132,7 +129,7 @@ def alone_model(
     return MultimodalClassifier(
         {name: encoder},
         num_classes,
-        embedding_dims={name: encoder_size(encoder, sample)},
+        embedding_dims={name: encoder_size(encoder, sample, name)},
         objective=IIBalanceLoss(fused_weight=0.0, alpha=alpha, beta=0.0, impl=impl),
         impl=impl,
     )
@@ -152,13 +149,11 @@ def fit_alone(
     impl: str = "auto",
 ) -> tuple[MultimodalClassifier, list[dict]]:
     """Train one modality's encoder alone (:func:`alone_model`)."""
-    own = only(train, name)
-    held_out = None if validation is None else only(validation, name)
+    own = train.only(name)
+    held_out = None if validation is None else validation.only(name)
     return trainer.fit(
-        f"{stage}-{list(train.inputs).index(name)}",
-        lambda: alone_model(
-            name, encoder(), own.inputs[name][:2], num_classes, alpha=alpha, impl=impl
-        ),
+        f"{stage}-{train.modalities.index(name)}",
+        lambda: alone_model(name, encoder(), own.head(name), num_classes, alpha=alpha, impl=impl),
         own,
         held_out if held_out is not None and len(held_out) else None,
         epochs=epochs,

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iibalance.data.corruption import (
-    KINDS,
-    corrupt,
-    drop_modalities,
-    parse_degrade,
-    random_corruptions,
-)
+from iibalance.data.corruption import corrupt, drop_modalities, random_corruptions
 from iibalance.data.dataset import Batch
+from iibalance.data.degrade import KINDS, parse_degrade
 from iibalance.errors import InputError
 
 
@@ -232,3 +228,138 @@ def test_parse_degrade():
     }.items():
         with pytest.raises(InputError, match=message):
             parse_degrade(text, ["visual", "audio"])
+
+
+def _text(count: int = 400, length: int = 12, missing: float = 0.2) -> Batch:
+    """Text of two fields and a number a sample, ids that tell row and position, and audio.
+
+    The mask of a token is its id's sign turned, so that they can only move together.
+    """
+    mask = torch.rand(count, 2, generator=_generator(5)) >= missing
+    mask[:, 1] = True
+    ids = 1 + torch.arange(count)[:, None] * length + torch.arange(length)
+    text = {"ids": ids, "mask": -ids, "pairs": torch.stack([ids, ids], 2), "size": ids[:, 0] * 3}
+    text = {field: values.clone() for field, values in text.items()}
+    for values in text.values():
+        values[~mask[:, 0]] = 0
+    inputs = {"text": text, "audio": torch.randn(count, 3, generator=_generator(6))}
+    return Batch(inputs, torch.arange(count), mask)
+
+
+def _moved(before: Batch, after: Batch) -> torch.Tensor:
+    """[N, T] bool: the positions that hold another sample's token, all fields of them."""
+    was, text = before.inputs["text"], after.inputs["text"]
+    assert torch.equal(text["mask"], -text["ids"])
+    assert torch.equal(text["pairs"], torch.stack([text["ids"], text["ids"]], 2))
+    changed = text["ids"] != was["ids"]
+    there = text["ids"] > 0  # position t of any row: tokens keep their place
+    length = was["ids"].shape[1]
+    place = torch.arange(length).expand_as(text["ids"])
+    assert torch.equal((text["ids"] - 1)[there] % length, place[there])
+    return changed
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.25, 1.0, 3.0])
+def test_noise_takes_a_share_of_the_positions_from_another_sample(strength):
+    batch = _text()
+    after = corrupt(batch, "text", "noise", fraction=0.5, strength=strength, generator=_generator())
+    changed = _moved(batch, after)
+    present = batch.mask[:, 0]
+    count = int(0.5 * int(present.sum()) + 0.5)
+    assert not changed[~present].any() and not after.inputs["text"]["ids"][~present].any()
+    noisy = changed.any(1)
+    assert noisy.sum() <= count and (strength == 0) == (not noisy.any())
+    share = strength / (1 + strength)
+    assert abs(float(changed.sum()) / (count * 12) - share) < 0.03
+    # A row's strange tokens come from one other row, whose other tokens are not touched.
+    strangers = (after.inputs["text"]["ids"] - 1) // 12
+    for row in noisy.nonzero().flatten().tolist():
+        source = strangers[row][changed[row]].unique()
+        assert len(source) == 1 and present[source] and source != row
+    assert torch.equal(after.mask, batch.mask)
+    assert torch.equal(after.inputs["audio"], batch.inputs["audio"])
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "missing"])
+def test_fields_are_shuffled_and_cleared_together(kind):
+    batch = _text()
+    after = corrupt(batch, "text", kind, fraction=0.5, generator=_generator())
+    changed = _moved(batch, after)
+    rows = changed.any(1)
+    assert torch.equal(changed, rows[:, None].expand_as(changed))  # whole rows
+    size, ids = after.inputs["text"]["size"], after.inputs["text"]["ids"]
+    assert torch.equal(size, ids[:, 0] * 3) and rows.sum() == int(
+        0.5 * batch.mask[:, 0].sum() + 0.5
+    )
+    if kind == "missing":
+        assert torch.equal(~after.mask[:, 0] & batch.mask[:, 0], rows) and not ids[rows].any()
+    else:
+        assert torch.equal(after.mask, batch.mask)
+        moved = batch.inputs["text"]["ids"]
+        assert sorted(ids[rows, 0].tolist()) == sorted(moved[rows, 0].tolist())
+
+
+def test_random_corruptions_of_fields():
+    batch = _text(3000)
+    before = {field: values.clone() for field, values in batch.inputs["text"].items()}
+    after = random_corruptions(batch, generator=_generator(), max_strength=4.0)
+    for field, values in before.items():
+        assert torch.equal(batch.inputs["text"][field], values)
+    changed = _moved(batch, after)
+    gone = batch.mask[:, 0] & ~after.mask[:, 0]
+    assert not after.inputs["text"]["ids"][~after.mask[:, 0]].any()
+    whole = changed.all(1) & ~gone
+    part = changed.any(1) & ~changed.all(1)
+    both = batch.mask.all(1)
+    # Half of those that have both get it in text, a third of these by each kind.
+    for rows in (gone, whole & both, part & both):
+        assert abs(float(rows[both].double().mean()) - 1 / 6) < 0.05
+    # Of a strength uniform in 0..4 the share s / (1 + s) has the mean 1 - ln(5) / 4.
+    noisy = part | (changed.any(1) & ~gone & ~whole)
+    assert abs(float(changed[noisy].double().mean()) - (1 - np.log(5) / 4)) < 0.05
+
+
+def test_noise_of_one_sample_among_others_and_of_the_only_one():
+    batch = _text(10, missing=0.0)
+    after = corrupt(batch, "text", "noise", fraction=0.1, strength=1e6, generator=_generator())
+    assert _moved(batch, after).all(1).sum() == 1
+    lonely = Batch(
+        {"ids": torch.arange(6).view(2, 3)}, torch.arange(2), torch.tensor([[True], [False]])
+    )
+    for kind in ("noise", "shuffled"):
+        done = corrupt(lonely, "ids", kind, fraction=1.0, generator=_generator())
+        assert torch.equal(done.inputs["ids"], lonely.inputs["ids"])
+    done = random_corruptions(lonely, generator=_generator())
+    assert torch.equal(done.inputs["ids"], lonely.inputs["ids"])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_ids_keep_their_type(dtype):
+    ids = torch.randint(0, 2, (50, 4), generator=_generator()).to(dtype)
+    batch = Batch({"ids": ids}, torch.arange(50), torch.ones(50, 1, dtype=torch.bool))
+    for kind in KINDS:
+        after = corrupt(batch, "ids", kind, fraction=1.0, generator=_generator()).inputs["ids"]
+        assert after.dtype == dtype and set(after.flatten().tolist()) <= set(ids.flatten().tolist())
+
+
+#: Sum of the values, and how many are present, of the version that the tables were made with.
+PUBLISHED = {
+    "noise": (3785.7055, 94),
+    "missing": (1980.0, 79),
+    "shuffled": (3786.0, 94),
+    "random": (9680.0780, 79),
+}
+
+
+def test_numbers_are_degraded_as_published():
+    """What every table of results was made with: the very draws of each kind of corruption."""
+    batch = _batch(40, missing=0.3)
+    found = {}
+    for kind in KINDS:
+        after = corrupt(batch, "b", kind, generator=_generator(3))
+        found[kind] = float(after.inputs["b"].double().sum()), int(after.mask.sum())
+    after = random_corruptions(batch, generator=_generator(3))
+    total = sum(float(values.double().sum()) for values in after.inputs.values())
+    found["random"] = total, int(after.mask.sum())
+    for kind, (total, present) in PUBLISHED.items():
+        assert found[kind][1] == present and found[kind][0] == pytest.approx(total, abs=1e-3)

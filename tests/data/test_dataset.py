@@ -13,6 +13,7 @@ from iibalance.config import DataConfig
 from iibalance.data import load_data
 from iibalance.data.dataset import Split, identity
 from iibalance.data.layouts import check_layout, infer_layout
+from iibalance.data.samples import Samples
 from iibalance.data.splits import hold_out
 from iibalance.data.standardize import Standardizer
 from iibalance.errors import InputError
@@ -313,7 +314,7 @@ def test_train_fraction_keeps_every_class_and_fits_on_what_is_kept():
     "options, message",
     [
         ({"name": "nope"}, "data.name: 'nope' is none of digits, npz"),
-        ({"path": "a.npz"}, "data.path: 'a.npz' is given, but the digits .* add data.name npz"),
+        ({"name": "digits", "path": "a.npz"}, "data.path: 'a.npz' is given, but the digits .* lea"),
         ({"groups": "writer"}, "data.groups"),
         ({"split": "mine"}, "data.split"),
         ({"modalities": "pixels,sound"}, "no 'sound'; there are pixels, fourier, shape"),
@@ -324,10 +325,10 @@ def test_train_fraction_keeps_every_class_and_fits_on_what_is_kept():
             {"layouts": {"sound": "image"}},
             "data.layouts: 'sound' is no modality in use; there are pixels",
         ),
-        ({"layouts": {"pixels": "cube"}}, "x_pixels: layout 'cube' is none of vector"),
+        ({"layouts": {"pixels": "cube"}}, "digits: pixels: layout 'cube' is none of vector"),
         (
             {"layouts": {"pixels": "video"}},
-            "x_pixels: layout 'video' takes samples of 3 or 4 dimensions, not of shape \\(64,\\)",
+            "digits: pixels: layout 'video' takes samples of 3 or 4 dimensions, not of sh",
         ),
         ({"train_fraction": 0.0}, "data.train_fraction: 0.0"),
         ({"train_fraction": 1.5}, "data.train_fraction: 1.5"),
@@ -370,3 +371,107 @@ def test_modalities_keep_the_asked_order():
         == tuple(data.layouts)
         == ("shape", "pixels")
     )
+
+
+@pytest.mark.parametrize(
+    "shape, layout", [((5,), "vector"), ((6, 5), "sequence"), ((3, 6, 7), "image")]
+)
+@pytest.mark.parametrize("size", [1, 7, 1024])
+def test_statistics_of_batches_are_those_of_everything(shape, layout, size):
+    random = np.random.default_rng(0)
+    # Far from zero, and of sizes apart: what naive sums of squares lose.
+    values = random.normal(1e4, 1, (300, *shape)) * (1 + np.arange(shape[-1])) ** 3
+    words = torch.from_numpy(random.integers(0, 9, (300, 4)))
+    inputs = {"a": torch.from_numpy(values), "words": words}
+    mask = torch.from_numpy(random.random((300, 2)) < 0.7)
+    mask[:40, 0] = False  # whole batches without it
+    inputs["a"][~mask[:, 0]] = float("nan")
+    make = lambda: Standardizer({"a": shape, "words": (4,)}, {"a": layout, "words": "tokens"})
+    whole = make().fit(inputs, mask)
+    blocks = torch.arange(300).split(size)
+    batches = (({name: part[rows] for name, part in inputs.items()}, mask[rows]) for rows in blocks)
+    found = make().fit_batches(batches)
+    torch.testing.assert_close(found.mean_a, whole.mean_a, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.std_a, whole.std_a, rtol=1e-6, atol=0)
+    kept = values[mask[:, 0].numpy()]
+    axes = tuple(axis for axis, n in enumerate((1, *found.mean_a.shape)) if n == 1)
+    np.testing.assert_allclose(found.std_a, kept.std(axes, keepdims=True)[0], rtol=1e-6)
+    assert found.vocabularies == whole.vocabularies == {"words": 9}
+
+
+def test_a_modality_that_no_batch_has_is_refused():
+    standardizer = Standardizer({"a": (2,), "b": (2,)})
+    batch = {"a": torch.ones(3, 2), "b": torch.ones(3, 2)}, torch.tensor([[True, False]] * 3)
+    for fit in (lambda: standardizer.fit(*batch), lambda: standardizer.fit_batches([batch])):
+        with pytest.raises(InputError, match="b: missing in every training sample; leave this mod"):
+            fit()
+
+
+def test_what_is_not_standardised_passes_as_it_is():
+    shapes = {"bytes": (2, 2), "floats": (2,), "ids": (3,), "raw": (2,)}
+    shapes["text"] = {"x": (2,), "y": ()}
+    standardizer = Standardizer(
+        shapes, {"bytes": "image", "ids": "tokens", "raw": "raw"}, off=("bytes", "floats", "text")
+    )
+    inputs = {
+        "bytes": torch.full((3, 2, 2), 51, dtype=torch.uint8),
+        "floats": torch.full((3, 2), 7.0, dtype=torch.float64),
+        "ids": torch.tensor([[1, 2, 0], [3, 0, 0], [2, 9, 5]], dtype=torch.uint8),
+        "raw": torch.full((3, 2), 200, dtype=torch.uint8),
+        "text": {"x": torch.full((3, 2), 200, dtype=torch.uint8), "y": torch.tensor([True] * 3)},
+    }
+    mask = torch.tensor([[True] * 5, [True] * 5, [False] * 5])
+    standardizer.fit(inputs, mask)
+    out = standardizer.transform(inputs, mask)
+    assert not list(standardizer.buffers()) and standardizer.vocabularies == {"ids": 4}
+    torch.testing.assert_close(out["bytes"], 0.2 * mask[:, :1, None] * torch.ones(3, 2, 2))
+    assert out["floats"].dtype == torch.float32
+    assert out["floats"].tolist() == [[7, 7], [7, 7], [0, 0]]
+    assert out["ids"].dtype == torch.int64
+    assert out["ids"].tolist() == [[1, 2, 0], [3, 0, 0], [0, 0, 0]]
+    assert out["raw"].dtype == torch.uint8 and out["raw"].tolist() == [[200, 200]] * 2 + [[0, 0]]
+    assert out["text"]["x"].dtype == torch.uint8
+    assert out["text"]["y"].tolist() == [True, True, False]
+    assert int(inputs["raw"].min()) == 200 and int(inputs["ids"][2, 1]) == 9  # as they were
+    everywhere = torch.ones(3, 5, dtype=torch.bool)
+    assert standardizer.transform(inputs, everywhere)["ids"][2].tolist() == [2, 4, 4]
+    wrong = {**inputs, "ids": inputs["ids"].int() - 1}
+    with pytest.raises(InputError, match="ids: holds the token id -1; number tokens from 1, and"):
+        standardizer.transform(wrong, mask)
+
+
+def test_standardize_by_name_and_not_at_all():
+    options = {"name": "digits"}
+    raw = load_data(DataConfig(**options, standardize=False))
+    some = load_data(DataConfig(**options, standardize=["fourier"]))
+    full = load_data(DataConfig(**options))
+    assert torch.equal(some.train.inputs["fourier"], full.train.inputs["fourier"])
+    assert torch.equal(some.train.inputs["pixels"], raw.train.inputs["pixels"])
+    assert raw.train.inputs["pixels"].max() == 16
+    assert full.train.inputs["pixels"].mean().abs() < 1e-5
+    with pytest.raises(InputError, match="data.standardize: 'pixel' is no modality in use; there"):
+        load_data(DataConfig(**options, standardize=["pixel"]))
+
+
+def test_the_head_of_a_split_is_of_samples_that_are_there():
+    mask = torch.tensor([[False, True], [True, True], [False, True], [True, False]])
+    inputs = {"a": torch.arange(4.0)[:, None], "b": torch.arange(4.0)[:, None]}
+    split = Split(inputs, torch.arange(4), mask)
+    assert split.head("a").flatten().tolist() == [1.0, 3.0]
+    assert split.head("b").flatten().tolist() == [0.0, 1.0]
+    assert split.head("a", 3).flatten().tolist() == [0.0, 1.0, 2.0]  # fewer are there
+
+
+def test_what_is_in_memory_is_called_so_and_names_its_own_groups():
+    samples = Samples({"a": np.random.default_rng(0).normal(size=(40, 3))}, np.arange(40) % 2)
+    data = load_data(DataConfig(), samples)
+    assert data.name == "samples" and load_data(DataConfig()).name == "digits"
+    assert load_data(data=data) is data  # ready already
+    with pytest.raises(
+        InputError, match="data.groups: 'who' names a column of a file, and data is"
+    ):
+        load_data(DataConfig(groups="who"), samples)
+    groups = Samples(samples.inputs, samples.targets, groups=np.arange(40) // 4)
+    parts = load_data(DataConfig(), groups)
+    seen = [set(part.groups.tolist()) for part in (parts.train, parts.validation, parts.test)]
+    assert sum(map(len, seen)) == len(set.union(*seen)) == 10

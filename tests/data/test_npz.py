@@ -10,7 +10,7 @@ import torch
 
 from iibalance.config import DataConfig
 from iibalance.data import load_data
-from iibalance.data.npz import read_inputs
+from iibalance.data.sources import read_to_predict
 from iibalance.errors import InputError
 
 
@@ -130,7 +130,7 @@ def test_class_names(tmp_path):
     assert _load(_write(tmp_path, classes=np.array(["x", "y", "z"]))).class_names == ["x", "y", "z"]
 
 
-_Y = _arrays()["y"]
+_Y, _SPLIT = _arrays()["y"], _arrays()["split"]
 _BAD_ROW = np.zeros((60, 5), np.float32)
 _BAD_ROW[4, 2] = np.nan
 _HUGE = np.zeros((60, 5))
@@ -147,19 +147,19 @@ _HUGE[7] = -1e39
             "it holds y, split, speaker",
         ),
         ({}, {"modalities": "a,c"}, "no x_c; there are a, b"),
-        ({"x_a.b": _BAD_ROW}, {}, "'a.b' cannot name a part of a PyTorch module; rename"),
-        ({"x_keys": _BAD_ROW}, {}, "'keys' cannot name"),
+        ({"x_a.b": _BAD_ROW}, {}, "x_a: stands beside fields of its own .x_a.b.; name one"),
+        ({"x_c.d.e": _BAD_ROW}, {}, "x_c.d.e: cannot name a modality; name it x_<modality>"),
+        ({"x_c.d": _BAD_ROW}, {}, "x_c.d: row 4 holds nan; clean it"),
         ({"y": None}, {}, "no y; add the class"),
-        ({"y": _Y + 0.5}, {}, "y: dtype float64 is not an integer type; save class numbers"),
-        ({"y": _Y.astype(str)}, {}, "y: dtype <U.* is not an integer type"),
-        ({"y": _Y[:, None]}, {}, r"y: has shape \(60, 1\); give one value a sample"),
-        ({"y": np.where(np.arange(60) == 8, -1, _Y)}, {}, "y: row 8 holds -1; labels are 0, 1, 2"),
+        ({"y": _Y + 0.5}, {}, "y: row 0 holds 0.5, no class: regression is not supported"),
+        ({"y": np.where(_Y == 1, np.nan, _Y)}, {}, "y: row 1 holds nan; give every sample a class"),
+        ({"y": np.eye(3)[_Y]}, {}, "y: has shape .60, 3.; several targets a sample"),
+        ({"y": _Y[:, None]}, {}, r"y: has shape \(60, 1\); give one class a sample"),
         (
             {"y": np.where(np.arange(60) == 8, 2**63, _Y.astype(np.uint64))},
             {},
             "y: row 8 holds 9223372036854775808",
         ),
-        ({"y": _Y * 2}, {}, "y: no sample has class 1, but one has 4; number the classes"),
         (
             {"y": _Y, "classes": np.array(["p", "q"])},
             {},
@@ -177,7 +177,7 @@ _HUGE[7] = -1e39
             r"class 2 \(2\) has no training sample \(10 in all\)",
         ),
         ({"y": _Y * 0}, {}, "y: holds only class 0; give samples of at least two"),
-        ({"y": _Y[:0]}, {}, "y: is empty"),
+        ({"y": _Y[:0]}, {}, "x_a: has 60 rows, but y has 0"),
         ({"x_a": _BAD_ROW[:50]}, {}, "x_a: has 50 rows, but y has 60"),
         ({"x_a": _BAD_ROW[:, 0]}, {}, r"x_a: has shape \(60,\); give \[N, ...\]"),
         ({"x_a": _BAD_ROW[:, :0]}, {}, "x_a: is empty"),
@@ -245,7 +245,7 @@ _HUGE[7] = -1e39
             "data.split: no column 'other'; the file holds x_a, x_b, y, split, speaker",
         ),
         ({}, {"groups": "person"}, "data.groups: no column 'person'; the file holds"),
-        ({"speaker": np.arange(7)}, {"groups": "speaker"}, r"speaker: has shape \(7,\)"),
+        ({"speaker": np.arange(7)}, {"groups": "speaker"}, r"groups: has shape \(7,\)"),
         (
             {"split": None, "speaker": np.zeros(60, int)},
             {"groups": "speaker"},
@@ -307,66 +307,75 @@ def test_cut_and_garbled_files_never_escape_as_other_errors(tmp_path, save):
     assert refused > 100
 
 
-def _read(folder, **arrays):
+def _read(folder, missing=(), **arrays):
     np.savez(folder / "p.npz", **arrays)
-    return read_inputs(folder / "p.npz", ["a", "b"], {"a": (5,), "b": (6, 6)})
+    return read_to_predict(DataConfig(path=folder / "p.npz"), ["a", "b"], missing)
 
 
-def test_read_inputs_gives_raw_values_masks_and_ids(tmp_path):
+def test_what_is_predicted_is_read_raw_with_masks_ids_and_labels(tmp_path):
     arrays = _arrays()
     arrays["x_a"][3] = np.nan
-    inputs, mask, targets, ids = _read(
+    samples = _read(
         tmp_path,
         **arrays,
-        mask_a=np.arange(60) != 3,
+        mask_a=np.arange(60) != 5,
         ids=np.array([f"c{index}" for index in range(60)]),
     )
-    assert (
-        list(inputs) == ["a", "b"]
-        and inputs["b"].dtype == torch.float32
-        and ids[:2] == ["c0", "c1"]
-    )
-    np.testing.assert_array_equal(inputs["b"], arrays["x_b"])
-    assert (
-        not inputs["a"][3].any()
-        and mask[:, 0].tolist() == [index != 3 for index in range(60)]
-        and mask[:, 1].all()
-    )
-    assert targets.tolist() == arrays["y"].tolist()
+    assert samples.modalities == ("a", "b") and samples.ids[:2] == ["c0", "c1"]
+    np.testing.assert_array_equal(samples.inputs["b"], arrays["x_b"])
+    # Told by the mask, or a row of NaN alone.
+    assert samples.mask[:, 0].tolist() == [index not in (3, 5) for index in range(60)]
+    assert samples.mask[:, 1].all() and samples.targets.tolist() == arrays["y"].tolist()
 
 
-def test_read_inputs_takes_one_modality_alone_and_no_labels(tmp_path):
-    inputs, mask, targets, ids = _read(tmp_path, x_b=np.ones((4, 6, 6)))
-    assert (
-        inputs["a"].shape == (4, 5)
-        and not inputs["a"].any()
-        and mask.tolist() == [[False, True]] * 4
-    )
-    assert targets is None and ids == ["0", "1", "2", "3"]
+def test_a_modality_that_is_not_there_must_be_said_to_be_missing(tmp_path):
+    with pytest.raises(InputError, match="x_a is not there; it holds x_b. .* --missing a to pred"):
+        _read(tmp_path, x_b=np.ones((4, 6, 6)))
+    with pytest.raises(InputError, match="x_a is not there; it holds x_A, x_b. Name it as in"):
+        _read(tmp_path, x_A=np.ones((4, 5)), x_b=np.ones((4, 6, 6)))
+    with pytest.raises(InputError, match="missing: 'c' is none of the model's modalities .a, b."):
+        _read(tmp_path, ["c"], x_b=np.ones((4, 6, 6)))
+    samples = _read(tmp_path, ["a"], x_b=np.ones((4, 6, 6)))
+    assert samples.modalities == ("b",) and samples.targets is None and samples.ids is None
+    both = _read(tmp_path, ["a"], x_a=np.ones((4, 5)), x_b=np.ones((4, 6, 6)))
+    assert both.modalities == ("b",)
 
 
 @pytest.mark.parametrize(
     "arrays, message",
     [
-        ({"x_c": np.ones((4, 5))}, "none of x_a, x_b is there; it holds x_c"),
-        (
-            {"x_a": np.ones((4, 6))},
-            r"x_a: samples have shape \(6,\), but the model was trained on \(5,\)",
-        ),
+        ({"x_c": np.ones((4, 5))}, "none of a, b is there"),
         ({"x_a": np.ones((4, 5)), "x_b": np.ones((3, 6, 6))}, "x_b: has 3 rows, but x_a has 4"),
         ({"x_a": np.full((4, 5), np.inf)}, "x_a: row 0 holds inf"),
         (
             {"x_a": np.ones((4, 5)), "mask_a": np.array([1, 1, 0, 1], bool)},
-            "row 2 has none of a, b",
+            "row 2 has none of a",
         ),
-        ({"x_a": np.ones((4, 5)), "y": np.arange(3)}, r"y: has shape \(3,\)"),
+        ({"x_a": np.ones((4, 5)), "y": np.arange(3)}, "x_a: has 4 rows, but y has 3"),
         ({"x_a": np.ones((4, 5)), "ids": np.arange(3)}, r"ids: has shape \(3,\)"),
         ({"x_a": np.ones((0, 5))}, "x_a: is empty"),
     ],
 )
-def test_read_inputs_errors(tmp_path, arrays, message):
+def test_errors_of_what_is_predicted(tmp_path, arrays, message):
     with pytest.raises(InputError, match=message):
-        _read(tmp_path, **arrays)
+        _read(tmp_path, ["a", "b"], **arrays)
+
+
+def test_labels_are_words_or_any_integers(tmp_path):
+    words = np.array(["no", "yes", "perhaps"])[_Y]
+    data = _load(_write(tmp_path, y=words))
+    assert data.class_names == ["no", "perhaps", "yes"]
+    assert [data.class_names[k] for k in data.train.targets] == words[_SPLIT == 0].tolist()
+    data = _load(_write(tmp_path, y=2 * _Y - 1))
+    assert data.class_names == ["-1", "1", "3"]
+    assert data.test.targets.tolist() == _Y[_SPLIT == 2].tolist()
+    data = _load(_write(tmp_path, y=_Y + 1.0))  # whole floats
+    assert data.class_names == ["1", "2", "3"]
+
+
+def test_splits_may_be_words(tmp_path):
+    words = np.array(["train", "val", "test"])[_SPLIT]
+    assert len(_load(_write(tmp_path, split=words)).validation) == (_SPLIT == 1).sum()
 
 
 def test_another_file_is_standardised_as_the_model_was(tmp_path):
@@ -407,15 +416,6 @@ def test_another_file_must_be_of_the_models_shapes(tmp_path, changes, message):
     with pytest.raises(InputError) as caught:
         load_data(DataConfig(name="npz", path=path), standardizer=standardizer)
     assert str(caught.value) == message.format(path=path)
-
-
-def test_prediction_inputs_match_training_inputs(tmp_path):
-    path = _write(tmp_path)
-    data = _load(path)
-    inputs, mask, _, _ = read_inputs(path, data.modalities, data.shapes)
-    test = torch.from_numpy(_arrays()["split"] == 2)
-    for name, values in data.standardizer.transform(inputs, mask).items():
-        assert torch.equal(values[test], data.test.inputs[name])
 
 
 @pytest.mark.parametrize(

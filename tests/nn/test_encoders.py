@@ -4,13 +4,17 @@ import pytest
 import torch
 from torch import nn
 
+from iibalance.config import ModelConfig
+from iibalance.data.standardize import Standardizer
 from iibalance.errors import InputError
 from iibalance.nn.encoders import (
     ImageEncoder,
     SequenceEncoder,
+    TokenEncoder,
     VectorEncoder,
     VideoEncoder,
     build_encoder,
+    builtin,
 )
 from iibalance.nn.model import MultimodalClassifier
 
@@ -167,3 +171,35 @@ def test_the_embedding_size_can_be_read_off():
 def test_shapes_and_layouts_that_do_not_fit(shape, layout, message):
     with pytest.raises(InputError, match=message):
         build_encoder(shape, layout=layout)
+
+
+def test_tokens_are_read_with_their_order_and_padding_is_zero():
+    torch.manual_seed(0)
+    encoder = build_encoder((6,), layout="tokens", vocabulary=9, embedding_dim=5, width=4).eval()
+    vectors = encoder[0].weight
+    assert vectors.shape == (9, 8) and not vectors[[0, 8]].any() and vectors[1:8].any(1).all()
+    ids = torch.tensor([[1, 2, 3, 0, 0, 0], [3, 2, 1, 0, 0, 0], [1, 2, 3, 8, 8, 8]])
+    out = encoder(ids)
+    assert out.shape == (3, 5) and torch.equal(out[0], out[2])  # unseen ids are as padding
+    encoder.train()(ids).square().sum().backward()
+    assert not vectors.grad[0].any() and vectors.grad[1:4].any(1).all()
+    with pytest.raises(InputError, match="vocabulary: layout 'tokens' needs the number of ids"):
+        build_encoder((6,), layout="tokens")
+    with pytest.raises(InputError, match="layout: 'tokens' does not fit samples of shape .6, 2."):
+        build_encoder((6, 2), layout="tokens", vocabulary=9)
+    with pytest.raises(InputError, match="layout: 'text' is none of vector, .*, tokens"):
+        build_encoder((6,), layout="text")
+
+
+def test_the_builtin_encoder_follows_the_standardizer():
+    standardizer = Standardizer({"words": (4,), "sound": (12, 3)}, {"words": "tokens"})
+    ids = torch.tensor([[1, 7, 0, 0]] * 3)
+    standardizer.fit({"words": ids, "sound": torch.randn(3, 12, 3)}, torch.ones(3, 2) > 0)
+    model = ModelConfig(embedding_dim=6, width=4)
+    words = builtin("words", model, standardizer)()
+    assert isinstance(words, TokenEncoder) and words[0].num_embeddings == 9  # 0 to 7, and unseen
+    inputs = {"words": ids + 500, "sound": torch.randn(3, 12, 3)}
+    later = standardizer.transform(inputs, torch.ones(3, 2) > 0)
+    assert words(later["words"]).shape == (3, 6)
+    sound = builtin("sound", model, standardizer)()
+    assert isinstance(sound, SequenceEncoder) and sound(later["sound"]).shape == (3, 6)

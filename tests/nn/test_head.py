@@ -6,6 +6,7 @@ What they compute, what they refuse, and that they learn.
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -530,6 +531,9 @@ def bad(row, value):
 @pytest.mark.parametrize(
     ("change", "mask", "message"),
     [
+        (lambda toy: None, None, "batch: is a NoneType; give a dict of arrays by modality"),
+        (lambda toy: pd.DataFrame({"a": [1.0]}), None, "batch: is a DataFrame; give a dict"),
+        (lambda toy: toy.inputs, torch.full((400, 2), 0.5), "mask: dtype float32; give bool"),
         (
             lambda toy: {**toy.inputs, "text": torch.zeros(400, 2)},
             None,
@@ -539,7 +543,7 @@ def bad(row, value):
         (
             lambda toy: {**toy.inputs, "audio": toy.inputs["audio"][:-1]},
             None,
-            "batch: modalities differ in length .*audio: 399, image: 400",
+            "batch: image: has 400 rows, but batch: audio has 399",
         ),
         (
             lambda toy: {**toy.inputs, "audio": toy.inputs["audio"][:, :4]},
@@ -549,28 +553,28 @@ def bad(row, value):
         (
             lambda toy: {name: values[:0] for name, values in toy.inputs.items()},
             None,
-            "batch: holds no samples",
+            "batch: audio: is empty",
         ),
         (
             lambda toy: toy.inputs,
             torch.ones(400, 3),
-            r"mask: has shape \[400, 3\], expected \[400, 2\] \(audio, image\)",
+            r"mask: has shape \[400, 3\], expected a row a sample and 2 columns \(audio, image\)",
         ),
         (
             lambda toy: toy.inputs,
             torch.arange(400)[:, None].ne(6).expand(400, 2),
-            "mask: row 6 has no modality present",
+            "row 6 has none of audio, image",
         ),
         (
             lambda toy: {"audio": toy.inputs["audio"]},
             torch.tensor([[False, True]] * 400),
-            "mask: row 0 has no modality present",
+            "row 0 has none of audio",
         ),
-        (bad(17, math.nan), None, "batch: audio row 17 holds a NaN or infinite value"),
+        (bad(17, math.nan), None, "batch: audio: row 17 holds nan; clean it, or mark the row"),
         (
             bad(399, -math.inf),
             torch.ones(400, 2),
-            "batch: audio row 399 holds a NaN or infinite value",
+            "batch: audio: row 399 holds -inf",
         ),
     ],
 )
@@ -691,3 +695,19 @@ def test_what_belongs_to_a_modality_is_told_by_the_head(make):
     assert {"encoders.1.weight", "encoders.1.bias"} <= keys[1]
     if isinstance(head, IIBalanceHead):
         assert "head.classifiers.1.weight" in keys[1] and "head.prototypes.counts_1" in keys[1]
+
+
+def test_encoders_that_are_none_or_do_not_fit_are_named():
+    with pytest.raises(InputError, match="encoders: a is a function; give a torch.nn.Module"):
+        MultimodalClassifier({"a": lambda x: x}, 3)
+    model = MultimodalClassifier({"a": nn.Linear(4, 8), "b": nn.Linear(2, 8)}, 3)
+    message = r"encoders: a: Linear cannot take a batch of shape \[1, 5\] .*; give an encoder that"
+    with pytest.raises(InputError, match=message):
+        model.predict({"a": torch.zeros(3, 5), "b": torch.zeros(3, 2)})
+
+
+def test_a_model_without_numbers_says_so():
+    with torch.device("meta"):
+        model = MultimodalClassifier({"a": nn.Linear(4, 8)}, 3)
+    with pytest.raises(InputError, match="batch: the model is on the meta device"):
+        model.predict({"a": torch.zeros(3, 4)})

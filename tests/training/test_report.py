@@ -6,9 +6,11 @@ It also leaves the importing program's matplotlib alone.
 import itertools
 import math
 import os
+import re
 import struct
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
@@ -18,9 +20,11 @@ from matplotlib.colors import to_hex
 from matplotlib.image import imread
 from matplotlib.text import Annotation, Text
 
+from iibalance.config import DataConfig
 from iibalance.errors import InputError
 from iibalance.metrics import classification_metrics, reliability_curve
-from iibalance.training.report import INK, PALETTE, report_figure, write_report
+from iibalance.training.report import INK, PALETTE, report_figure, report_title, write_report
+from iibalance.training.report_panels import LEAST_SAMPLES, merge_bins
 
 SHORT = ["audio", "visual", "text", "depth", "imu", "eeg"]
 LONG = [
@@ -178,9 +182,8 @@ def test_budget_panel():
         expected.append(f"{budgets['prior'][index]:.2f} → {weights[name]:.2f}")
     assert notes(axes) == expected and legend == [
         "budget ± s.e.",
-        "prior",
-        "mean fusion weight",
-        "anchor",
+        "prior → mean fusion weight",  # what the arrows of the panel lead from, and to
+        "anchor (largest)",
     ]
 
 
@@ -201,14 +204,47 @@ def test_reliability_panel_shows_the_ece_of_metrics():
     expected = {"fused": test["ece"]} | {
         name: test["modalities"][name]["ece"] for name in SHORT[:3]
     }
-    assert (
-        legend == [f"{ece:.3f} {name}" for name, ece in expected.items()]
-        and len(set(expected.values())) == 4
-    )
+    # Of the bins given, and not of those drawn
+    assert legend == [
+        "≥ 30 samples, bins merged",
+        *(f"{ece:.3f} {name}" for name, ece in expected.items()),
+    ]
+    assert len(set(expected.values())) == 4
     drawn = [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines]
-    for confidence, accuracy, _ in arguments["reliability"].values():
-        assert (confidence.tolist(), accuracy.tolist()) in drawn
+    for curve in arguments["reliability"].values():
+        confidence, accuracy, _ = merge_bins(*map(np.asarray, curve))
+        assert (confidence.tolist(), accuracy.tolist()) in drawn and len(confidence) == 7
     assert axes.get_aspect() == 1
+
+
+def test_bins_with_samples_enough_are_drawn_as_they_are():
+    arguments = page(SHORT[:2])
+    for name, (confidence, accuracy, count) in arguments["reliability"].items():
+        arguments["reliability"][name] = confidence, accuracy, count + LEAST_SAMPLES
+    axes, legend = cells(report_figure(**arguments))[3]
+    assert not [text for text in legend if "merged" in text]
+    drawn = [line.get_xdata().tolist() for line in axes.lines]
+    assert arguments["reliability"]["fused"][0].tolist() in drawn
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_merged_bins_hold_enough_and_lose_nothing(seed):
+    generator = np.random.default_rng(seed)
+    size = generator.integers(1, 16)
+    count = generator.integers(1, 60, size)
+    confidence = np.sort(generator.random(size))
+    accuracy = generator.random(size)
+    merged = merge_bins(confidence, accuracy, count, 30)
+    assert merged[2].sum() == count.sum()
+    assert (merged[2] >= 30).all() or len(merged[2]) == 1
+    for before, after in zip((confidence, accuracy), merged[:2], strict=True):
+        assert (after * merged[2]).sum() == pytest.approx((before * count).sum(), rel=1e-12)
+    assert (np.diff(merged[0]) >= 0).all()  # neighbours were merged, and no others
+    edges = np.cumsum(merged[2])
+    assert set(edges) <= set(np.cumsum(count)) and len(edges) <= size
+    # And none without need
+    if (count >= 30).all():
+        assert len(edges) == size
 
 
 def test_one_colour_per_modality_in_every_panel():
@@ -224,7 +260,8 @@ def test_one_colour_per_modality_in_every_panel():
     )
     heads = {line.get_xydata().tobytes(): line.get_color() for line in reliability.lines}
     curves = page(names)["reliability"]
-    assert [heads[np.stack(curves[name][:2], 1).tobytes()] for name in names] == list(PALETTE)
+    drawn = [np.stack(merge_bins(*map(np.asarray, curves[name]))[:2], 1) for name in names]
+    assert [heads[curve.tobytes()] for curve in drawn] == list(PALETTE)
     # The tints
     assert [to_hex(line.get_color()) for line in training.lines[:6]] == [
         colour.lower() for _, colour in bars(accuracy)[1::2]
@@ -352,7 +389,7 @@ def test_parts_missing_or_not_finite_are_left_out():
         "budget ± s.e.",
         "prior",
     ]
-    assert len(fourth) == 2
+    assert len(fourth) == 3  # what was merged, and two curves
     arguments["budgets"]["standard_errors"] = [0.0, 0.0]  # budgets that were given, not estimated
     (budget, third) = cells(report_figure(**arguments))[2]
     assert third == ["budget", "prior"] and not budget.collections and "0.55" in notes(budget)
@@ -362,7 +399,7 @@ def test_parts_missing_or_not_finite_are_left_out():
 def test_file_is_the_figure(tmp_path):
     arguments = page(SHORT[:3])
     write_report(tmp_path / "report.png", **arguments)
-    assert os.listdir(tmp_path) == ["report.png"]
+    assert sorted(os.listdir(tmp_path)) == ["report.pdf", "report.png", "report.svg"]
     data = (tmp_path / "report.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", data[16:24]) == (1400, 1200)
     figure = report_figure(**arguments)
@@ -371,6 +408,59 @@ def test_file_is_the_figure(tmp_path):
     assert np.array_equal(pixels, np.asarray(figure.canvas.buffer_rgba()))
     write_report(str(tmp_path / "again.png"), **arguments)
     assert (tmp_path / "again.png").read_bytes() == data
+
+
+@pytest.mark.slow
+def test_every_file_has_the_same_bytes_a_second_time_and_in_another_process(tmp_path):
+    write_report(tmp_path / "report.png", **page(SHORT[:2]))
+    code = """if True:
+        import sys
+        from test_report import SHORT, page, write_report
+        write_report(sys.argv[1], **page(SHORT[:2]))
+    """
+    later = {"SOURCE_DATE_EPOCH": "86400", "PYTHONHASHSEED": "7", "HOME": str(tmp_path)}
+    paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "again.png")],
+        env={**os.environ, **later, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for form in ("png", "pdf", "svg"):
+        first, second = (tmp_path / f"{name}.{form}" for name in ("report", "again"))
+        assert first.read_bytes() == second.read_bytes(), form
+        content = first.read_bytes()
+        assert not re.search(rb"CreationDate|<dc:date|Matplotlib v|/Producer|/Creator", content), (
+            form
+        )
+        assert str(tmp_path).encode() not in content, form
+
+
+def test_letters_stay_letters(tmp_path):
+    arguments = page(SHORT[:2]) | {"title": "iibalance on clips.npz"}
+    write_report(tmp_path / "report.png", **arguments)
+    svg = (tmp_path / "report.svg").read_text(encoding="utf-8")
+    root = ElementTree.fromstring(svg)
+    texts = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
+    figure = report_figure(**arguments)
+    shown = {line for text, _ in visible_texts(figure) for line in text.get_text().split("\n")}
+    lost = {line.strip() for line in shown} - {(text or "").strip() for text in texts}
+    assert not lost and {"0.78 ± 0.01 ★", "iibalance on clips.npz"} <= shown
+    pdf = (tmp_path / "report.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF-") and b"/Subtype /Type3" not in pdf  # letters drawn as pictures
+    assert b"/FontFile2" in pdf and b"DejaVuSans" in pdf
+
+
+def test_the_title_names_the_data_s_file_and_no_folder():
+    clips = DataConfig(name="npz", path="/home/me/data/clips.npz")
+    assert report_title("qmf", "npz", clips) == "qmf on clips.npz"
+    assert report_title("qmf", "npz", DataConfig(path="a/clips.npz")) == "qmf on clips.npz"
+    assert (
+        report_title("qmf", "folder", DataConfig(name="folder", path="a/clips/")) == "qmf on clips"
+    )
+    assert report_title("qmf", "digits", DataConfig()) == "qmf on digits"
+    assert report_title("qmf", "mine", clips) == "qmf on mine"  # data that were given
 
 
 def test_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
