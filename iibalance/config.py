@@ -9,6 +9,7 @@ What may come in: errors, checks and method_names. Nothing here reads data or tr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -196,7 +197,9 @@ class TrainingConfig:
     """How often a training draws samples of each class: ``balanced`` (all classes alike), or class
     name -> weight (1 where not named). By default every sample is taken once an epoch. The
     validation NLL that stops a training is weighted alike; calibration and every reported number
-    keep the data's own frequencies."""
+    keep the data's own frequencies. Predicted probabilities lean towards the classes that are drawn
+    more often than they occur, and calibration does not undo that: a temperature is the same for
+    every class."""
     workers: int = 0
     """Processes that read batches ahead, for data that stay on the disk; 0 = none."""
     modality_dropout: float = 0.0
@@ -394,9 +397,9 @@ class CompareConfig:
     methods: str | list[str] = "all"
     """``all``, or a list of names (joined by commas on the command line); ``my_file.py:MyMethod``
     is a name too. The encoders alone (``unimodal``) are always there."""
-    focus: str = "iibalance"
+    focus: str | None = None
     """The method that is compared with the best of the others (its ablations apart) by a paired
-    bootstrap."""
+    bootstrap. By default ``iibalance``, or the first of ``methods`` where it is not among them."""
     seeds: int = 5
     """Training seeds, from 0."""
     trials: int = 3
@@ -471,11 +474,47 @@ class CompareConfig:
         >>> CompareConfig(methods="sum, concat,sum").method_list()
         ['unimodal', 'sum', 'concat']
         """
+        return list(dict.fromkeys([METHOD_NAMES[0], *self._named()]))
+
+    def focus_method(self) -> str:
+        """The method in focus: the one that is given, or the default.
+
+        >>> CompareConfig().focus_method(), CompareConfig(methods="concat,sum").focus_method()
+        ('iibalance', 'concat')
+        """
+        if self.focus is not None:
+            return self.focus
+        names = self._named() or self.method_list()
+        return "iibalance" if "iibalance" in names else names[0]
+
+    def check_focus(self) -> None:
+        """InputError for a focus that is not compared, where that can be told without imports.
+
+        What a method of your own is called is known only once its file is imported.
+
+        >>> CompareConfig(methods=[], focus="qmf").check_focus()
+        Traceback (most recent call last):
+            ...
+        iibalance.errors.InputError: focus: qmf is not compared; give --focus NAME, one of unimodal
+        """
+        names = self.method_list()
+        if self.focus_method() not in names and not any(":" in name for name in names):
+            raise self.focus_error(names)
+
+    def focus_error(self, names: Sequence[str]) -> InputError:
+        """To raise where the focus is none of ``names``, which are compared."""
+        return InputError(
+            f"focus: {self.focus_method()} is not compared; "
+            f"give --focus NAME, one of {', '.join(names)}"
+        )
+
+    def _named(self) -> list[str]:
+        """The methods as they are given, ``all`` written out."""
         given = self.methods.split(",") if isinstance(self.methods, str) else self.methods
-        names = [METHOD_NAMES[0]]
+        names: list[str] = []
         for name in map(str.strip, given):
             names += METHOD_NAMES if name == "all" else [name]
-        return list(dict.fromkeys(names))
+        return names
 
 
 def _source_of(path: str) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.metrics import accuracy_score
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
@@ -27,6 +27,7 @@ from iibalance.data.dataset import MultimodalData, Split
 from iibalance.data.labels import check_labels
 from iibalance.data.samples import Samples, as_array
 from iibalance.errors import InputError
+from iibalance.estimator_inputs import Form, check_kind, table_kind
 from iibalance.files import read_model
 from iibalance.methods import make_method
 from iibalance.nn.contributions import contributions
@@ -34,12 +35,11 @@ from iibalance.nn.model import BATCH_SIZE, Prediction, in_batches
 from iibalance.nn.own_encoders import Encoder, GroupMaker
 from iibalance.training.budget_stage import check_folds
 from iibalance.training.run import prepare
+from iibalance.training.run_checks import check_groups
 from iibalance.training.saving import read_saved, save_model
 from iibalance.training.stages import Run
 from iibalance.training.surroundings import surroundings
 from iibalance.training.trainer import make_accelerator
-
-ALONE = "x"  # the one modality of a table whose columns are not shared out
 
 
 class IIBalanceClassifier(ClassifierMixin, BaseEstimator):
@@ -148,7 +148,7 @@ class IIBalanceClassifier(ClassifierMixin, BaseEstimator):
 
         Raises InputError (a ValueError) in one line for input that cannot be used.
         """
-        samples = self._samples(X, sample_mask, reset=True)
+        self._form, samples = self._first(X, sample_mask)
         if y is None:
             raise InputError(
                 "y: is None; IIBalanceClassifier requires y to be passed, but the target y is None"
@@ -170,14 +170,20 @@ class IIBalanceClassifier(ClassifierMixin, BaseEstimator):
         )
         config = self._config()
         data, factories = prepare(config, whole, self.encoders, parts=("train", "validation"))
+        check_groups(self.parameter_groups, factories)
         config = self._with_folds(config, data)
         method = make_method(config.method, config)
         method.check(data.modalities)
-        given = self._given_budgets()
-        folds = None if given is not None else Run.folds_of(method, config, data.train)
+        given = self._given_budgets(data.modalities)
+        folds = (
+            None
+            if given is not None
+            else Run.folds_of(method, config, data.train, data.class_names)
+        )
         check_folds(data.train, folds or [])
         accelerator = make_accelerator(config.training)
-        with surroundings(data.layouts, accelerator.device):
+        devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+        with surroundings(data.layouts, accelerator.device), torch.random.fork_rng(devices):
             run = Run(
                 config,
                 data,
@@ -207,6 +213,11 @@ class IIBalanceClassifier(ClassifierMixin, BaseEstimator):
         found = self._predict(X, sample_mask).probabilities.double().numpy()
         return found / found.sum(1, keepdims=True)
 
+    def score(self, X: Any, y: Any, sample_weight: Any = None, sample_mask: Any = None) -> float:
+        """The accuracy of :meth:`predict` against the labels ``y`` [N]."""
+        found = self.predict(X, sample_mask)
+        return float(accuracy_score(as_array(y), found, sample_weight=sample_weight))
+
     def weights(self, X: Any, sample_mask: Any = None) -> np.ndarray:
         """[N, M] float64: each modality's share in the fusion of each sample, 0 where missing.
 
@@ -223,11 +234,11 @@ class IIBalanceClassifier(ClassifierMixin, BaseEstimator):
         """[N, M] float64 nats: what each modality adds to the log-probability of the prediction.
 
         Exact Shapley values over all subsets of the modalities: a row's sum is log p(predicted
-        class) minus the log of that class's share of the training samples. Missing ones add 0.
+        class) minus the log of that class's share of the samples in ``fit``. Missing ones add 0.
         Raises InputError for more than six modalities.
         """
         check_is_fitted(self)
-        inputs, mask = self.model_.check_batch(self._samples(X, sample_mask, reset=False))
+        inputs, mask = self.model_.check_batch(self._read(X, sample_mask))
         split = Split(inputs, torch.zeros(len(mask), dtype=torch.int64), mask)
         base_rate = torch.from_numpy(self.base_rate_)
         parts = [
@@ -247,20 +258,26 @@ class IIBalanceClassifier(ClassifierMixin, BaseEstimator):
         params = self.get_params(deep=False)
         own = tuple(params.pop("encoders") or ())
         params.pop("parameter_groups")
-        params["budgets"] = "unimodal" if isinstance(self.budgets, Budgets) else self.budgets
+        if self._form.table == "array" and self.modalities is not None:
+            params["modalities"] = self._form.columns  # a slice or range as positions
+        given = self.budgets if isinstance(self.budgets, Budgets) else None
+        if isinstance(self.class_weight, Mapping):  # JSON knows no key but a string
+            params["class_weight"] = [*self.class_weight.items()]
         about = {
-            "params": params,
+            "params": params | ({"budgets": None} if given else {}),
+            "given_budgets": given and given.to_dict(),
             "classes": self.classes_.tolist(),
-            "kind": self.classes_.dtype.kind,
+            "dtype": self.classes_.dtype.str,
             "budgets": None if self.budgets_ is None else self.budgets_.to_dict(),
             "history": self.history_,
             "trained_by": self._trained_by,
             "base_rate": self.base_rate_.tolist(),
             "features": getattr(self, "n_features_in_", None),
             "names": list(map(str, getattr(self, "feature_names_in_", []))),
+            "form": vars(self._form),
         }
         try:
-            text = json.dumps(about)
+            text = json.dumps(about, default=_plain)
         except TypeError as error:
             raise InputError(
                 f"save: a parameter cannot be written ({error}); give plain numbers, strings, "
@@ -285,10 +302,16 @@ class IIBalanceClassifier(ClassifierMixin, BaseEstimator):
             )
         about = json.loads(metadata["estimator"])
         config = config_from(about["trained_by"])
-        found = cls(**about["params"], encoders=encoders)
+        params = about["params"]
+        if about["given_budgets"]:
+            params["budgets"] = Budgets.from_dict(about["given_budgets"])
+        if isinstance(params["class_weight"], list):
+            params["class_weight"] = dict(params["class_weight"])
+        found = cls(**params, encoders=encoders)
         found.model_, _ = read_saved(path, config, encoders)
         found.model_.eval()
-        found.classes_ = np.array(about["classes"])
+        found.classes_ = np.array(about["classes"], dtype=about["dtype"])
+        found._form = Form(**about["form"])
         found.budgets_ = None if about["budgets"] is None else Budgets.from_dict(about["budgets"])
         found.history_, found._trained_by = about["history"], about["trained_by"]
         found.modalities_ = found.model_.modalities
@@ -301,55 +324,32 @@ class IIBalanceClassifier(ClassifierMixin, BaseEstimator):
 
     # What comes in.
 
-    def _samples(self, X: Any, sample_mask: Any, *, reset: bool) -> Samples:
-        """X as samples, checked; at prediction, of the modalities that were trained."""
-        if isinstance(X, torch.utils.data.Dataset):
-            raise InputError(
-                "X: is a torch Dataset; iibalance.train(config, data=...) trains on one"
-            )
-        if issparse(X):
-            raise InputError("X: is sparse, which is not supported; give X.toarray()")
-        if X is None:
-            raise InputError("X: is None; give a dict of arrays by modality, or a DataFrame")
-        if isinstance(X, Samples):
-            samples = X
-            if sample_mask is not None:
-                samples = Samples(X.inputs, mask=sample_mask, key="X: {}".format)
-        elif isinstance(X, Mapping):
-            X = self._known(X, reset)
-            samples = Samples(X, mask=sample_mask, key="X: {}".format)
-        else:
-            samples = self._table(X, sample_mask, reset)
-        return samples
+    def _first(self, X: Any, sample_mask: Any) -> tuple[Form, Samples]:
+        """The form of the X to fit, and its samples."""
+        check_kind(X)
+        kind, columns = table_kind(X), self.modalities
+        if kind == "frame":
+            validate_data(self, X, skip_check_array=True)
+            if columns is None:
+                warnings.warn(
+                    "modalities: not given, so all columns are one modality; "
+                    'give modalities={"audio": ["a1", "a2"], ...}',
+                    UserWarning,
+                    stacklevel=3,
+                )
+        elif kind == "array":
+            X = validate_data(self, X, dtype="numeric", ensure_all_finite="allow-nan")
+        return Form.of(X, columns, sample_mask)
 
-    def _known(self, X: Mapping[str, Any], reset: bool) -> dict[str, Any]:
-        """The modalities of a dict; None stands for one that is missing in every sample."""
-        if not reset:
-            for name in (*X, *self.modalities_):
-                if name not in self.modalities_ or name not in X:
-                    state = "is not there" if name not in X else "was not trained on"
-                    raise InputError(
-                        f"X: {name} {state}: the classifier knows {', '.join(self.modalities_)}, "
-                        f"X has {', '.join(map(str, X))}; give None for a modality that no sample "
-                        "has"
-                    )
-        return {name: values for name, values in X.items() if values is not None or reset}
-
-    def _table(self, X: Any, sample_mask: Any, reset: bool) -> Samples:
-        columns = self.modalities
-        if hasattr(X, "columns") and columns is not None:
-            validate_data(self, X, reset=reset, skip_check_array=True)
-            return Samples(X, columns=columns, mask=sample_mask, key="X: {}".format)
-        if hasattr(X, "columns") and reset:
-            warnings.warn(
-                "modalities: not given, so all columns are one modality; "
-                'give modalities={"audio": ["a1", "a2"], ...}',
-                UserWarning,
-                stacklevel=3,
-            )
-        array = validate_data(self, X, reset=reset, dtype="numeric", ensure_all_finite="allow-nan")
-        columns = {ALONE: slice(None)} if columns is None else columns
-        return Samples(array, columns=columns, mask=sample_mask, key="X: {}".format)
+    def _read(self, X: Any, sample_mask: Any) -> Samples:
+        """X as it was in fit, checked."""
+        check_kind(X)
+        kind, first = table_kind(X), self._form.table
+        if kind == "frame" and first and self.modalities is None:
+            validate_data(self, X, reset=False, skip_check_array=True)
+        elif kind == "array" and (first == "array" or first and self.modalities is None):
+            X = validate_data(self, X, reset=False, dtype="numeric", ensure_all_finite="allow-nan")
+        return self._form.read(X, sample_mask)
 
     def _labels(self, y: Any, count: int) -> np.ndarray:
         y = as_array(y)
@@ -391,10 +391,10 @@ class IIBalanceClassifier(ClassifierMixin, BaseEstimator):
         for name, value in (self.options or {}).items():
             section, dot, option = str(name).partition(".")
             part = getattr(config, section, None)
-            if not dot or part is None or not hasattr(part, option):
+            if not dot or part is None or not hasattr(part, option) or section == "data":
                 raise InputError(
-                    f"options: {name!r} is no option; give dotted names such as objective.alpha, "
-                    "as RunConfig has them"
+                    f"options: {name!r} is no option here; give dotted names of the sections "
+                    "model, objective, training, budgets and calibration, such as objective.alpha"
                 )
             config = replace(config, **{section: replace(part, **{option: value})})
         return config
@@ -408,12 +408,29 @@ class IIBalanceClassifier(ClassifierMixin, BaseEstimator):
         folds = max(2, min(config.budgets.folds, there))
         return replace(config, budgets=replace(config.budgets, folds=folds))
 
-    def _given_budgets(self) -> Budgets | None:
+    def _given_budgets(self, modalities: Sequence[str]) -> Budgets | None:
         if isinstance(self.budgets, str):
             return None
-        return self.budgets if isinstance(self.budgets, Budgets) else Budgets.given(self.budgets)
+        given = self.budgets
+        if not isinstance(given, Budgets):
+            given = Budgets.given(given)
+        if set(given.modalities) != set(modalities):
+            raise InputError(
+                f"budgets: are of {', '.join(given.modalities)}, X has {', '.join(modalities)}; "
+                "give one for each of these"
+            )
+        return given
 
     # How it predicts.
 
     def _predict(self, X: Any, sample_mask: Any) -> Prediction:
-        return self.model_.predict(self._samples(X, sample_mask, reset=False))
+        return self.model_.predict(self._read(X, sample_mask))
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know of a parameter: a number of numpy, a range."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (range, tuple, np.ndarray)):
+        return np.asarray(value).tolist()
+    raise TypeError(f"{type(value).__name__} {value!r}")

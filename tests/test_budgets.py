@@ -19,6 +19,7 @@ from iibalance.budgets import (
     smooth_budgets,
 )
 from iibalance.config import TrainingConfig
+from iibalance.data.samples import Samples
 from iibalance.data.splits import make_folds
 from iibalance.errors import InputError
 from iibalance.nn.encoders import build_encoder
@@ -431,7 +432,7 @@ def test_a_missing_modality_is_judged_where_it_is():
         (dict(folds=1), "budgets.folds: 1"),
         (
             dict(folds=31),
-            "budgets.folds: 31 folds need as many samples of every class, class 0 has 30 in the "
+            "budgets.folds: 31 folds need as many samples of every class, class '0' has 30 in the "
             "training split; lower budgets.folds to 30",
         ),
         (dict(groups=np.arange(60) % 2), "budgets.folds: 3 folds need as many groups, there are 2"),
@@ -571,3 +572,28 @@ def test_table():
     assert noise.split()[:4] == ["noise", "0.010", "0.010", "0.012"] and noise.endswith(
         "no measurable information (kept)"
     )
+
+
+def test_class_weights_go_by_the_labels():
+    """Of labels 1, 2, 3 the weight of "3" is that of the last class."""
+    inputs, targets = known_data(90)
+    labels = targets % 3 + 1
+    options = dict(epochs=1, folds=2, encoders={"copy": lambda: torch.nn.Linear(4, 4)})
+    training = TrainingConfig(class_weight={"3": 9.0}, progress=False)
+    found = estimate_budgets({"copy": inputs["copy"]}, labels, training=training, **options)
+    plain = TrainingConfig(progress=False)
+    assert found != estimate_budgets({"copy": inputs["copy"]}, labels, training=plain, **options)
+    wrong = TrainingConfig(class_weight={"0": 9.0}, progress=False)
+    with pytest.raises(InputError, match="class_weight: '0' is none of the classes .1, 2, 3."):
+        estimate_budgets({"copy": inputs["copy"]}, labels, training=wrong, **options)
+
+
+def test_a_mask_beside_samples_counts():
+    inputs, targets = known_data(300)
+    mask = torch.ones(300, 2, dtype=torch.bool)
+    mask[::2, 0] = False
+    garbage = inputs["copy"].clone()
+    garbage[::2] = inputs["copy"][::2].roll(1, 1)
+    samples = Samples({"copy": garbage, "noise": torch.randn(300, 2)}, targets)
+    assert estimate_budgets(samples, source="probe", mask=mask).values[0] > 0.9
+    assert estimate_budgets(samples, source="probe").values[0] < 0.6

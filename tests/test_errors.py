@@ -274,7 +274,7 @@ BAD_OPTIONS = {
     "no corrupted copies": (["--calibration.copies", "0"], ["calibration.copies", "0"]),
     "negative corruption": (["--calibration.max_strength", "-1"], ["max_strength", "-1"]),
     "prior scale of 0": (["--calibration.prior_scale", "0"], ["calibration.prior_scale", "0"]),
-    "negative gate units": (["--calibration.hidden", "-1"], ["calibration.hidden", "-1"]),
+    "an option that is gone": (["--calibration.hidden", "1"], ["calibration.hidden", "no such"]),
     "no width": (["--model.width", "0"], ["model.width", "0"]),
     "no embedding": (["--model.embedding_dim", "0"], ["model.embedding_dim", "0"]),
     "dropout of 1": (["--model.dropout", "1"], ["model.dropout", "1"]),

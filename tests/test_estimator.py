@@ -14,7 +14,6 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils import estimator_checks
 from torch import nn
 
-import iibalance
 from iibalance import Budgets, IIBalanceClassifier, InputError, Samples
 
 SMALL = {"epochs": 6, "embedding_dim": 16, "width": 8, "dropout": 0.0}
@@ -219,7 +218,7 @@ def test_given_budgets_and_options():
     assert found.budgets_ == Budgets.given(budgets)
     assert found.model_.head.objective.alpha == 0.5
     for wrong in ({"alpha": 1}, {"objective.gamma": 1}, {"nothing.alpha": 1}):
-        with pytest.raises(InputError, match="options: .* is no option; give dotted names"):
+        with pytest.raises(InputError, match="options: .* is no option here; give dotted names"):
             IIBalanceClassifier(options=wrong, **SMALL).fit(X, y)
     with pytest.raises(InputError, match="method: 'magic' is none of"):
         IIBalanceClassifier(method="magic", **SMALL).fit(X, y)
@@ -277,9 +276,9 @@ def test_bad_input_is_one_line(change, message):
 
 def test_bad_masks_and_columns(fitted):
     X, y = task()
-    with pytest.raises(InputError, match="mask: dtype float64; give bool values"):
+    with pytest.raises(InputError, match="mask: row 0 holds 0.5 for audio; give bool values"):
         fitted.predict(X, np.full((150, 2), 0.5))
-    with pytest.raises(InputError, match=r"mask: has shape \(150, 3\), expected \(150, 2\)"):
+    with pytest.raises(InputError, match=r"mask: has shape \(150, 3\), expected a row a sample"):
         fitted.predict(X, np.ones((150, 3), bool))
     with pytest.raises(InputError, match="columns: video: there is no column 'z'; there are a, b"):
         IIBalanceClassifier({"audio": ["a"], "video": ["z"]}, **SMALL).fit(_frame(), y)
@@ -296,7 +295,7 @@ def test_a_misspelt_modality_is_refused(fitted):
     X, _ = task()
     with pytest.raises(InputError, match="X: vidoe was not trained on: the classifier knows audio"):
         fitted.predict({"audio": X["audio"], "vidoe": X["video"]})
-    with pytest.raises(InputError, match="X: video is not there: .* give None for a modality"):
+    with pytest.raises(InputError, match="X: video is not there: .* give a dict with None"):
         fitted.predict({"audio": X["audio"]})
     with pytest.raises(InputError, match="has samples of shape .3,., the model was trained on .2"):
         fitted.predict({"audio": X["audio"], "video": X["audio"]})
@@ -315,5 +314,114 @@ def test_damaged_and_foreign_files_are_refused(fitted, tmp_path):
         IIBalanceClassifier.load(path)
 
 
-def test_it_is_public():
-    assert iibalance.IIBalanceClassifier is IIBalanceClassifier
+def test_digits_as_strings_are_the_same_classes():
+    """Eleven of them: as positions 0..10 these would be names of others."""
+    random = np.random.default_rng(0)
+    k = np.arange(220) % 11
+    X = {"a": 3 * random.normal(size=(11, 6))[k] + random.normal(size=(220, 6))}
+    options = {**SMALL, "epochs": 15, "folds": 2}
+    numbers = IIBalanceClassifier(**options).fit(X, k)
+    words = IIBalanceClassifier(**options).fit(X, k.astype(str))
+    assert (
+        numbers.score(X, k) > 0.8 and abs(words.score(X, k.astype(str)) - numbers.score(X, k)) < 0.1
+    )
+
+
+def test_a_mask_beside_samples_hides_more(fitted):
+    X, y = task(90)
+    holes = [None if row % 3 == 0 else value for row, value in enumerate(X["video"])]
+    samples = Samples({**X, "video": holes}, groups=np.arange(90) // 9)
+    mask = np.ones((90, 2), bool)
+    mask[:5, 0] = mask[6, 0] = False
+    with pytest.raises(InputError, match="row 0 has none of audio, video"):
+        fitted.predict(samples, mask)
+    mask[::3, 0] = True
+    hidden = fitted.weights(samples, mask) > 0
+    assert (hidden == (mask & samples.mask)).all()
+    both = fitted.model_.predict(samples, mask).probabilities
+    np.testing.assert_allclose(fitted.predict_proba(samples, mask), both, atol=1e-6)
+    found = IIBalanceClassifier(**SMALL).fit(samples, y, sample_mask=mask)
+    told = IIBalanceClassifier(**SMALL).fit(
+        X, y, groups=np.arange(90) // 9, sample_mask=mask & samples.mask
+    )
+    assert np.array_equal(found.predict_proba(X), told.predict_proba(X))
+
+
+def test_the_order_of_fit_is_that_of_every_mask(fitted):
+    X, y = task(60)
+    mask = np.stack([np.zeros(60, bool), np.ones(60, bool)], 1)  # audio is hidden
+    turned = {"video": X["video"], "audio": X["audio"]}
+    assert np.array_equal(fitted.weights(turned, mask), fitted.weights(X, mask))
+    assert (fitted.weights(turned, mask)[:, 0] == 0).all()
+    gone = fitted.predict_proba({"audio": None, "video": X["video"]}, np.ones((60, 2), bool))
+    np.testing.assert_allclose(gone, fitted.predict_proba(X, mask), atol=1e-6)
+    assert fitted.score(X, y) > fitted.score(X, y, sample_mask=mask)
+    with pytest.raises(InputError, match="X: video is not there: .* give a dict with None"):
+        fitted.predict(Samples({"audio": X["audio"]}))
+    with pytest.raises(InputError, match="batch: holds no samples"):
+        fitted.predict(Samples(X)[:0])
+
+
+def test_tables_go_by_the_names_that_fit_saw():
+    X, y = task()
+    frame, by_column = _frame(), {"audio": "[abc]", "video": ["d", "e"]}
+    found = IIBalanceClassifier(by_column, **SMALL).fit(frame, y)
+    expected = found.predict_proba(frame)
+    turned = frame[list("ecdab")].assign(f=1.0)
+    assert np.array_equal(found.predict_proba(turned), expected)
+    with pytest.raises(InputError, match="there is no column 'b'") as caught:
+        found.predict(frame.drop(columns="b"))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="X: was a DataFrame in fit and is an array now"):
+        found.predict(frame.to_numpy())
+    parts = {"audio": frame[list("abc")], "video": frame[["d", "e"]]}
+    found = IIBalanceClassifier(**SMALL).fit(parts, y)
+    expected = found.predict_proba(parts)
+    turned = {"video": frame[["e", "d"]], "audio": frame[list("cab")]}
+    assert np.array_equal(found.predict_proba(turned), expected)
+    with pytest.raises(InputError, match="X: audio: there is no column 'c', which fit had"):
+        found.predict({**parts, "audio": frame[list("ab")]})
+    with pytest.raises(
+        InputError, match="X: was a dict of arrays by modality in fit and is a Data"
+    ):
+        found.predict(frame)
+
+
+def test_what_save_writes_comes_back(tmp_path):
+    X, y = task(90)
+    options = {"random_state": np.int64(3), **SMALL}
+    for extra in (
+        {"class_weight": {True: 2.0}, "budgets": Budgets.given({"audio": 0.5, "video": 0.25})},
+        {"class_weight": "balanced", "budgets": {"audio": 0.5, "video": 0.25}},
+    ):
+        found = IIBalanceClassifier(**options, **extra).fit(X, y == "no")
+        found.save(tmp_path / "c.safetensors")
+        again = IIBalanceClassifier.load(tmp_path / "c.safetensors")
+        assert again.get_params() == found.get_params() and again.classes_.dtype == bool
+        assert np.array_equal(again.fit(X, y == "no").predict_proba(X), found.predict_proba(X))
+    table = np.concatenate([X["audio"], X["video"]], 1)
+    found = IIBalanceClassifier({"audio": range(3), "video": slice(3, None)}, **SMALL)
+    found.fit(table, np.unique(y, return_inverse=True)[1].astype(np.uint8))
+    found.save(tmp_path / "c.safetensors")
+    again = IIBalanceClassifier.load(tmp_path / "c.safetensors")
+    assert again.modalities == {"audio": [0, 1, 2], "video": [3, 4]}
+    assert again.classes_.dtype == np.uint8
+    assert np.array_equal(again.predict_proba(table), found.predict_proba(table))
+
+
+def test_groups_of_parameters_and_budgets_are_checked():
+    X, y = task(60)
+    with pytest.raises(InputError, match="parameter_groups: 'audoi' has no encoder of your own"):
+        IIBalanceClassifier(parameter_groups={"audoi": list}, **SMALL).fit(X, y)
+    with pytest.raises(InputError, match="budgets: are of audio, X has audio, video"):
+        IIBalanceClassifier(budgets={"audio": 0.5}, **SMALL).fit(X, y)
+    with pytest.raises(InputError, match="options: 'data.path' is no option here"):
+        IIBalanceClassifier(options={"data.path": "x.npz"}, **SMALL).fit(X, y)
+
+
+def test_fit_leaves_torchs_generator_as_it_is():
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    IIBalanceClassifier(**{**SMALL, "epochs": 1}).fit(*task(60))
+    assert torch.equal(torch.rand(3), expected)

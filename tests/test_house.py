@@ -18,7 +18,7 @@ FLOORS = [
     {"nn"},
     {"methods"},
     {"training"},
-    {"estimator"},
+    {"estimator", "estimator_inputs"},
     {"comparison"},
     {"cli"},
     {"__main__"},

@@ -151,7 +151,7 @@ def test_budgets_say_their_folds(data, capsys):
 
 
 COMPARED = [*SMALL[2:], "--epochs", "1", "--seeds", "1", "--trials", "1", "--timing_steps", "0"]
-COMPARED += ["--low_data", "0", "--workers", "1", "--focus", "concat", "--methods", "concat,sum"]
+COMPARED += ["--low_data", "0", "--workers", "1", "--methods", "concat,sum"]
 
 
 def test_a_comparison_says_every_cell_and_not_their_epochs(data, tmp_path, capsys):

@@ -168,6 +168,25 @@ def test_all_stands_for_every_method_and_beside_ones_own():
     assert own == ["unimodal", "mine.py:Mine", *METHOD_NAMES[1:]]
 
 
+def test_the_focus_is_ours_or_else_the_first_that_is_named(tmp_path):
+    for methods, focus in {
+        "all": "iibalance",
+        "concat,iibalance": "iibalance",
+        "sum,concat": "sum",
+        "unimodal,sum": "unimodal",
+    }.items():
+        config = CompareConfig(methods=methods)
+        config.check_focus()
+        assert config.focus_method() == focus
+    assert CompareConfig(methods=[]).focus_method() == "unimodal"
+    assert CompareConfig(focus="qmf").focus_method() == "qmf"
+    with pytest.raises(InputError, match="^focus: iibalance is not compared; give --focus NAME, "):
+        CompareConfig(methods="concat", focus="iibalance").check_focus()
+    # What a method of one's own is called is told when its file is read.
+    CompareConfig(methods="mine.py:Mine", focus="mine").check_focus()
+    assert CompareConfig(methods="mine.py:Mine,sum").focus_method() == "mine.py:Mine"
+
+
 # One data set for compare
 
 
@@ -249,6 +268,53 @@ def test_refused_values_are_told_in_plain_words(capsys, arguments, message):
     assert re.search(f"^iibalance: error: {message}", line), line
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "train --data.path absent.npz --epoch 3",
+            "--epoch: no such option; did you mean --epochs?",
+        ),
+        ("train --epocs=3", "--epocs: no such option; did you mean --epochs?"),
+        (
+            "budgets --data.path absent.npz --epoch 3",
+            "--epoch: no such option; did you mean --epochs?",
+        ),
+        (
+            "compare --data.path absent.npz --epoch 3",
+            "--epoch: no such option; did you mean --epochs?",
+        ),
+        (
+            "compare --methods absent.py:Mine --method sum",
+            "--method: no such option; did you mean --methods?",
+        ),
+        ("compare --data.group a", "--data.group: no such option; did you mean --data.groups?"),
+        (
+            "compare --data.nothing 3",
+            "--data.nothing: no such option; iibalance train --help lists",
+        ),
+        ("evaluate run --strengt 2", "--strengt: no such option; did you mean --strength?"),
+        ("predict run --data.pat new.npz", "--data.pat: no such option; did you mean --data.path?"),
+        ("train --learning_rate 1", "no such option; did you mean --training.learning_rate?"),
+        ("train --path x.npz", "--path: no such option; did you mean --data.path?"),
+        ("train --qqqq 1", "--qqqq: no such option; iibalance train --help lists them"),
+        ("--qqqq", "--qqqq: no such option; iibalance --help lists them"),
+        (
+            "compare --methods concat, sum",
+            "sum: belongs to no option; put a value that holds spaces",
+        ),
+        ("predict run", "predict needs --data.path (file or folder of new samples, as for train;"),
+        ("predict", "predict needs run (the run's folder) and --data.path (file or folder of"),
+        ("evaluate", "evaluate needs run (the run's folder)"),
+    ],
+)
+def test_options_that_there_are_not_and_those_that_are_missing(capsys, arguments, message):
+    """Not one of them is taken for another: a typo must not train."""
+    assert run(*arguments.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("iibalance: error: ") and message in line
+
+
 def test_configuration_files_that_are_no_options(tmp_path, capsys):
     file = tmp_path / "c.yaml"
     for content, words in (
@@ -314,6 +380,10 @@ def cheap(*arguments) -> str:
         (["compare", "--data.path", "absent.npz"], "absent.npz: no such file"),
         (["compare", "--methods", "sum,magic"], "'magic' is none of"),
         (["compare", "--output", "clips.npz"], "clips.npz: is a file"),
+        (
+            ["compare", "--methods", "concat,sum", "--focus", "qmf"],
+            "focus: qmf is not compared; give --focus NAME, one of unimodal, concat, sum",
+        ),
     ],
 )
 def test_cheap_mistakes_are_told_without_torch(tmp_path, monkeypatch, data, arguments, words):

@@ -17,6 +17,9 @@ import iib_kernels
 import iibalance
 from benchmarks import noise_picture
 from iibalance import cli
+from iibalance.comparison.picture import places
+from iibalance.comparison.results import by_method, read_table
+from iibalance.comparison.statistics import ablation_names, ranks
 from iibalance.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -308,7 +311,8 @@ def test_every_option_that_is_named_exists(capsys):
             cli.run([command, "--help"])
         assert ended.value.code == 0
         known |= set(re.findall(r"--[a-z_.]+", capsys.readouterr().out))
-    for text in (README, METHOD_PAGE, BENCHMARKS, CHOICES):
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").partition("### Removed")[0]
+    for text in (README, METHOD_PAGE, BENCHMARKS, CHOICES, changes):
         named = set(re.findall(r"(--[a-z_]+(?:\.[a-z_]+)*)", text)) - OTHERS
         assert not named - known, named - known
 
@@ -344,6 +348,35 @@ def test_the_ranks_in_readme_are_those_of_the_benchmarks():
     for label, method in named.items():
         figures = [cell.replace("*", "") for cell in ranks[method][1:]]
         assert f"| {label} | {' | '.join(figures)} |\n" in ours
+
+
+def test_who_is_ahead_on_clean_input_is_told_as_the_picture_shows_it():
+    """Of the methods that every setting has, and of all of them, as both pages say."""
+    results = by_method(read_table(ROOT / "benchmarks" / "results" / "comparison.csv"))
+    parts = ablation_names(METHODS)
+    whole = {
+        name: {method: entry for method, entry in entries.items() if method not in parts}
+        for name, entries in results.items()
+    }
+    every = ranks(whole)
+    shown = places({"results": results, "ranks": every}, "clean", "accuracy")
+    means = shown.mean()
+    assert len(shown) == 7 and list(means.index[:2]) == ["ensemble", "iibalance"]
+    pair = rf"\({means['ensemble']:.1f}\sagainst\s{means['iibalance']:.1f}\)"
+    among = rf"the\s{len(means)}\smethods\sthat\sall\ssettings\shave"
+    for text, first in (
+        (README, r"encoders\strained\salone\sand\ssummed\sare"),
+        (BENCHMARKS, "`ensemble`\\sis"),
+    ):
+        assert re.search(
+            rf"no\slead\sin\saccuracy:.*{among},\s{first}\sahead\s{pair}", text, re.S | re.I
+        )
+    rank = {name: row["rank"] for name, row in every["clean"]["accuracy"].items()}
+    other = f"`iibalance` is ({rank['iibalance']:.1f} against {rank['ensemble']:.1f})"
+    assert other in " ".join(BENCHMARKS.split())
+    assert f"{len(rank)} methods tuned alike" in README
+    fewer = [name for name in rank if name not in means]
+    assert len(fewer) == 3 and {every["clean"]["accuracy"][name]["sets"] for name in fewer} == {5}
 
 
 def test_every_effect_that_the_readme_names_is_one_of_the_benchmarks():

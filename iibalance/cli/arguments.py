@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,9 @@ def one_data_set(arguments: Sequence[str], contents: Sequence[dict]) -> list[str
         else:
             rest += words
             given = _parsed(value if equals else "".join(words[1:]))
+            if below and "." not in below and not isinstance(given, dict):
+                options = [f"--data.{name}" for name in sorted(names)]
+                raise InputError(_unknown(option, "iibalance train", options))
             several.append({below: {} if "." in below else given} if below else given)
     for sets in several:
         if not isinstance(sets, dict) or not all(isinstance(one, dict) for one in sets.values()):
@@ -74,7 +79,7 @@ def one_data_set(arguments: Sequence[str], contents: Sequence[dict]) -> list[str
             "data: give one data set by options such as --data.path, or several by name "
             "(--data, or data in the configuration file), not both"
         )
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(CompareData, "data")
     data = parser.instantiate(parser.parse_args(own)).data
     label = Path(data.path).stem if data.path else data.name
@@ -87,6 +92,54 @@ def _parsed(text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
+    """What the parser makes of the arguments.
+
+    Raises :class:`~iibalance.errors.InputError` for options that there are not, with the nearest
+    one that there is, and for those that are missing.
+    """
+    try:
+        return parser.parse_args(arguments)
+    except ArgumentError as error:
+        chosen = parser._subcommands_action
+        commands = {} if chosen is None else chosen.choices
+        command = next((word for word in arguments if word in commands), None)
+        actions = (commands[command] if command else parser)._actions
+        given, _, names = str(error).partition(" arguments: ")
+        missing = str(error).partition("the following arguments are required: ")[2]
+        if given == "unrecognized":
+            options = [name for action in actions for name in action.option_strings]
+            place = f"iibalance {command}" if command else "iibalance"
+            raise InputError(_unknown(names.split()[0], place, options)) from None
+        if missing and command:
+            paths = [name.removeprefix(f"{command}.") for name in missing.split(", ")]
+            raise InputError(_missing(paths, command, actions)) from None
+        raise
+
+
+def _unknown(word: str, place: str, options: Sequence[str]) -> str:
+    """What to say of a word that is no option of ``place``, a command, and no option's value."""
+    word = word.partition("=")[0]
+    if not word.startswith("-"):
+        return f"{word}: belongs to no option; put a value that holds spaces in quotes"
+    # jsonargparse has a form that ends in + of each option that takes a list.
+    options = [name for name in options if name[-1] != "+"]
+    nearest = [name for name in options if name.endswith(f".{word.lstrip('-')}")]
+    # At difflib's own cutoff, 0.6, --data.path is near to whatever begins with --data.
+    nearest = nearest or get_close_matches(word, options, 1, cutoff=0.75)
+    advice = f"did you mean {nearest[0]}?" if nearest else f"{place} --help lists them"
+    return f"{word}: no such option; {advice}"
+
+
+def _missing(paths: Sequence[str], command: str, actions: Sequence[Any]) -> str:
+    """What a command needs and was not given: as it is typed, with its help."""
+    needed = {action.dest: action for action in actions}
+    texts = [
+        f"{(needed[path].option_strings or [path])[0]} ({needed[path].help})" for path in paths
+    ]
+    return f"{command} needs {' and '.join(texts)}"
 
 
 def in_plain_words(text: str) -> str:

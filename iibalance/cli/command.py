@@ -60,20 +60,24 @@ def read_data(config: DataConfig, run: Trained | None = None) -> Samples:
     """
     check_data_path(config.path)
     # Here, because help and other mistakes are not to wait for scikit-learn, about a second.
-    from iibalance.data.labels import encode_labels
+    from iibalance.data.labels import encode_as_trained, encode_labels
     from iibalance.data.sources import read_samples
 
+    if run is not None:  # by name: a pattern may find other columns, or in another order
+        config = replace(config, columns=run.columns)
     samples = read_samples(config)
-    classes = samples.classes
+    labels, how = samples.targets, (samples.error, samples.target)
     if run is not None:
         if set(samples.modalities) != set(run.modalities):
             raise samples.error(
                 f"holds the modalities {', '.join(samples.modalities)}, the run has "
                 f"{', '.join(run.modalities)}; give data of the same ones with --data.path"
             )
-        samples, classes = samples.select(run.modalities), run.classes
-    if samples.targets is not None:
-        encode_labels(samples.targets, classes, samples.error, samples.target)
+        samples = samples.select(run.modalities).in_order(run.columns)
+    if labels is not None and run is not None:
+        encode_as_trained(labels, run.classes, *how, samples.classes)
+    elif labels is not None:
+        encode_labels(labels, samples.classes, *how)
     return samples
 
 
@@ -124,6 +128,7 @@ class Trained(NamedTuple):
     config: RunConfig
     modalities: list[str]
     classes: list[str]
+    columns: dict[str, str | list[str]]  #: of tables: modality -> the names of its columns
 
 
 def trained_run(path: str) -> Trained:
@@ -139,4 +144,5 @@ def trained_run(path: str) -> Trained:
             f"{file}: was trained with encoders of your own ({', '.join(own)}), which a command "
             "cannot be given; use iibalance.load(run, encoders=...) in Python"
         )
-    return Trained(folder.path, config, about["modalities"], about["classes"])
+    columns = about.get("columns") or {}
+    return Trained(folder.path, config, about["modalities"], about["classes"], columns)

@@ -15,11 +15,12 @@ class Compare(Command):
     """``iibalance compare``."""
 
     def check(self) -> None:
-        """The options, the methods' names, the folder, the data: their cells read them again."""
+        """The options, the methods' names, the folder, the data, which the cells read again."""
         self.config = config = configuration(CompareConfig, self.values)
         self.progress = config.training.progress
         for name in config.method_list():
             check_method(name)
+        config.check_focus()
         check_place(Path(config.output).expanduser(), "comparison")
         for data in config.data.values():
             read_data(data)

@@ -11,7 +11,7 @@ from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from iibalance.cli.arguments import in_plain_words, one_data_set, read_configs
+from iibalance.cli.arguments import in_plain_words, one_data_set, parse, read_configs
 from iibalance.cli.budgets import EstimateBudgets
 from iibalance.cli.command import Command
 from iibalance.cli.compare import Compare
@@ -35,7 +35,7 @@ def run(arguments: Sequence[str]) -> int:
     command = None
     try:
         parser, contents = main_parser(), list(read_configs(arguments))
-        options = parser.parse_args(one_data_set(arguments, contents))
+        options = parse(parser, one_data_set(arguments, contents))
         name = options.subcommand
         command = COMMANDS[name](parser.instantiate(options)[name])
         command.check()

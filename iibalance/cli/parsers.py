@@ -19,6 +19,7 @@ def main_parser() -> ArgumentParser:
         prog="iibalance",
         description="Budget-aware multimodal training (IIBalance).",
         exit_on_error=False,
+        allow_abbrev=False,  # of each command too: a typo such as --epoch must not train
     )
     commands = parser.add_subcommands(required=True)
     commands.add_subcommand(

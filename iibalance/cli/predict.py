@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,14 +29,17 @@ class Predict(Command):
         run = trained_run(self.values["run"])
         data = other_file(run.config.data, self.values["data"]["path"])
 
-        from iibalance.data.labels import encode_labels
+        from iibalance.data.labels import encode_as_trained
         from iibalance.data.sources import read_to_predict
 
+        # By name: a pattern may find other columns in this file, or in another order.
+        data = replace(data, columns=run.columns)
         samples = read_to_predict(data, run.modalities, self.values["missing"])
+        samples = samples.in_order(run.columns)
         self.targets = None
         if samples.targets is not None:
-            self.targets, _ = encode_labels(
-                samples.targets, run.classes, samples.error, samples.target
+            self.targets = encode_as_trained(
+                samples.targets, run.classes, samples.error, samples.target, samples.classes
             )
         self.folder, self.read = run.folder, [samples]
 

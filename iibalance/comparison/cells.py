@@ -149,7 +149,7 @@ def run_cell(folder: str, config: CompareConfig, cell: Cell, setting: dict) -> N
         method,
         None,
         make_accelerator(options.training),
-        folds=Run.folds_of(method, options, data.train),
+        folds=Run.folds_of(method, options, data.train, data.class_names),
         trainer=SharedTrainer(
             folder,
             about,

@@ -256,9 +256,7 @@ def _check(config: CompareConfig) -> list[str]:
         if labels.count(label) > 1:
             raise InputError(f"methods: two are called {label}; give yours another name")
     if focus_name(config) not in labels:
-        raise InputError(
-            f"focus: {config.focus} is none of the methods compared ({', '.join(labels)})"
-        )
+        raise config.focus_error(labels)
     return names
 
 

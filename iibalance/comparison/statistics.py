@@ -207,7 +207,8 @@ def _against_best(
 
 def focus_name(config: CompareConfig) -> str:
     """The focus as it is called in the results."""
-    return method_class(config.focus).name if ":" in config.focus else config.focus
+    focus = config.focus_method()
+    return method_class(focus).name if ":" in focus else focus
 
 
 def ablation_names(methods: Iterable[str]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 from iibalance.config import DataConfig
 from iibalance.data.arrays import shape_of
 from iibalance.data.dataset import MultimodalData, Split
-from iibalance.data.labels import encode_labels
+from iibalance.data.labels import encode_as_trained, encode_labels
 from iibalance.data.layouts import choose_layouts
 from iibalance.data.lazy import ArrayReader, LazySplit, chunk_size
 from iibalance.data.samples import Samples
@@ -47,12 +47,23 @@ def assemble(
     """
     if samples.targets is None:
         raise samples.error("targets: there are none; give the class of each sample")
-    names = samples.classes if classes is None else classes
-    targets, class_names = encode_labels(samples.targets, names, samples.error, samples.target)
+    own_classes = samples.classes
+    if classes is None:
+        targets, class_names = encode_labels(
+            samples.targets, own_classes, samples.error, samples.target
+        )
+    else:
+        class_names = list(classes)
+        targets = encode_as_trained(
+            samples.targets, class_names, samples.error, samples.target, own_classes
+        )
+    if standardizer is not None:
+        samples = samples.in_order(standardizer.columns)
     shapes = {name: shape_of(values) for name, values in samples.inputs.items()}
     if standardizer is not None:
         origin = f"data.path: {config.path}" if config.path else samples.origin
         check_as_trained(shapes, standardizer, origin or "inputs")
+        check_kinds(samples.inputs, standardizer, samples.error)
     else:
         layouts = choose_layouts(samples.inputs, config.layouts, samples.error, samples.key, own)
         off = not_standardised(config.standardize, samples.modalities)
@@ -63,7 +74,7 @@ def assemble(
     check_training_split(samples, targets, class_names, rows["train"])
     source = _Source(samples, targets)
     if standardizer is None:
-        standardizer = Standardizer(shapes, layouts, off=off)
+        standardizer = Standardizer(shapes, layouts, off=off, columns=samples.columns)
         source.fit(standardizer, rows["train"])
     return MultimodalData(
         name=str(config.name) if samples.origin else "samples",
@@ -128,7 +139,7 @@ class _Source:
                 f"{self.samples.key(name)}: row {rows[row]} is too large to standardise in "
                 "float32; rescale this feature"
             )
-        return Split(inputs, targets, mask, groups)
+        return Split(inputs, targets, mask, groups, standardizer.scale())
 
 
 def split_rows(
@@ -214,6 +225,17 @@ def check_as_trained(shapes: dict[str, Any], standardizer: Standardizer, origin:
                 f"{origin}: x_{name}: samples have shape {shape}, "
                 f"but the model was trained on {standardizer.shapes[name]}"
             )
+
+
+def check_kinds(
+    inputs: Mapping[str, Any], standardizer: Standardizer, error: Callable[[str], InputError]
+) -> None:
+    """InputError unless the numbers are of the types that ``standardizer`` was fitted on."""
+    for name, values in inputs.items():
+        try:
+            standardizer.check_kind(name, values)
+        except InputError as found:
+            raise error(str(found)) from None
 
 
 def not_standardised(standardize: bool | list[str], names: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ that generator's device), and leaves its input as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ def corrupt(
     fraction: float = 0.5,
     strength: float = 3.0,
     generator: torch.Generator,
+    scale: Mapping[str, Tensor] | None = None,
 ) -> Batch:
     """Corrupt one modality of a random ``fraction`` of the samples that have it.
 
@@ -37,6 +38,8 @@ def corrupt(
       its positions;
     - ``missing`` clears the mask and the values, except where this is the sample's only modality;
     - ``shuffled`` gives each chosen sample this modality of another chosen one, never its own.
+
+    ``scale``: one standard deviation of each modality that is not standardised (``Split.scale``).
 
     Raises InputError for an unknown modality or kind, a fraction outside 0..1 or a negative
     strength.
@@ -59,7 +62,7 @@ def corrupt(
     # One cycle through the rows, which are in random order: nobody gets its own.
     others = spare[:1] if count == 1 and len(spare) else rows.roll(1)
     if kind == "noise" and is_numeric(values):
-        values[rows] += strength * _normal(values[rows], generator)
+        values[rows] += strength * _noise(values[rows], modality, scale, generator)
     elif kind == "noise":
         share = torch.full((len(rows),), strength / (1 + strength), device=rows.device)
         _mix(values, original, rows, others, share, generator)
@@ -78,6 +81,7 @@ def random_corruptions(
     generator: torch.Generator,
     max_strength: float = 4.0,
     kinds: Sequence[str] = KINDS,
+    scale: Mapping[str, Tensor] | None = None,
 ) -> Batch:
     """Each sample with one of its modalities, chosen at random, corrupted in a random way.
 
@@ -89,7 +93,8 @@ def random_corruptions(
     - ``shuffled`` takes the modality of another sample of the batch.
 
     A sample with a single modality can only get noise, because without its one input nothing could
-    be learnt from it. It stays clean if ``noise`` is not among the ``kinds``.
+    be learnt from it. It stays clean if ``noise`` is not among the ``kinds``. ``scale`` is that of
+    :func:`corrupt`.
 
     Raises InputError for an unknown kind, none at all, or a negative strength.
 
@@ -128,8 +133,9 @@ def random_corruptions(
         }
         present = batch.mask[:, column].nonzero().squeeze(1)
         if "noise" in rows and is_numeric(values):
-            scale = strength[rows["noise"]].view(-1, *[1] * (values.dim() - 1))
-            values[rows["noise"]] += scale * _normal(values[rows["noise"]], generator)
+            levels = strength[rows["noise"]].view(-1, *[1] * (values.dim() - 1))
+            noise = _noise(values[rows["noise"]], name, scale, generator)
+            values[rows["noise"]] += levels * noise
         elif "noise" in rows and len(present) > 1:
             share = strength[rows["noise"]] / (1 + strength[rows["noise"]])
             others = _others(present, rows["noise"], uniform)
@@ -206,5 +212,9 @@ def drop_modalities(mask: Tensor, probability: float, generator: torch.Generator
     return torch.where(kept.any(1, keepdim=True), kept, rescue)
 
 
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, device=generator.device).to(like)
+def _noise(
+    like: Tensor, name: str, scale: Mapping[str, Tensor] | None, generator: torch.Generator
+) -> Tensor:
+    """Gaussian noise of one standard deviation of a modality, of the shape of ``like`` [n, ...]."""
+    noise = torch.randn(like.shape, generator=generator, device=generator.device).to(like)
+    return noise * scale[name].to(like) if scale is not None and name in scale else noise

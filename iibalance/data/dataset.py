@@ -37,7 +37,8 @@ class Batch(NamedTuple):
 class Split(torch.utils.data.Dataset):
     """The N samples of one split, in memory.
 
-    It has the fields of :class:`Batch`, and ``groups`` [N] int64 or None.
+    It has the fields of :class:`Batch`, ``groups`` [N] int64 or None, and ``scale``, which noise is
+    measured by.
 
     ``__getitems__`` serves a whole batch with one gather per modality: give a ``DataLoader``
     ``collate_fn=identity``.
@@ -53,6 +54,8 @@ class Split(torch.utils.data.Dataset):
     targets: Tensor
     mask: Tensor
     groups: Tensor | None = None
+    #: Modality -> what one standard deviation is, of those that are not standardised.
+    scale: dict[str, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -85,7 +88,8 @@ class Split(torch.utils.data.Dataset):
         """
         rows = as_rows(indices)
         inputs, targets, mask, _ = self.__getitems__(rows)
-        return Split(inputs, targets, mask, None if self.groups is None else self.groups[rows])
+        groups = None if self.groups is None else self.groups[rows]
+        return Split(inputs, targets, mask, groups, self.scale)
 
     def only(self, name: str) -> Split:
         """The samples that have modality ``name``, with that modality alone."""
@@ -95,6 +99,7 @@ class Split(torch.utils.data.Dataset):
             self.targets[rows],
             torch.ones(len(rows), 1, dtype=torch.bool),
             None if self.groups is None else self.groups[rows],
+            self.scale,
         )
 
     def batch(self) -> Batch:

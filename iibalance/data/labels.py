@@ -102,13 +102,17 @@ def encode_labels(
 ) -> tuple[np.ndarray, list[str]]:
     """Labels [N] as positions int64 [N] in the K class names, and these names.
 
-    Without ``classes`` they are the distinct labels in order. With them, integer labels 0..K-1 are
-    positions already, unless every label is the name of a class.
+    Without ``classes`` they are the distinct labels in order. With them, integer labels are
+    positions 0..K-1, whatever the names look like, and all others are names.
+
+    Raises InputError for a position or a name that is none of the classes.
 
     >>> encode_labels(np.array([3, 1, 3]), None, InputError)
     (array([1, 0, 1]), ['1', '3'])
-    >>> encode_labels(np.array([1, 0]), ["cat", "dog"], InputError)
-    (array([1, 0]), ['cat', 'dog'])
+    >>> encode_labels(np.array([1, 0]), ["10", "0"], InputError)
+    (array([1, 0]), ['10', '0'])
+    >>> encode_labels(np.array(["0", "10"]), ["10", "0"], InputError)
+    (array([1, 0]), ['10', '0'])
     """
     if classes is None:
         distinct, targets = np.unique(labels, return_inverse=True)
@@ -117,18 +121,76 @@ def encode_labels(
                 f"{name}: holds only class {distinct[0]}; give samples of at least two classes"
             )
         return targets.astype(np.int64), [str(label) for label in distinct.tolist()]
+    if labels.dtype.kind in "iu":
+        return _checked_positions(labels, len(classes), error, name), list(classes)
+    return _positions_of(_as_words(labels), classes, error, name), list(classes)
+
+
+def encode_as_trained(
+    labels: np.ndarray,
+    trained: Sequence[str],
+    error: Callable[[str], InputError],
+    name: str = "y",
+    classes: Sequence[str] | None = None,
+) -> np.ndarray:
+    """Labels [N] of new samples as positions int64 [N] in the classes of a trained model.
+
+    Labels are names. Integers are names too where the model knows a class named by an integer;
+    where all its classes are words, integers are positions in these.
+
+    Args:
+        trained: [K] class names of the model.
+        classes: class names that came with the labels: integers are positions in these then.
+
+    Raises InputError for a label that is none of the model's classes.
+
+    >>> encode_as_trained(np.array([5, 0]), ["0", "2", "5"], InputError)
+    array([2, 0])
+    >>> encode_as_trained(np.array([1, 0]), ["no", "yes"], InputError)
+    array([1, 0])
+    >>> encode_as_trained(np.array([1, 0]), ["no", "yes"], InputError, classes=["yes", "no"])
+    array([0, 1])
+    """
+    if classes is not None:
+        positions, names = encode_labels(labels, classes, error, name)
+        return _positions_of([names[at] for at in positions.tolist()], trained, error, name)
+    if labels.dtype.kind in "iu" and not any(map(_is_integer, trained)):
+        return _checked_positions(labels, len(trained), error, name)
+    return _positions_of(_as_words(labels), trained, error, name)
+
+
+def _is_integer(word: str) -> bool:
+    """Whether a class name is what ``str`` makes of an integer."""
+    return word.removeprefix("-").isdecimal()
+
+
+def _as_words(labels: np.ndarray) -> list[str]:
+    return [str(label) for label in labels.tolist()]
+
+
+def _checked_positions(
+    labels: np.ndarray, count: int, error: Callable[[str], InputError], name: str
+) -> np.ndarray:
+    """Integer labels, every one a position among ``count`` classes."""
+    bad = np.flatnonzero((labels < 0) | (labels >= count))
+    if len(bad):
+        raise error(
+            f"{name}: row {bad[0]} holds {labels[bad[0]]}, outside 0..{count - 1}: "
+            f"classes has {count} names"
+        )
+    return labels.astype(np.int64)
+
+
+def _positions_of(
+    words: Sequence[str],
+    classes: Sequence[str],
+    error: Callable[[str], InputError],
+    name: str,
+) -> np.ndarray:
+    """[N] int64: where each of the ``words`` stands among the ``classes``."""
     position = {label: index for index, label in enumerate(classes)}
-    words = [str(label) for label in labels.tolist()]
-    if not all(word in position for word in words) and labels.dtype.kind in "iu":
-        bad = np.flatnonzero((labels < 0) | (labels >= len(classes)))
-        if len(bad):
-            raise error(
-                f"{name}: row {bad[0]} holds {labels[bad[0]]}, outside 0..{len(classes) - 1}: "
-                f"classes has {len(classes)} names"
-            )
-        return labels, list(classes)
     for row, word in enumerate(words):
         if word not in position:
-            known = ", ".join(map(str, list(classes)[:8])) + (", ..." if len(classes) > 8 else "")
+            known = ", ".join(list(classes)[:8]) + (", ..." if len(classes) > 8 else "")
             raise error(f"{name}: row {row} holds {word!r}, which is none of the classes ({known})")
-    return np.array([position[word] for word in words], dtype=np.int64), list(classes)
+    return np.array([position[word] for word in words], dtype=np.int64)

@@ -125,12 +125,12 @@ def choose_layouts(
                 if layouts[name] != "raw" or name not in own:
                     raise InputError(
                         f"holds the fields {', '.join(array)}, which only an encoder of your own "
-                        f"can read; give train(..., encoders={{{name!r}: ...}})"
+                        f"can read; give encoders={{{name!r}: ...}}"
                     )
             elif layouts[name] == "raw" and name not in own:
                 raise InputError(
                     "layout 'raw' is read by an encoder of your own; "
-                    f"give train(..., encoders={{{name!r}: ...}}), or another layout"
+                    f"give encoders={{{name!r}: ...}}, or another layout"
                 )
             else:
                 check_layout(array.shape[1:], layouts[name])

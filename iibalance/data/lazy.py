@@ -129,6 +129,10 @@ class LazySplit(Split):
     def modalities(self) -> tuple[str, ...]:
         return self.names
 
+    @property
+    def scale(self) -> dict[str, Tensor]:  # type: ignore[override]
+        return self.standardizer.scale(self.names)
+
     def __getitems__(self, indices: Sequence[int] | Tensor) -> Batch:
         at = torch.as_tensor(indices, dtype=torch.long)
         raw, mask = self.read(self.rows[at].tolist(), self.names), self.mask[at]

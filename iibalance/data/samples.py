@@ -24,7 +24,7 @@ from iibalance.data.arrays import (
     words_of,
 )
 from iibalance.data.labels import check_labels, group_codes
-from iibalance.data.table import pick_columns
+from iibalance.data.table import find_columns, pick_columns
 from iibalance.errors import InputError, check_names
 
 _SPLITS = {"train": 0, "validation": 1, "val": 1, "valid": 1, "dev": 1, "test": 2}
@@ -68,6 +68,8 @@ class Samples:
     split: np.ndarray | None
     ids: list[str] | None
     classes: list[str] | None
+    #: Modality -> names (or positions) of its columns, where it came from a table; None where none.
+    columns: dict[str, list[Any]] | None
 
     def __init__(
         self,
@@ -89,6 +91,7 @@ class Samples:
         # it, and the labels. Without `some`, rows of no modality at all are taken too.
         self.origin, self.key, self.target = origin, key, target
         if columns is not None:
+            columns = find_columns(inputs, columns)
             inputs = pick_columns(inputs, columns)
         if not isinstance(inputs, Mapping):
             raise self.error(
@@ -96,6 +99,10 @@ class Samples:
                 "or columns= to say which columns belong to which modality"
             )
         names = check_names(inputs)
+        if columns is None:
+            frames = {name: inputs[name] for name in names if hasattr(inputs[name], "columns")}
+            columns = {name: list(frame.columns) for name, frame in frames.items()}
+        self.columns = {name: list(which) for name, which in columns.items()} or None
         self.inputs, found = {}, []
         for name in names:
             self.inputs[name], present = self._values(name, inputs[name])
@@ -150,6 +157,13 @@ class Samples:
             part.ids = [self.ids[row] for row in np.arange(len(self))[rows]]
         return part
 
+    def with_mask(self, mask: Any) -> Samples:
+        """The same samples, present only where ``mask`` [N, M] bool says so too."""
+        part = self[:]
+        part.mask = part._mask(mask, self.mask)
+        part._check_rows()
+        return part
+
     def select(self, names: Sequence[str]) -> Samples:
         """The same samples with the modalities ``names`` alone, in that order."""
         there = self.modalities
@@ -161,7 +175,42 @@ class Samples:
         part = self[:]
         part.inputs = {name: self.inputs[name] for name in names}
         part.mask = self.mask[:, [there.index(name) for name in names]]
+        if self.columns is not None:
+            kept = {name: self.columns[name] for name in names if name in self.columns}
+            part.columns = kept or None
         part._check_rows()
+        return part
+
+    def in_order(self, columns: Mapping[str, Sequence[Any]]) -> Samples:
+        """The same samples with the columns of tables in the order of ``columns``, by their names.
+
+        Columns that are not named there are left out. A modality that came from no table stays as
+        it is: nothing is known of its features.
+
+        Raises InputError for a column that is not there.
+
+        >>> import pandas as pd
+        >>> samples = Samples({"audio": pd.DataFrame({"low": [1.0, 2.0], "high": [3.0, 4.0]})})
+        >>> samples.in_order({"audio": ["high", "low"]}).inputs["audio"].tolist()
+        [[3.0, 1.0], [4.0, 2.0]]
+        """
+        part = self[:]
+        for name, wanted in columns.items():
+            there = [str(column) for column in (self.columns or {}).get(name, ())]
+            wanted = [str(column) for column in wanted]
+            if not there or there == wanted:
+                continue
+            for column in wanted:
+                if column not in there:
+                    raise self.error(
+                        f"columns: {name}: there is no column {column!r}, which the model was "
+                        "trained on; name the columns as in training"
+                    )
+            at = [there.index(column) for column in wanted]
+            values = self.inputs[name]
+            assert isinstance(values, np.ndarray) and self.columns is not None
+            part.inputs = {**part.inputs, name: values[:, at]}
+            part.columns = {**(part.columns or {}), name: [self.columns[name][i] for i in at]}
         return part
 
     def digest(self) -> str:
@@ -191,7 +240,9 @@ class Samples:
             )
         listed = isinstance(values, (list, tuple))
         objects = str(getattr(values, "dtype", "")) == "object" and len(values.shape) == 1
-        if objects or (listed and any(map(is_absent, values))):
+        if objects or (
+            listed and any(is_absent(value) or isinstance(value, Mapping) for value in values)
+        ):
             array, present = stack_samples(list(values), key)
             self._check_array(key, array, least=2)
             return array, present
@@ -282,10 +333,15 @@ class Samples:
                 f"mask: has shape {mask.shape}, expected {found.shape}: "
                 f"a column each for {', '.join(self.inputs)}"
             )
-        if mask.dtype.kind not in "biuf" or not np.isin(mask, (0, 1)).all():
+        remedy = "give bool values, True where a modality is present (such as mask > 0.5)"
+        if mask.dtype.kind not in "biuf":
+            raise self.error(f"mask: dtype {mask.dtype}; {remedy}")
+        wrong = ~np.isin(mask, (0, 1))
+        if wrong.any():
+            row, column = np.argwhere(wrong)[0].tolist()
             raise self.error(
-                f"mask: dtype {mask.dtype}; give bool values, True where a modality is present "
-                "(such as mask > 0.5)"
+                f"mask: row {row} holds {mask[row, column]} for {list(self.inputs)[column]}; "
+                f"{remedy}"
             )
         return mask.astype(bool) & found
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from iibalance.config import DataConfig
-from iibalance.data.arrays import as_array, length
+from iibalance.data.arrays import as_array, frame_numbers, length
 from iibalance.data.npz_file import NpyFolder, NpzFile
 from iibalance.data.samples import Samples
-from iibalance.data.table import pick_columns
+from iibalance.data.table import find_columns
 from iibalance.errors import InputError
 
 
@@ -205,12 +205,22 @@ def _table(config: DataConfig, labels: bool, read: Callable[..., Any]) -> Sample
             f"{path}: data.columns: say which columns belong to which modality, such as "
             f'\'{{"audio": "a_*", "video": ["v1", "v2"]}}\'; there are {_few(columns)}'
         )
+    roles = {
+        config.target: "the labels (data.target)",
+        config.groups: "the groups (data.groups)",
+        config.split: "the splits (data.split)",
+        config.ids: "the names of the samples (data.ids)",
+    }
+    apart = {str(name): role for name, role in roles.items() if name in columns}
     try:
-        inputs = pick_columns(frame, chosen)
+        found = find_columns(frame, chosen, apart)
+        inputs = {
+            name: frame_numbers(frame[which], f"columns: {name}") for name, which in found.items()
+        }
     except InputError as error:
         raise InputError(f"{path}: data.{error}") from None
     targets = column(config.target, "data.target", "" if labels else config.target)
-    return Samples(
+    samples = Samples(
         inputs,
         targets,
         groups=column(config.groups, "data.groups", ""),
@@ -220,6 +230,8 @@ def _table(config: DataConfig, labels: bool, read: Callable[..., Any]) -> Sample
         key="{}".format,
         target=config.target,
     )
+    samples.columns = found
+    return samples
 
 
 def _csv(path: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -74,11 +75,17 @@ def _hold_out_groups(
 
 
 def make_folds(
-    targets: Tensor, folds: int, *, groups: Tensor | None = None, seed: int = 0
+    targets: Tensor,
+    folds: int,
+    *,
+    groups: Tensor | None = None,
+    seed: int = 0,
+    names: Sequence[str] | None = None,
 ) -> list[np.ndarray]:
     """Row numbers of each held-out fold; every row is in exactly one fold.
 
-    Folds are stratified by class, and disjoint by ``groups`` [N] where they are given.
+    Folds are stratified by class, and disjoint by ``groups`` [N] where they are given. ``names``
+    [K] of the classes are for messages.
 
     >>> import torch
     >>> [len(fold) for fold in make_folds(torch.arange(12) % 2, 3)]
@@ -89,7 +96,9 @@ def make_folds(
     if groups is None:
         labels, counts = np.unique(targets.numpy(), return_counts=True)
         what, there = "samples of every class", int(counts.min())
-        found = f"class {labels[counts.argmin()]} has {there} in the training split"
+        rarest = int(labels[counts.argmin()])
+        called = rarest if names is None else repr(names[rarest])
+        found = f"class {called} has {there} in the training split"
     else:
         what, there = "groups", len(np.unique(groups))
         found = f"there are {there}"

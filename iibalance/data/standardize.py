@@ -23,9 +23,10 @@ class Standardizer(nn.Module):
     samples and over what a layout holds to be alike: per feature of a vector, per channel of a
     sequence (over its frames), of an image or of a video (over their pixels).
 
-    Modalities of layout ``tokens`` and ``raw``, and those that are ``off``, pass as they are, as
-    float32, int64, uint8 or bool. Bytes that are off become numbers in [0, 1], and token ids beyond
-    those seen in training become one more id.
+    Modalities that are ``off`` keep their numbers, as float32; bytes become numbers in [0, 1].
+    Their statistics are kept all the same: they say how much is one standard deviation of noise
+    (:meth:`scale`). Layout ``raw`` passes as it is, as float32, int64, uint8 or bool. Token ids
+    beyond those seen in training become one more id.
 
     The buffers ``mean_<modality>`` and ``std_<modality>``, float32, are the whole state, and the
     constructor's arguments tell their shapes: to read a saved one,
@@ -36,6 +37,8 @@ class Standardizer(nn.Module):
         layouts: modality -> layout; inferred where not given.
         off: modalities that are not to be standardised.
         vocabularies: of ``tokens``: modality -> number of ids; :meth:`fit` counts them.
+        kinds: modality -> the type its numbers had in training; :meth:`fit` notes it.
+        columns: modality -> names of its columns in training, where it came from a table.
 
     >>> standardizer = Standardizer({"audio": (40, 26)})
     >>> standardizer.mean_audio.shape
@@ -53,6 +56,8 @@ class Standardizer(nn.Module):
         *,
         off: Collection[str] = (),
         vocabularies: Mapping[str, int] | None = None,
+        kinds: Mapping[str, str] | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
     ):
         super().__init__()
         self.shapes = {name: _as_shape(shape) for name, shape in shapes.items()}
@@ -63,8 +68,12 @@ class Standardizer(nn.Module):
         }
         self.off = tuple(name for name in self.shapes if name in off)
         self.vocabularies = dict(vocabularies or {})
+        self.kinds = dict(kinds or {})
+        self.columns = {
+            name: [str(column) for column in its] for name, its in (columns or {}).items()
+        }
         for name, shape in self.shapes.items():
-            if self.applies_to(name):
+            if self.has_statistics(name):
                 statistic = statistic_shape(shape, self.layouts[name])
                 self.register_buffer(f"mean_{name}", torch.zeros(statistic))
                 self.register_buffer(f"std_{name}", torch.ones(statistic))
@@ -73,6 +82,49 @@ class Standardizer(nn.Module):
         """Whether a modality is standardised."""
         return name not in self.off and self.layouts[name] not in ("tokens", "raw")
 
+    def has_statistics(self, name: str) -> bool:
+        """Whether the mean and std of a modality are kept, applied or not."""
+        return self.layouts[name] != "tokens" and not isinstance(self.shapes[name], dict)
+
+    def scale(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Modality -> one standard deviation of what :meth:`transform` gives, where that is not 1.
+
+        That is where numbers are not standardised. It broadcasts to a sample, and is 0 where
+        nothing varies.
+        """
+        found = {}
+        for name in self.shapes if names is None else names:
+            if self.has_statistics(name) and not self.applies_to(name):
+                std = getattr(self, f"std_{name}")
+                bytes_off = self.kinds.get(name) == "uint8" and self.layouts[name] != "raw"
+                found[name] = std / 255 if bytes_off else std
+        return found
+
+    def check_kind(self, name: str, values: Any) -> None:
+        """InputError where ``values`` of a modality would be read otherwise than in training.
+
+        Bytes that are not standardised are divided by 255, as pixels, and other numbers are not.
+
+        >>> standardizer = Standardizer({"x": (2,)}, off=["x"], kinds={"x": "uint8"})
+        >>> standardizer.check_kind("x", torch.ones(3, 2))
+        Traceback (most recent call last):
+            ...
+        iibalance.errors.InputError: x: was trained on bytes (uint8), this is float32; give uint8
+        """
+        trained = self.kinds.get(name)
+        if trained is None or self.applies_to(name) or self.layouts[name] in ("tokens", "raw"):
+            return
+        kind = kind_of(values)
+        if "uint8" in (kind, trained) and kind != trained:
+            called = {"uint8": "bytes (uint8)"}
+            remedy = (
+                trained if trained == "uint8" else f"{trained}, such as by .astype({trained!r})"
+            )
+            raise InputError(
+                f"{name}: was trained on {called.get(trained, trained)}, "
+                f"this is {called.get(kind, kind)}; give {remedy}"
+            )
+
     def fit(self, inputs: Mapping[str, Values], mask: Tensor) -> Standardizer:
         """Set the statistics from ``inputs[m]`` [N, ...] where ``mask`` [N, M] is True.
 
@@ -80,7 +132,7 @@ class Standardizer(nn.Module):
 
         A feature that does not vary, or varies less than float32 can tell beside its mean (1e-6) or
         its neighbours (1e-9), gets std 1: dividing by rounding noise would turn the first unusual
-        value into an enormous one.
+        value into an enormous one. Where nothing is divided (``off``, floats of ``raw``) it gets 0.
 
         Raises InputError where a modality has no row at all, and for token ids below 0.
         """
@@ -91,7 +143,8 @@ class Standardizer(nn.Module):
                     f"{name}: missing in every training sample; leave this modality out"
                 )
             values = cast(Tensor, inputs[name])
-            if self.applies_to(name):
+            self._note_kind(name, values)
+            if self._is_measured(name):
                 self._set(name, *_mean_and_std(values, rows, self._axes(name)))
             elif self.layouts[name] == "tokens":
                 self.count_ids(name, values[rows])
@@ -111,7 +164,8 @@ class Standardizer(nn.Module):
                 if not len(rows):
                     continue
                 values = cast(Tensor, inputs[name])
-                if self.applies_to(name):
+                self._note_kind(name, values)
+                if self._is_measured(name):
                     fresh = _moments(values[rows].double(), self._axes(name))
                     moments[name] = _merged(moments[name], fresh) if name in moments else fresh
                 elif self.layouts[name] == "tokens":
@@ -125,6 +179,15 @@ class Standardizer(nn.Module):
             self._set(name, mean, (squares / count).sqrt())
         return self
 
+    def _note_kind(self, name: str, values: Values) -> None:
+        if isinstance(values, Tensor):
+            self.kinds[name] = kind_of(values)
+
+    def _is_measured(self, name: str) -> bool:
+        """Whether statistics are to be taken: what is raw may be ids, which have none."""
+        raw_ids = self.layouts[name] == "raw" and self.kinds.get(name) != "float32"
+        return self.has_statistics(name) and not raw_ids
+
     def _axes(self, name: str) -> list[int]:
         """The axes of a batch that a modality's statistics are taken over."""
         held = getattr(self, f"mean_{name}")
@@ -132,7 +195,9 @@ class Standardizer(nn.Module):
 
     def _set(self, name: str, mean: Tensor, std: Tensor) -> None:
         floor = torch.maximum(1e-6 * mean.abs(), 1e-9 * std.max())
-        std = torch.where(std > floor.clamp_min(torch.finfo(torch.float32).tiny), std, 1.0)
+        varies = std > floor.clamp_min(torch.finfo(torch.float32).tiny)
+        # Nothing is divided by the std of what is off: it only scales noise.
+        std = torch.where(varies, std, 1.0 if self.applies_to(name) else 0.0)
         getattr(self, f"mean_{name}").copy_(mean)
         getattr(self, f"std_{name}").copy_(std)
 
@@ -181,8 +246,10 @@ class Standardizer(nn.Module):
             values = values.masked_fill(missing.view(-1, *[1] * (values.dim() - 1)), 0)
             _check_ids(name, values)
             return values.long().clamp_(max=self.vocabularies[name])
-        if values.dtype == torch.uint8 and self.layouts[name] != "raw":  # pixels
-            values = values.float().div_(255)
+        if self.layouts[name] != "raw":  # numbers, whatever their type; bytes are pixels
+            pixels = values.dtype == torch.uint8
+            values = values.to(torch.float32, copy=True)
+            values = values.div_(255) if pixels else values
         elif values.dtype not in (torch.uint8, torch.bool):
             number = values.is_floating_point()
             values = values.to(torch.float32 if number else torch.int64, copy=True)
@@ -190,6 +257,18 @@ class Standardizer(nn.Module):
             values = values.clone()
         values[missing] = 0
         return values
+
+
+def kind_of(values: Any) -> str:
+    """What an encoder would be given of an array or tensor: float32, int64, uint8 or bool.
+
+    >>> kind_of(torch.zeros(2, dtype=torch.float64)), kind_of(torch.zeros(2, dtype=torch.int16))
+    ('float32', 'int64')
+    """
+    kind = str(values.dtype).removeprefix("torch.")
+    if kind in ("uint8", "bool"):
+        return kind
+    return "float32" if "float" in kind else "int64"
 
 
 def _check_ids(name: str, ids: Tensor) -> None:
@@ -227,6 +306,8 @@ def statistic_shape(shape: Sequence[int], layout: str) -> tuple[int, ...]:
     check_layout(shape, layout)
     if layout == "vector":
         return shape
+    if layout == "raw":  # nothing is known of its axes
+        return (1,) * len(shape)
     if layout == "sequence":
         return (1, *shape[1:])
     first = 0 if layout == "image" else 1  # the axis of the channels where they come first

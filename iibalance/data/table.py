@@ -17,17 +17,41 @@ Columns = Mapping[str, Any]
 def pick_columns(table: Any, columns: Columns) -> dict[str, np.ndarray]:
     """Modality name -> its columns of ``table``, float or integer [N, D].
 
-    Args:
-        table: a pandas DataFrame, or an array [N, D] whose columns go by position.
-        columns: modality name -> one name or several; a name may be a pattern such as
-            ``"audio_*"``, and for an array a position or a slice.
-
-    Raises InputError for a column that is not there, belongs to two modalities or holds no numbers.
+    Arguments as for :func:`find_columns`. Raises InputError also for a column that holds no
+    numbers.
 
     >>> import pandas as pd
     >>> frame = pd.DataFrame({"a1": [1.0, 2.0], "a2": [3.0, 4.0], "v": [5.0, 6.0]})
     >>> pick_columns(frame, {"audio": "a*", "video": ["v"]})["audio"].tolist()
     [[1.0, 3.0], [2.0, 4.0]]
+    """
+    found = find_columns(table, columns)
+    if hasattr(table, "columns"):
+        return {
+            name: frame_numbers(table[chosen], f"columns: {name}") for name, chosen in found.items()
+        }
+    array = as_array(table)
+    return {name: array[:, positions] for name, positions in found.items()}
+
+
+def find_columns(
+    table: Any, columns: Columns, apart: Mapping[str, str] | None = None
+) -> dict[str, list[Any]]:
+    """Modality name -> its columns of ``table``, one by one: names, or positions in an array.
+
+    Args:
+        table: a pandas DataFrame, or an array [N, D] whose columns go by position.
+        columns: modality name -> one name or several; a name may be a pattern such as
+            ``"audio_*"``, and for an array a position or a slice.
+        apart: names of columns that are no features, and what they are; no pattern matches them.
+
+    Raises InputError for a column that is not there, is one of ``apart`` or belongs to two
+    modalities.
+
+    >>> import pandas as pd
+    >>> frame = pd.DataFrame({"a1": [1.0, 2.0], "a2": [3.0, 4.0], "age": [5, 6]})
+    >>> find_columns(frame, {"audio": "a*"}, {"age": "the labels"})
+    {'audio': ['a1', 'a2']}
     """
     if not isinstance(columns, Mapping) or not columns:
         raise InputError(
@@ -35,7 +59,7 @@ def pick_columns(table: Any, columns: Columns) -> dict[str, np.ndarray]:
             'give a dict such as {"audio": ["a1", "a2"], "video": "v_*"}'
         )
     if hasattr(table, "columns"):
-        return _of_frame(table, columns)
+        return _of_frame(table, columns, apart or {})
     array = as_array(table)
     if array.ndim != 2:
         raise InputError(
@@ -45,25 +69,33 @@ def pick_columns(table: Any, columns: Columns) -> dict[str, np.ndarray]:
     owner: dict[Any, str] = {}
     found = {}
     for name, which in columns.items():
-        positions = _positions(name, which, array.shape[1])
-        _share_out(owner, name, positions.tolist())
-        found[name] = array[:, positions]
+        found[name] = _positions(name, which, array.shape[1]).tolist()
+        _share_out(owner, name, found[name])
     return found
 
 
-def _of_frame(frame: Any, columns: Columns) -> dict[str, np.ndarray]:
+def _of_frame(frame: Any, columns: Columns, apart: Mapping[str, str]) -> dict[str, list[Any]]:
     there = list(frame.columns)
     owner: dict[Any, str] = {}
     found = {}
     for name, which in columns.items():
-        chosen = []
+        chosen: list[Any] = []
         if isinstance(which, slice) or not hasattr(which, "__len__"):
             which = [which]
         for wanted in [which] if isinstance(which, str) else list(which):
             # The name itself goes first, whatever it would mean as a pattern.
             matching = [wanted] if wanted in there else []
+            if matching and wanted in apart:
+                raise InputError(
+                    f"columns: {name}: {wanted!r} holds {apart[wanted]}, which is no feature; "
+                    "take it out of the columns"
+                )
             if not matching and isinstance(wanted, str):
-                matching = [column for column in there if fnmatchcase(str(column), wanted)]
+                matching = [
+                    column
+                    for column in there
+                    if fnmatchcase(str(column), wanted) and column not in apart
+                ]
             if not matching:
                 shown = ", ".join(map(str, there[:12])) + (", ..." if len(there) > 12 else "")
                 raise InputError(
@@ -73,7 +105,7 @@ def _of_frame(frame: Any, columns: Columns) -> dict[str, np.ndarray]:
         if not chosen:
             raise InputError(f"columns: {name} has no column; leave this modality out")
         _share_out(owner, name, chosen)
-        found[name] = frame_numbers(frame[chosen], f"columns: {name}")
+        found[name] = chosen
     return found
 
 

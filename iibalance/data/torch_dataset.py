@@ -15,9 +15,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from iibalance.config import DataConfig
-from iibalance.data.assemble import check_as_trained, not_standardised, shrink, split_rows
+from iibalance.data.assemble import (
+    check_as_trained,
+    check_kinds,
+    not_standardised,
+    shrink,
+    split_rows,
+)
 from iibalance.data.dataset import MultimodalData, Split
-from iibalance.data.labels import encode_labels
+from iibalance.data.labels import encode_as_trained, encode_labels
 from iibalance.data.layouts import choose_layouts
 from iibalance.data.lazy import LazySplit, chunk_size
 from iibalance.data.standardize import Standardizer
@@ -81,6 +87,7 @@ def from_datasets(
         standardizer = Standardizer(shapes, layouts, off=off)
     else:
         check_as_trained(shapes, standardizer, "data")
+        check_kinds(samples, standardizer, InputError)
     splits = {}
     for part, (source, rows) in _rows(targets, scans, config).items():
         scan = scans[source]
@@ -138,9 +145,11 @@ def _targets(
     if len({array.dtype.kind for array in labels}) > 1:
         kinds = ", ".join(f"{part}: {scan.labels.dtype}" for part, scan in scans.items())
         raise InputError(f"data: the targets differ in type ({kinds}); give labels of one kind")
-    targets, class_names = encode_labels(
-        np.concatenate(labels), classes, InputError, "data: target"
-    )
+    joined, called = np.concatenate(labels), "data: target"
+    if classes is None:
+        targets, class_names = encode_labels(joined, None, InputError, called)
+    else:
+        targets, class_names = encode_as_trained(joined, classes, InputError, called), list(classes)
     ends = np.cumsum([len(array) for array in labels])[:-1]
     return dict(zip(scans, np.split(targets, ends))), class_names
 

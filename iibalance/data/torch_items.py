@@ -146,7 +146,8 @@ class Scan:
             if unknown and not chosen:
                 raise reader.error(
                     f"item {row} has {unknown[0]!r}, which is none of the first item's modalities "
-                    f"({', '.join(names)}); name them alike, or choose some with data.modalities"
+                    f"({', '.join(names)}); name them alike, give None for it in the first item, "
+                    "or choose some with data.modalities"
                 )
             for column, name in enumerate(names):
                 value = inputs.get(name)

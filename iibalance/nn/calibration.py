@@ -60,7 +60,10 @@ def collect(
         for batch in split.chunks():
             if copy:
                 batch = random_corruptions(
-                    batch, generator=generator, max_strength=config.max_strength
+                    batch,
+                    generator=generator,
+                    max_strength=config.max_strength,
+                    scale=split.scale,
                 )
             parts_of = Split(batch.inputs, batch.targets, batch.mask).batches(batch_size)
             for rows, embeddings, mask in in_batches(model, parts_of):

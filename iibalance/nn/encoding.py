@@ -86,7 +86,7 @@ def encoder_size(encoder: nn.Module, sample: Values, name: str = "") -> int:
         )
         raise InputError(
             f"{called} cannot take a batch of shape {form} ({type(error).__name__}: {reason}); "
-            "give an encoder that maps this modality's [B, ...] to [B, D]"
+            + (_type_remedy(sample, name or "name", reason) or _WANTED)
         ) from error
     if isinstance(embedding, Tensor) and embedding.dim() == 2 and len(embedding) == count(sample):
         return embedding.shape[1]
@@ -94,6 +94,23 @@ def encoder_size(encoder: nn.Module, sample: Values, name: str = "") -> int:
     raise InputError(
         f"{called} returned {found} for a batch of {count(sample)}; an encoder must return [B, D]"
     )
+
+
+_WANTED = "give an encoder that maps this modality's [B, ...] to [B, D]"
+
+
+def _type_remedy(sample: Values, name: str, reason: str) -> str | None:
+    """What to do where an encoder wants numbers and is given ids, or the other way round."""
+    if not isinstance(sample, Tensor) or "type" not in reason:
+        return None
+    if sample.dtype == torch.int64:
+        return (
+            "integers are taken for ids: give floats (.astype('float32')), "
+            f"or layouts={{{name!r}: 'vector'}}"
+        )
+    if sample.is_floating_point() and "indices" in reason:
+        return "numbers and bytes are taken for features: give ids as .astype('int64')"
+    return None
 
 
 def embedding_dims_of(encoders: Mapping[str, nn.Module]) -> dict[str, int]:

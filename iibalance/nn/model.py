@@ -181,10 +181,13 @@ class MultimodalClassifier(nn.Module):
                 outputs.append(
                     [None if value is None else value.float().cpu() for value in columns]
                 )
+        except InputError:
+            raise
         except Exception:
-            if self.standardizer is None:  # which would have told the shapes
-                for name, encoder in zip(self.modalities, self.encoders):
-                    encoder_size(encoder, each(lambda part: part[:1], inputs[name]), name)
+            for name, encoder, its in zip(self.modalities, self.encoders, mask.T):
+                if its.any():  # an encoder of the user's own may be to blame: it says so, by name
+                    rows = its.nonzero().squeeze(1)[:64]
+                    encoder_size(encoder, each(lambda part: part[rows], inputs[name]), name)
             raise
         return Prediction(
             *(None if column[0] is None else torch.cat(column) for column in zip(*outputs))
@@ -205,20 +208,25 @@ class MultimodalClassifier(nn.Module):
         if not there:
             raise InputError(f"batch: expected at least one of the modalities {names}")
         columns = [self.modalities.index(name) for name in there]
+        if mask is not None:
+            mask = as_array(mask)
+            if mask.ndim != 2 or mask.shape[1] != len(self.modalities):
+                raise InputError(
+                    f"mask: has shape {list(mask.shape)}, expected a row a sample and "
+                    f"{len(self.modalities)} columns ({names})"
+                )
+            mask = mask[:, columns]
         if isinstance(batch, Samples):
             samples = batch.select(there)
+            if self.standardizer is not None:  # tables go by the names that training saw
+                samples = samples.in_order(self.standardizer.columns)
+            samples = samples if mask is None else samples.with_mask(mask)
         else:
-            if mask is not None:
-                mask = as_array(mask)
-                if mask.ndim != 2 or mask.shape[1] != len(self.modalities):
-                    raise InputError(
-                        f"mask: has shape {list(mask.shape)}, expected a row a sample and "
-                        f"{len(self.modalities)} columns ({names})"
-                    )
-                mask = mask[:, columns]
             samples = Samples(
                 {name: given[name] for name in there}, mask=mask, key="batch: {}".format
             )
+        if not len(samples):
+            raise InputError("batch: holds no samples")
         present = torch.zeros(len(samples), len(self.modalities), dtype=torch.bool)
         present[:, columns] = torch.from_numpy(samples.mask)
         read = ArrayReader(samples.inputs)(range(len(samples)), there)
@@ -241,6 +249,11 @@ class MultimodalClassifier(nn.Module):
                 sizes = shape.items()
                 return {f: torch.zeros(len(present), *size, dtype=kind) for f, size in sizes}
             return torch.zeros(len(present), *shape, dtype=kind)
+        if self.standardizer is not None:
+            try:
+                self.standardizer.check_kind(name, values)
+            except InputError as error:
+                raise InputError(f"batch: {error}") from None
         if shape is not None and shapes_of(values) != shape:
             raise InputError(
                 f"batch: {name} has samples of shape {shapes_of(values)}, "

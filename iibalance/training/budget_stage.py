@@ -89,10 +89,15 @@ def budget_stage(
     return budgets, models
 
 
-def folds_of(train: Split, folds: int, seed: int) -> list[np.ndarray]:
-    """The held-out folds of a run of ``seed``, disjoint by the split's groups."""
+def folds_of(
+    train: Split, folds: int, seed: int, class_names: Sequence[str] | None = None
+) -> list[np.ndarray]:
+    """The held-out folds of a run of ``seed``, disjoint by the split's groups.
+
+    ``class_names``: what messages call the classes.
+    """
     seed = derive_seed(seed, "folds")
-    return make_folds(train.targets, folds, groups=train.groups, seed=seed)
+    return make_folds(train.targets, folds, groups=train.groups, seed=seed, names=class_names)
 
 
 def check_folds(train: Split, folds: Sequence[np.ndarray]) -> None:
@@ -276,7 +281,7 @@ def estimate_budgets(
     """
     if source not in ("unimodal", "probe", "online"):
         raise InputError(f"source: {source!r} is none of unimodal, probe, online")
-    split = _as_split(inputs, targets, mask, groups, encoders)
+    split, class_names = _as_split(inputs, targets, mask, groups, encoders)
     entropy = label_entropy(split.targets)
     if source == "online":
         fresh = budgets_from_logits(
@@ -289,14 +294,14 @@ def estimate_budgets(
     for name in split.modalities:
         if name not in makers:
             makers[name] = partial(build_encoder, tuple(split.inputs[name].shape[1:]))
-    trainer = Trainer(training or TrainingConfig(), seed=seed)
+    trainer = Trainer(training or TrainingConfig(), seed=seed, class_names=class_names)
     plain = {name: _as_layout(values) for name, values in split.inputs.items()}
     with surroundings(plain, trainer.accelerator.device):
         budgets, _ = budget_stage(
             trainer,
             {name: makers[name] for name in split.modalities},
             split,
-            folds_of(split, folds, seed),
+            folds_of(split, folds, seed, class_names),
             source=source,
             num_classes=int(split.targets.max()) + 1,
             epochs=epochs,
@@ -309,16 +314,21 @@ def _as_layout(values: Values) -> str:
     return "vector" if is_numeric(values) and values.dim() == 2 else "other"
 
 
-def _as_split(inputs: Any, targets: Any, mask: Any, groups: Any, encoders: Any) -> Split:
-    """The arguments of :func:`estimate_budgets`, checked."""
-    samples = inputs if isinstance(inputs, Samples) else Samples(inputs, mask=mask, some=False)
+def _as_split(
+    inputs: Any, targets: Any, mask: Any, groups: Any, encoders: Any
+) -> tuple[Split, list[str]]:
+    """The arguments of :func:`estimate_budgets`, checked, and the names of the classes."""
+    if not isinstance(inputs, Samples):
+        samples = Samples(inputs, mask=mask, some=False)
+    else:
+        samples = inputs if mask is None else inputs.with_mask(mask)
     labels = samples.targets if targets is None else targets
     if labels is None:
         raise InputError("targets: there are none; give the class of each sample")
     labels = check_labels(labels, len(samples), InputError, "targets")
     if len(np.unique(labels)) < 2:
         raise InputError("targets: hold a single class; a budget needs at least two")
-    positions, _ = encode_labels(labels, None, InputError)
+    positions, class_names = encode_labels(labels, None, InputError)
     numbered = samples.groups if groups is None else np.asarray(groups)
     if numbered is not None:
         if numbered.shape != (len(samples),):
@@ -331,4 +341,5 @@ def _as_split(inputs: Any, targets: Any, mask: Any, groups: Any, encoders: Any) 
                 raise InputError(f"inputs: {name} holds fields; give encoders={{{name!r}: ...}}")
         elif name not in (encoders or {}):
             values[name] = part.float()
-    return Split(values, torch.from_numpy(positions), torch.from_numpy(samples.mask), numbered)
+    mask, positions = torch.from_numpy(samples.mask), torch.from_numpy(positions)
+    return Split(values, positions, mask, numbered), class_names

@@ -176,9 +176,15 @@ def degrade(
     """
     generator = torch.Generator().manual_seed(seed)
     batch = corrupt(
-        split.batch(), modality, kind, fraction=fraction, strength=strength, generator=generator
+        split.batch(),
+        modality,
+        kind,
+        fraction=fraction,
+        strength=strength,
+        generator=generator,
+        scale=split.scale,
     )
-    return Split(*batch[:3], groups=split.groups)
+    return Split(*batch[:3], groups=split.groups, scale=split.scale)
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:

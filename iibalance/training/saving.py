@@ -37,6 +37,8 @@ def save_model(
         "layouts": standardizer.layouts,
         "off": standardizer.off,
         "vocabularies": standardizer.vocabularies,
+        "kinds": standardizer.kinds,
+        "columns": standardizer.columns,
         "classes": model.class_names,
         "embedding_dims": model.head.embedding_dims,
         "own_encoders": list(own),
@@ -97,6 +99,8 @@ def read_saved(
         about["layouts"],
         off=about.get("off", ()),
         vocabularies=about.get("vocabularies"),
+        kinds=about.get("kinds"),
+        columns=about.get("columns"),
     )
     model = MultimodalClassifier(
         {name: (made.get(name) or builtin(name, config.model, standardizer))() for name in names},

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iibalance.data.corruption import corrupt, drop_modalities, random_corruptions
-from iibalance.data.dataset import Batch
+from iibalance.data.dataset import Batch, Split
 from iibalance.data.degrade import KINDS, parse_degrade
 from iibalance.errors import InputError
+from iibalance.training.evaluation import degrade
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -363,3 +364,26 @@ def test_numbers_are_degraded_as_published():
     found["random"] = total, int(after.mask.sum())
     for kind, (total, present) in PUBLISHED.items():
         assert found[kind][1] == present and found[kind][0] == pytest.approx(total, abs=1e-3)
+
+
+@pytest.mark.parametrize("function", [corrupt, random_corruptions])
+def test_noise_is_measured_by_the_scale_of_a_modality(function):
+    """The same draws, times the scale of each feature; other modalities are left alone."""
+    how = {"modality": "a", "kind": "noise"} if function is corrupt else {"kinds": ["noise"]}
+    batch = _batch()
+    scale = {"a": torch.tensor([0.0, 1.0, 1000.0, 0.001])}
+    plain = function(batch, **how, generator=_generator())
+    scaled = function(batch, **how, generator=_generator(), scale=scale)
+    noise = plain.inputs["a"].double() - batch.inputs["a"]
+    found = scaled.inputs["a"].double() - batch.inputs["a"]
+    assert int((noise != 0).sum()) > 200
+    torch.testing.assert_close(found, noise * scale["a"], rtol=1e-2, atol=1e-4)
+    assert torch.equal(scaled.inputs["b"], plain.inputs["b"])
+
+
+def test_splits_hand_their_scale_on():
+    scale = {"a": torch.tensor([2.0]), "b": torch.tensor([3.0])}
+    batch = _batch(modalities=2)
+    split = Split(batch.inputs, batch.targets, batch.mask, None, scale)
+    for part in (split.subset([0, 1]), split.only("a"), degrade(split, "a", "noise")):
+        assert part.scale is scale

@@ -14,7 +14,7 @@ from iibalance.data import load_data
 from iibalance.data.dataset import Split, identity
 from iibalance.data.layouts import check_layout, infer_layout
 from iibalance.data.samples import Samples
-from iibalance.data.splits import hold_out
+from iibalance.data.splits import hold_out, make_folds
 from iibalance.data.standardize import Standardizer
 from iibalance.errors import InputError
 
@@ -423,7 +423,7 @@ def test_what_is_not_standardised_passes_as_it_is():
     mask = torch.tensor([[True] * 5, [True] * 5, [False] * 5])
     standardizer.fit(inputs, mask)
     out = standardizer.transform(inputs, mask)
-    assert not list(standardizer.buffers()) and standardizer.vocabularies == {"ids": 4}
+    assert standardizer.vocabularies == {"ids": 4}
     torch.testing.assert_close(out["bytes"], 0.2 * mask[:, :1, None] * torch.ones(3, 2, 2))
     assert out["floats"].dtype == torch.float32
     assert out["floats"].tolist() == [[7, 7], [7, 7], [0, 0]]
@@ -475,3 +475,90 @@ def test_what_is_in_memory_is_called_so_and_names_its_own_groups():
     parts = load_data(DataConfig(), groups)
     seen = [set(part.groups.tolist()) for part in (parts.train, parts.validation, parts.test)]
     assert sum(map(len, seen)) == len(set.union(*seen)) == 10
+
+
+@pytest.mark.parametrize("batches", [False, True])
+def test_the_scale_of_what_is_not_standardised(batches):
+    random = np.random.default_rng(0)
+    shapes = {"on": (2,), "off": (3,), "pixels": (6, 6), "raw": (2,), "ids": (2,), "fields": {}}
+    layouts = {"raw": "raw", "ids": "raw", "fields": "raw"}
+    off = ["off", "pixels", "fields"]
+    inputs = {
+        "on": 1000 * random.normal(size=(200, 2)),
+        "off": np.stack([1000 * random.normal(size=200), random.normal(size=200), np.ones(200)], 1),
+        "pixels": random.integers(0, 256, (200, 6, 6)).astype(np.uint8),
+        "raw": 50 * random.normal(size=(200, 2)),
+        "ids": random.integers(0, 9, (200, 2)),
+        "fields": {},
+    }
+    tensors = {n: torch.from_numpy(v) if len(v) else v for n, v in inputs.items()}
+    mask = torch.ones(200, 6, dtype=torch.bool)
+    standardizer = Standardizer(shapes, layouts, off=off)
+    if batches:
+        parts = torch.arange(200).split(70)
+        cut = lambda rows: {n: v[rows] if len(v) else v for n, v in tensors.items()}
+        standardizer.fit_batches((cut(rows), mask[rows]) for rows in parts)
+    else:
+        standardizer.fit(tensors, mask)
+    scale = standardizer.scale()
+    assert set(scale) == {"off", "pixels", "raw", "ids"}
+    np.testing.assert_allclose(scale["off"][:2], inputs["off"].std(0)[:2], rtol=1e-5)
+    assert scale["off"][2] == 0  # what does not vary gets no noise
+    np.testing.assert_allclose(scale["pixels"].item(), inputs["pixels"].std() / 255, rtol=1e-5)
+    np.testing.assert_allclose(scale["raw"].item(), inputs["raw"].std(), rtol=1e-5)
+    assert set(standardizer.scale(["raw", "on"])) == {"raw"}
+    again = Standardizer(shapes, layouts, off=off, kinds=standardizer.kinds)
+    again.load_state_dict(standardizer.state_dict())
+    assert all(torch.equal(again.scale()[name], scale[name]) for name in scale)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint16, np.bool_, np.float64])
+def test_numbers_that_are_not_standardised_become_floats(dtype):
+    values = (np.arange(120) % 2).reshape(40, 3).astype(dtype)
+    samples = Samples({"a": values}, np.arange(40) % 2)
+    data = load_data(DataConfig(standardize=False), samples)
+    assert data.train.inputs["a"].dtype == torch.float32
+    assert set(data.train.inputs["a"].unique().tolist()) == {0.0, 1.0}
+    assert data.train.scale["a"].tolist() == pytest.approx([0.5] * 3, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "trained, other, message",
+    [
+        (np.uint8, np.float32, "a: was trained on bytes .uint8., this is float32; give uint8$"),
+        (np.uint8, np.int64, "a: was trained on bytes .uint8., this is int64; give uint8$"),
+        (
+            np.float32,
+            np.uint8,
+            "a: was trained on float32, this is bytes .uint8.; give float32, such as by .astype",
+        ),
+        (np.float32, np.int64, None),
+        (np.uint8, np.uint8, None),
+    ],
+)
+def test_bytes_and_other_numbers_are_not_taken_for_each_other(trained, other, message):
+    values, y = np.arange(160).reshape(40, 4), np.arange(40) % 2
+    config = DataConfig(standardize=False)
+    first = load_data(config, Samples({"a": values.astype(trained)}, y))
+    load = lambda kind: load_data(
+        config,
+        Samples({"a": values.astype(kind)}, y),
+        standardizer=first.standardizer,
+        classes=first.class_names,
+    )
+    if message is None:
+        assert torch.equal(load(other).train.inputs["a"], first.train.inputs["a"])
+    else:
+        with pytest.raises(InputError, match=message):
+            load(other)
+    # Standardised, they are the same numbers.
+    first = load_data(DataConfig(), Samples({"a": values.astype(trained)}, y))
+    assert torch.equal(load(other).train.inputs["a"], first.train.inputs["a"])
+
+
+def test_a_rare_class_is_called_by_its_name():
+    targets = torch.tensor([0] * 9 + [1] + [2] * 9)
+    with pytest.raises(InputError, match="class 'cat' has 1 in the training split; give more"):
+        make_folds(targets, 3, names=["ape", "cat", "dog"])
+    with pytest.raises(InputError, match="class 1 has 1 in the training split"):
+        make_folds(targets, 3)

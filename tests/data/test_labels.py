@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from iibalance.data.labels import check_labels, encode_labels
+from iibalance.data.labels import check_labels, encode_as_trained, encode_labels
 from iibalance.errors import InputError
 
 
@@ -54,11 +54,66 @@ def test_labels_become_positions_in_order(values, names):
 def test_class_names_are_given_by_position_or_by_name():
     assert _encoded([1, 0, 1], ["cat", "dog"]) == ([1, 0, 1], ["cat", "dog"])
     assert _encoded(["dog", "cat"], ["dog", "cat"]) == ([0, 1], ["dog", "cat"])
-    assert _encoded([10, 20], ["20", "10"]) == ([1, 0], ["20", "10"])  # numbers that are names
+    assert _encoded(["10", "20"], ["20", "10"]) == ([1, 0], ["20", "10"])
+    with pytest.raises(InputError, match="y: row 0 holds 10, outside 0..1: classes has 2 names"):
+        _encoded([10, 20], ["20", "10"])  # integers are positions, even where the names are numbers
     with pytest.raises(InputError, match="y: row 1 holds 2, outside 0..1: classes has 2 names"):
         _encoded([1, 2], ["cat", "dog"])
     with pytest.raises(InputError, match=r"y: row 1 holds 'cow', .* none of the classes .cat, dog"):
         _encoded(["cat", "cow"], ["cat", "dog"])
+
+
+# As strings sort: "10" stands between "1" and "2".
+DIGITS = sorted(str(digit) for digit in range(11))
+
+
+def test_integers_are_positions_and_strings_names_whatever_the_names_look_like():
+    assert _encoded(list(range(11)), DIGITS) == (list(range(11)), DIGITS)
+    assert _encoded(list("0123456789"), DIGITS) == ([0, 1, *range(3, 11)], DIGITS)
+    assert _encoded([1, 0, 1], ["1", "0"]) == ([1, 0, 1], ["1", "0"])
+
+
+def _as_trained(values, trained, classes=None) -> list[int]:
+    labels = check_labels(values, len(values), InputError)
+    targets = encode_as_trained(labels, trained, InputError, classes=classes)
+    assert targets.dtype == np.int64
+    return targets.tolist()
+
+
+@pytest.mark.parametrize(
+    "values, trained, classes, expected",
+    [
+        (list(range(11)), DIGITS, None, [0, 1, *range(3, 11), 2]),  # names, by their numbers
+        (["10", "2"], DIGITS, None, [2, 3]),
+        ([5, 0, 2.0], ["0", "2", "5"], None, [2, 0, 1]),
+        ([-1, 1], ["-1", "1"], None, [0, 1]),
+        ([7], ["7", "other"], None, [0]),
+        ([1, 0], ["no", "yes"], None, [1, 0]),  # positions, where no class is named by a number
+        (["yes", "no"], ["no", "yes"], None, [1, 0]),
+        ([True, False], ["False", "True"], None, [1, 0]),
+        ([1, 0], ["no", "yes"], ["yes", "no"], [0, 1]),  # positions in the names that came along
+        ([0, 2], ["5", "7", "9"], ["9", "1", "5"], [2, 0]),
+        ([1, 0, 1], DIGITS, ["10", "3"], [4, 2, 4]),
+    ],
+)
+def test_labels_for_a_trained_model_are_its_classes_by_name(values, trained, classes, expected):
+    assert _as_trained(values, trained, classes) == expected
+
+
+@pytest.mark.parametrize(
+    "values, trained, classes, message",
+    [
+        ([0, 1, 2], ["0", "2", "5"], None, r"y: row 1 holds '1', .* the classes \(0, 2, 5\)"),
+        ([0, 1], ["7", "other"], None, "y: row 0 holds '0', which is none of the classes"),
+        ([0, 2], ["no", "yes"], None, "y: row 1 holds 2, outside 0..1: classes has 2 names"),
+        (["0", "1"], ["no", "yes"], None, "y: row 0 holds '0', which is none of the classes"),
+        ([0, 1], ["no", "yes"], ["yes", "maybe"], "y: row 1 holds 'maybe', which is none of"),
+        ([0, 3], ["no", "yes"], ["yes", "no"], "y: row 1 holds 3, outside 0..1"),
+    ],
+)
+def test_a_label_that_a_trained_model_does_not_know_is_refused(values, trained, classes, message):
+    with pytest.raises(InputError, match=message):
+        _as_trained(values, trained, classes)
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,7 @@ _DF = pd.DataFrame({"n": [1.0, 2, 3, 4], "w": list("abcd")})
         (_with([torch.ones(2), torch.ones(3)]), "inputs: audio: its 2 entries differ in shape"),
         (_with(["a", "b", "c", "d"]), "inputs: audio: dtype <U1 is not a real number"),
         (_with([None, "b", "c", "d"]), "inputs: audio: dtype <U1 is not a real number"),
-        (_with([{}, {}, {}, {}]), "inputs: audio: dtype object is not a real number"),
+        (_with([{}, {}, {}, {}]), "inputs: audio: its samples are dicts; give a dict of arrays"),
         (_with(AUDIO.astype(object)), r"not a real number; .* such as values.astype\(float\)"),
         (_with([{"x": 1}, None, {}, {}]), "its samples are dicts; give a dict of arrays"),
         (_with(AUDIO + 1j), "inputs: audio: dtype complex128 is not a real number"),
@@ -306,8 +306,16 @@ _DF = pd.DataFrame({"n": [1.0, 2, 3, 4], "w": list("abcd")})
         (lambda: Samples({"a": AUDIO, "b": AUDIO[:3]}), "inputs: b: has 3 rows, but inputs: a has"),
         (lambda: Samples({"a": AUDIO}, Y[:3]), r"targets: has shape \(3,\); .* shape \(4,\)"),
         (_with(AUDIO, mask=[1, 1, 1, 1]), r"mask: has shape \(4,\), expected \(4, 1\): a column"),
-        (_with(AUDIO, mask=AUDIO[:, :1]), "mask: dtype float64; give bool .*such as mask > 0.5"),
-        (_with(AUDIO, mask=[[2]] * 4), "mask: dtype int64; give bool"),
+        (
+            _with(AUDIO, mask=np.array([[1.0], [0.0], [0.25], [2.0]])),
+            "mask: row 2 holds 0.25 for audio; give bool values, .*such as mask > 0.5",
+        ),
+        (_with(AUDIO, mask=[["a"]] * 4), "mask: dtype <U1; give bool values"),
+        (
+            _with([{"ids": [1, 2]}] * 4),
+            "inputs: audio: its samples are dicts; give a dict of arrays .*, one a field, and mask",
+        ),
+        (_with(AUDIO, mask=[[2]] * 4), "mask: row 0 holds 2 for audio; give bool"),
         (_with(AUDIO, mask=[[1], [0, 1], [1], [1]]), "mask: its 4 entries differ in shape"),
         (_with(AUDIO, mask=[[1], [1], [0], [1]]), "row 2 has none of audio"),
         (_with(AUDIO, groups=[1, 2]), r"groups: has shape \(2,\); give one value a sample"),
@@ -327,3 +335,31 @@ def test_every_mistake_is_one_line_with_its_remedy(make, message):
     with pytest.raises(InputError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
+
+
+def test_columns_are_remembered_and_brought_into_the_order_of_others():
+    frame = pd.DataFrame(np.arange(20.0).reshape(4, 5), columns=list("abcde"))
+    samples = Samples(frame, columns={"x": ["c", "a"], "y": "[be]"})
+    assert samples.columns == {"x": ["c", "a"], "y": ["b", "e"]}
+    assert samples[1:].columns == samples.columns
+    assert samples.select(["y"]).columns == {"y": ["b", "e"]}
+    ordered = samples.in_order({"x": ["a", "c"], "y": ["e"], "z": ["?"]})
+    assert ordered.columns == {"x": ["a", "c"], "y": ["e"]}
+    np.testing.assert_array_equal(ordered.inputs["x"], frame[["a", "c"]])
+    np.testing.assert_array_equal(ordered.inputs["y"], frame[["e"]])
+    np.testing.assert_array_equal(samples.inputs["x"], frame[["c", "a"]])  # as it was
+    with pytest.raises(InputError, match="columns: x: there is no column 'f', which the model was"):
+        samples.in_order({"x": ["a", "f"]})
+
+
+def test_columns_of_frames_by_modality_and_of_arrays():
+    frame = pd.DataFrame({"a": [1.0, 2.0], 7: [3.0, 4.0]})
+    samples = Samples({"x": frame, "y": np.ones((2, 3))})
+    assert samples.columns == {"x": ["a", 7]}
+    assert samples.select(["y"]).columns is None
+    assert samples.in_order({"x": ["7", "a"], "y": ["p"]}).inputs["x"].tolist() == [[3, 1], [4, 2]]
+    assert Samples(np.ones((2, 4)), columns={"x": slice(0, 2), "y": 3}).columns == {
+        "x": [0, 1],
+        "y": [3],
+    }
+    assert Samples({"y": np.ones((2, 3))}).columns is None

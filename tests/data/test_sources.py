@@ -165,7 +165,16 @@ CSV = "a_0,a_1,v0,label,part\n1,2,3,no,train\n4,5,6,yes,test\n"
             {"columns": {"audio": "b_*"}},
             "data.columns: audio: there is no column 'b_.'; there",
         ),
-        (CSV, {"columns": {"audio": "label"}}, "data.columns: audio: column 'label' holds no numb"),
+        (
+            CSV,
+            {"columns": {"audio": "part"}, "split": "split"},
+            "data.columns: audio: column 'part' holds no numbers",
+        ),
+        (
+            CSV,
+            {"columns": {"audio": ["a_0", "label"]}},
+            "data.columns: audio: 'label' holds the labels .data.target., which is no feature",
+        ),
         (CSV, {"columns": {"audio": "a_*", "video": ["a_1"]}}, "'a_1' belongs to audio and to vid"),
         (CSV, {"target": "class"}, "data.target: no column 'class'; there are a_0, a_1, v0, label"),
         (CSV, {"groups": "who"}, "data.groups: no column 'who'; there are a_0"),
@@ -262,3 +271,23 @@ def test_a_table_with_its_index_and_one_without_names(tmp_path):
     samples = read_samples(config)
     assert samples.inputs["a"].tolist() == [[0, 1], [3, 4], [6, 7], [9, 10]]
     assert samples.targets.tolist() == [2, 5, 8, 11]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_pattern_takes_in_no_column_that_is_no_feature(tmp_path, kind):
+    frame = _frame().fillna(0.0)
+    frame["label"] = np.arange(N) % 2  # numbers, so that each could pass for a feature
+    frame["who"], frame["clip"] = np.arange(N) // 4, np.arange(N)
+    frame["part"] = np.arange(N) // 2 % 4 % 3
+    path = tmp_path / f"clips.{kind}"
+    frame.to_csv(path, index=False) if kind == "csv" else frame.to_parquet(path)
+    samples = read_samples(_config(path, columns={"all": "*"}))
+    assert samples.columns == {"all": ["a_0", "a_1", "a_2", "v0", "v1"]}
+    features = frame[samples.columns["all"]].to_numpy()
+    np.testing.assert_array_equal(samples.inputs["all"], features)
+    roles = {"label": "labels", "who": "groups", "part": "splits"}
+    roles["clip"] = "names of the samples"
+    for column, role in roles.items():
+        message = f"data.columns: a: '{column}' holds the {role} .data.* is no feature; take it out"
+        with pytest.raises(InputError, match=message):
+            read_samples(_config(path, columns={"a": ["a_0", column]}))

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from iibalance.data.table import pick_columns
+from iibalance.data.table import find_columns, pick_columns
 from iibalance.errors import InputError
 
 ARRAY = np.arange(12.0).reshape(3, 4)
@@ -108,3 +108,23 @@ def test_the_remedies_work():
     ]
     numbers = pd.to_numeric(FRAME["mixed"], errors="coerce").to_frame()
     assert np.isnan(pick_columns(numbers, {"m": "mixed"})["m"][1, 0])
+
+
+def test_names_and_positions_are_told_one_by_one():
+    chosen = {"m": ["bool", "a?"], "n": "a[3]"}
+    assert find_columns(FRAME, chosen) == {"m": ["bool", "a1", "a2"], "n": ["a[3]"]}
+    positions = {"m": slice(1, 3), "n": [True, False, False, False]}
+    assert find_columns(ARRAY, positions) == {"m": [1, 2], "n": [0]}
+
+
+def test_columns_that_are_no_features_are_left_out_or_refused_by_name():
+    apart = {"a2": "the labels (data.target)"}
+    assert find_columns(FRAME, {"m": "a?", "n": "[bz]*"}, apart) == {
+        "m": ["a1"],
+        "n": ["bool", "zero"],
+    }
+    message = r"columns: m: 'a2' holds the labels .data.target., which is no feature; take it out"
+    with pytest.raises(InputError, match=message):
+        find_columns(FRAME, {"m": ["a1", "a2"]}, apart)
+    with pytest.raises(InputError, match="columns: m: there is no column '.2'"):
+        find_columns(FRAME, {"m": "?2"}, apart)

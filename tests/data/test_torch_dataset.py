@@ -191,7 +191,10 @@ def _target(other):
         (_instead({"audio": 1}), "data: item 7 is a dict; a dataset must give"),
         (_instead((np.ones(3), 1)), "the inputs of item 7 are ndarray; give a dict by modality"),
         (_instead(({}, 1)), "the inputs of item 7 are an empty dict; give a dict by modality"),
-        (_item(video=np.ones(3)), "item 7 has 'video', which is none of the first item's modalit"),
+        (
+            _item(video=np.ones(3)),
+            "item 7 has 'video', .* first item's modalit.* give None for it in the first item",
+        ),
         (
             _item(audio=np.ones(4)),
             r"audio of item 7 has float32 of shape \(4,\), others float32 of",
@@ -305,3 +308,32 @@ def test_integers_may_stand_for_floats_and_numbers_for_arrays_of_them():
     at = part.rows.tolist().index(7)
     audio = part[at].inputs["audio"] * data.standardizer.std_audio + data.standardizer.mean_audio
     torch.testing.assert_close(audio, torch.tensor([1.0, 2.0, 3.0]), rtol=1e-4, atol=1e-4)
+
+
+def test_bytes_of_another_dataset_must_be_bytes_where_they_are_not_standardised():
+    first = _load(Clips(), standardize=["audio"])
+    assert first.standardizer.kinds["image"] == "uint8"
+    as_floats = lambda row, item, target: (
+        {**item, "image": None if item["image"] is None else item["image"].astype(np.float32)},
+        target,
+    )
+    how = {"standardizer": first.standardizer, "classes": first.class_names, "own": ("text",)}
+    again = load_data(DataConfig(), Clips(), **how)
+    assert torch.equal(again.train.batch().inputs["image"], first.train.batch().inputs["image"])
+    with pytest.raises(InputError, match="image: was trained on bytes .uint8., this is float32"):
+        load_data(DataConfig(), Clips(change=as_floats), **how)
+
+
+def test_a_first_item_that_lacks_a_modality_says_so_with_none():
+    without = lambda row, item, target: (
+        {n: v for n, v in item.items() if row or n != "audio"},
+        target,
+    )
+    with pytest.raises(InputError, match="item 1 has 'audio'.* give None for it in the first item"):
+        _load(Clips(change=without))
+    with_none = lambda row, item, target: ({**item, **({} if row else {"audio": None})}, target)
+    data = _load(Clips(change=with_none))
+    assert data.modalities == ("audio", "image", "text")
+    for part in (data.train, data.validation, data.test):
+        present = (part.rows != 0) & (part.rows % 5 != 3)
+        assert torch.equal(part.mask[:, 0], present)

@@ -533,7 +533,11 @@ def bad(row, value):
     [
         (lambda toy: None, None, "batch: is a NoneType; give a dict of arrays by modality"),
         (lambda toy: pd.DataFrame({"a": [1.0]}), None, "batch: is a DataFrame; give a dict"),
-        (lambda toy: toy.inputs, torch.full((400, 2), 0.5), "mask: dtype float32; give bool"),
+        (
+            lambda toy: toy.inputs,
+            torch.full((400, 2), 0.5),
+            "mask: row 0 holds 0.5 for audio",
+        ),
         (
             lambda toy: {**toy.inputs, "text": torch.zeros(400, 2)},
             None,
@@ -701,7 +705,7 @@ def test_encoders_that_are_none_or_do_not_fit_are_named():
     with pytest.raises(InputError, match="encoders: a is a function; give a torch.nn.Module"):
         MultimodalClassifier({"a": lambda x: x}, 3)
     model = MultimodalClassifier({"a": nn.Linear(4, 8), "b": nn.Linear(2, 8)}, 3)
-    message = r"encoders: a: Linear cannot take a batch of shape \[1, 5\] .*; give an encoder that"
+    message = r"encoders: a: Linear cannot take a batch of shape \[3, 5\] .*; give an encoder that"
     with pytest.raises(InputError, match=message):
         model.predict({"a": torch.zeros(3, 5), "b": torch.zeros(3, 2)})
 

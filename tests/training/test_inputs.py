@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,10 @@ import iibalance
 from iibalance import DataConfig, InputError, ModelConfig, RunConfig, Samples, TrainingConfig, train
 from iibalance.config import BudgetConfig, CalibrationConfig
 from iibalance.data import assemble
+from iibalance.data.lazy import ArrayReader, LazySplit
+from iibalance.nn import calibration
 from iibalance.training import loop
+from iibalance.training.evaluation import degrade
 from iibalance.training.sampling import EpochSampler, class_weights
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -461,3 +465,120 @@ def test_class_weights_reach_every_training(tmp_path, monkeypatch):
     assert sorted(set(weights.tolist())) == [1.0, 7.0] and len(joint) == 3
     share = float((weights[torch.tensor(joint).flatten()] == 7).double().mean())
     assert abs(share - 0.5) < 0.1
+
+
+# Labels, scales and types as they come
+
+
+@pytest.mark.parametrize("kind", ["positions", "words"])
+def test_eleven_classes_named_by_digits_are_learnt_and_called_by_their_names(tmp_path, kind):
+    """As strings "10" sorts before "2": positions must not be taken for names, nor the reverse."""
+    digits = np.arange(11 * 16) % 11
+    names = sorted(map(str, range(11)))
+    values = 6 * np.eye(11)[digits] + np.random.default_rng(0).normal(size=(len(digits), 11))
+    words = np.array([str(digit) for digit in digits])
+    inputs = {"a": values, "b": np.ones((len(digits), 2))}
+    if kind == "words":
+        samples = Samples(inputs, words)
+    else:
+        positions = np.array([names.index(word) for word in words])
+        samples = Samples(inputs, positions, classes=names)
+    config = _config(tmp_path / "run", 30, training={"batch_size": 16}, method="concat")
+    result = train(config, data=samples)
+    model = iibalance.load(tmp_path / "run")
+    assert model.class_names == names and result.metrics["test"]["accuracy"] > 0.9
+    sure = model.predict({"a": 6 * np.eye(11), "b": np.ones((11, 2))}).probabilities.argmax(1)
+    assert [model.class_names[at] for at in sure] == [str(digit) for digit in range(11)]
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_noise_is_as_strong_whatever_the_unit_of_what_is_not_standardised(monkeypatch, lazily):
+    """A thousand times the values are given a thousand times the noise."""
+    found = {}
+    for unit in (1.0, 1000.0):
+        samples = Samples({"a": WEAK * unit, "b": WEAK}, Y)
+        data = iibalance.load_data(DataConfig(standardize=["b"]), samples)
+        split = data.train
+        if lazily:
+            everything = torch.arange(len(Y))
+            split = LazySplit(
+                ArrayReader(samples.inputs),
+                everything,
+                torch.from_numpy(Y),
+                torch.from_numpy(samples.mask),
+                None,
+                data.standardizer,
+            )
+        assert set(split.scale) == {"a"}
+        noisy = degrade(split, "a", "noise", fraction=1.0, strength=3.0)
+        found[unit] = (noisy.inputs["a"] - split.batch().inputs["a"]) / unit
+    torch.testing.assert_close(found[1.0], found[1000.0], rtol=1e-3, atol=1e-4)
+    assert found[1.0].std() == pytest.approx(3 * WEAK.std(), rel=0.1)
+
+
+def test_the_gate_is_calibrated_on_noise_of_the_scale_of_the_data(tmp_path, monkeypatch):
+    seen = []
+    real = calibration.random_corruptions
+
+    def noted(batch, **options):
+        seen.append((batch.inputs["a"].std().item(), options["scale"]["a"].mean().item()))
+        return real(batch, **options)
+
+    monkeypatch.setattr(calibration, "random_corruptions", noted)
+    samples = Samples({"a": 1e-3 * WEAK, "b": WEAK}, Y)
+    train(_config(tmp_path / "run", 1, {"standardize": ["b"]}), data=samples)
+    assert seen
+    for spread, scale in seen:
+        assert scale == pytest.approx(spread, rel=0.3)
+
+
+def test_what_a_saved_model_knows_of_types_and_columns(tmp_path):
+    pixels = (100 + 60 * Y[:, None] + RANDOM.normal(0, 9, (N, 5))).astype(np.uint8)
+    names = [f"c{column}" for column in range(4)]
+    frame = pd.DataFrame(WEAK, columns=names)
+    samples = Samples({"pixels": pixels, "table": frame}, Y)
+    train(_config(tmp_path / "run", 1, {"standardize": False}, method="concat"), data=samples)
+    model = iibalance.load(tmp_path / "run")
+    assert model.standardizer.kinds == {"pixels": "uint8", "table": "float32"}
+    assert model.standardizer.columns == {"table": names}
+    how = {"standardizer": model.standardizer, "classes": model.class_names}
+    first = iibalance.load_data(DataConfig(), samples, **how)
+    swapped = Samples({"pixels": pixels, "table": frame[names[::-1]]}, Y)
+    again = iibalance.load_data(DataConfig(), swapped, **how)
+    assert torch.equal(first.test.inputs["table"], again.test.inputs["table"])
+    with pytest.raises(InputError, match="columns: table: there is no column 'c1', which the mod"):
+        other = Samples({"pixels": pixels, "table": frame.rename(columns={"c1": "d1"})}, Y)
+        iibalance.load_data(DataConfig(), other, **how)
+    with pytest.raises(InputError, match="pixels: was trained on bytes .uint8., this is float32"):
+        wrong = Samples({"pixels": pixels.astype(np.float32), "table": frame}, Y)
+        iibalance.load_data(DataConfig(), wrong, **how)
+
+
+class _Vectors(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.vectors = nn.Embedding(256, 5)
+
+    def forward(self, ids):
+        return self.vectors(ids).mean(1)
+
+
+def test_ids_and_numbers_that_are_taken_for_each_other_say_what_to_give(tmp_path):
+    counts = RANDOM.integers(0, 9, (N, 4))
+    linear = {"a": lambda: nn.Linear(4, 5)}
+    message = r"integers are taken for ids: give floats \(.astype\('float32'\)\), or layouts={'a'"
+    with pytest.raises(InputError, match=message):
+        train(_config(tmp_path / "a"), data=Samples({"a": counts, "b": WEAK}, Y), encoders=linear)
+    # Both that it says do work.
+    estimate = iibalance.training.run.estimate_run_budgets
+    b = {"b": WEAK}
+    for options, values in (({}, counts.astype("float32")), ({"layouts": {"a": "vector"}}, counts)):
+        config = _config(None, 1, options)
+        found = estimate(config, data=Samples({"a": values, **b}, Y), encoders=linear)
+        assert found.modalities == ("a", "b")
+    ids = {"a": _Vectors}
+    samples = Samples({"a": counts.astype(np.uint8), **b}, Y)
+    with pytest.raises(InputError, match=r"give ids as .astype\('int64'\)"):
+        train(_config(tmp_path / "b"), data=samples, encoders=ids)
+    samples = Samples({"a": samples.inputs["a"].astype("int64"), **b}, Y)
+    assert estimate(_config(None, 1), data=samples, encoders=ids).modalities == ("a", "b")
