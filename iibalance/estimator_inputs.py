@@ -59,7 +59,7 @@ class Form:
             return _samples(X, columns=self.columns, mask=mask)
         if isinstance(X, Samples):
             self._check_names(X.inputs)
-            return masked(X.select(self.modalities), mask)
+            return masked(X.select(self.modalities).in_order(self.columns), mask)
         self._check_names(X)
         there = [name for name in self.modalities if X[name] is not None]
         if not there:

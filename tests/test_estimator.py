@@ -379,6 +379,7 @@ def test_tables_go_by_the_names_that_fit_saw():
     expected = found.predict_proba(parts)
     turned = {"video": frame[["e", "d"]], "audio": frame[list("cab")]}
     assert np.array_equal(found.predict_proba(turned), expected)
+    assert np.array_equal(found.predict_proba(Samples(turned)), expected)
     with pytest.raises(InputError, match="X: audio: there is no column 'c', which fit had"):
         found.predict({**parts, "audio": frame[list("ab")]})
     with pytest.raises(
