@@ -175,11 +175,7 @@ class IIBalanceClassifier(ClassifierMixin, BaseEstimator):
         method = make_method(config.method, config)
         method.check(data.modalities)
         given = self._given_budgets(data.modalities)
-        folds = (
-            None
-            if given is not None
-            else Run.folds_of(method, config, data.train, data.class_names)
-        )
+        folds = Run.folds_of(method, config, data, given)
         check_folds(data.train, folds or [])
         accelerator = make_accelerator(config.training)
         devices = [accelerator.device] if accelerator.device.type == "cuda" else []

@@ -16,14 +16,17 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100  # rows with this target contribute nothing, here as in the losses
 MAX_PLAYERS = 6  # 2**6 = 64 evaluations of a test set; every further player doubles them
+
+Worth = TypeVar("Worth", float, Tensor)
 
 
 def classification_metrics(
@@ -149,21 +152,22 @@ def exact_shapley(value: Callable[[tuple[bool, ...]], float], num_players: int) 
             raise ValueError(
                 f"value: returned {worth[present]} for the subset {present}; it must be finite"
             )
-    weights = [
-        1 / (num_players * math.comb(num_players - 1, others)) for others in range(num_players)
-    ]
-    shares = []
-    for player in range(num_players):
-        gains = (
-            (
-                sum(without),
-                worth[without[:player] + (True,) + without[player + 1 :]] - worth[without],
-            )
-            for without in worth
-            if not without[player]
-        )
-        shares.append(math.fsum(weights[others] * gain for others, gain in gains))
-    return shares
+    return [math.fsum(shapley_terms(worth, player)) for player in range(num_players)]
+
+
+def shapley_terms(worth: Mapping[tuple[bool, ...], Worth], player: int) -> Iterator[Worth]:
+    """The terms of a player's Shapley value, which is their sum: each gain by its weight.
+
+    ``worth``: presence mask -> v of that subset, a number or a tensor, for every subset.
+
+    >>> sum(shapley_terms({(False,): 0.25, (True,): 1.0}, 0))
+    0.75
+    """
+    for without, before in worth.items():
+        if not without[player]:
+            players = len(without)
+            weight = 1 / (players * math.comb(players - 1, sum(without)))
+            yield weight * (worth[without[:player] + (True,) + without[player + 1 :]] - before)
 
 
 def mean_and_stderr(values: Iterable[float]) -> tuple[float, float]:

@@ -1,8 +1,7 @@
 """The picture of the benchmarks: that it shows the times that were measured, legibly."""
 
-import itertools
-
 import pytest
+from legible import assert_apart_and_inside
 
 from benchmarks.cases import OPS, at, modes, precisions
 from benchmarks.picture import COLOURS, draw, picture
@@ -156,12 +155,7 @@ def test_no_two_texts_overlap_or_are_cut_off(rows):
         ticks = axes.xaxis.get_major_ticks()
         found += [tick.label1 for tick in ticks if low <= tick.get_loc() <= high]
     boxes = [(text, text.get_window_extent()) for text in found if text.get_text()]
-    for (first, box), (second, other) in itertools.combinations(boxes, 2):
-        assert not box.overlaps(other), f"{first.get_text()!r} overlaps {second.get_text()!r}"
-    width, height = figure.bbox.size
-    for text, box in boxes:
-        inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
-        assert inside, f"{text.get_text()!r} is cut off"
+    assert_apart_and_inside(figure, boxes)
     cases = {(found["op"], found["mode"], found["shape"], found["precision"]) for found in rows}
     drawn = [line for axes in figure.axes for line in axes.lines if is_line(line)]
     assert len(drawn) == len(cases)

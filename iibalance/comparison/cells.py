@@ -149,7 +149,7 @@ def run_cell(folder: str, config: CompareConfig, cell: Cell, setting: dict) -> N
         method,
         None,
         make_accelerator(options.training),
-        folds=Run.folds_of(method, options, data.train, data.class_names),
+        folds=Run.folds_of(method, options, data),
         trainer=SharedTrainer(
             folder,
             about,

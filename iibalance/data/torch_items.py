@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -176,7 +176,8 @@ def _tensor(value: Any, called: str) -> Tensor:
 def _stacked(values: list[Values]) -> Values:
     first = values[0]
     if isinstance(first, dict):
-        return {field: torch.stack([value[field] for value in values]) for field in first}  # type: ignore[index]
+        fields = cast(list[dict[str, Tensor]], values)
+        return {field: torch.stack([value[field] for value in fields]) for field in first}
     return torch.stack(values)  # type: ignore[arg-type]
 
 

@@ -6,7 +6,7 @@ each. An encoder gets a tensor as its argument, and fields by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard, cast
 
 import numpy as np
@@ -56,14 +56,6 @@ def shapes_of(values: Values) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
     if isinstance(values, dict):
         return {field: tuple(part.shape[1:]) for field, part in values.items()}
     return tuple(values.shape[1:])
-
-
-def join(parts: Sequence[Values]) -> Values:
-    """Several batches as one."""
-    first = parts[0]
-    if isinstance(first, dict):
-        return {field: torch.cat([cast(dict, part)[field] for part in parts]) for field in first}
-    return torch.cat(list(parts))  # type: ignore[arg-type]
 
 
 def as_tensor(array: np.ndarray | Tensor) -> Tensor:

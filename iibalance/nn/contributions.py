@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 
 from iibalance.errors import InputError
-from iibalance.metrics import MAX_PLAYERS
+from iibalance.metrics import MAX_PLAYERS, shapley_terms
 
 
 @torch.no_grad()
@@ -36,7 +35,7 @@ def contributions(
     >>> embeddings, mask = [torch.randn(4, 3), torch.randn(4, 2)], torch.ones(4, 2) > 0
     >>> found = contributions(head, embeddings, mask, torch.tensor([0.5, 0.5]))
     >>> log_p = head.fuse(embeddings, mask).logits.log_softmax(1).amax(1)
-    >>> torch.allclose(found.sum(1).float(), log_p - math.log(0.5), atol=1e-5)
+    >>> torch.allclose(found.sum(1).float(), log_p - torch.tensor(0.5).log(), atol=1e-5)
     True
     """
     count = mask.shape[1]
@@ -49,10 +48,8 @@ def contributions(
     predicted = whole.argmax(1, keepdim=True)
     base = base_rate.to(whole).log()[predicted].squeeze(1)
 
-    def value(subset: tuple[int, ...]) -> Tensor:
-        chosen = torch.zeros(count, dtype=torch.bool, device=mask.device)
-        chosen[list(subset)] = True
-        part = mask & chosen
+    def value(subset: tuple[bool, ...]) -> Tensor:
+        part = mask & torch.tensor(subset, device=mask.device)
         rows, found = part.any(1), base.clone()
         if rows.any():
             logits = head.fuse([values[rows] for values in embeddings], part[rows]).logits
@@ -60,14 +57,5 @@ def contributions(
             found[rows] = log_p.gather(1, predicted[rows]).squeeze(1)
         return found
 
-    subsets = [
-        subset for size in range(count + 1) for subset in itertools.combinations(range(count), size)
-    ]
-    values = {subset: value(subset) for subset in subsets}
-    shares = whole.new_zeros(len(mask), count)
-    for subset in subsets[:-1]:
-        weight = 1 / (count * math.comb(count - 1, len(subset)))
-        for player in set(range(count)) - set(subset):
-            after = values[tuple(sorted((*subset, player)))]
-            shares[:, player] += weight * (after - values[subset])
-    return shares
+    worth = {subset: value(subset) for subset in product((False, True), repeat=count)}
+    return torch.stack([sum(shapley_terms(worth, player)) for player in range(count)], 1)

@@ -146,9 +146,7 @@ def run_training(
     check_groups(parameter_groups, factories)
     class_weights(data.train.targets, config.training.class_weight, data.class_names)
     given = given_budgets(config, data)
-    folds = (
-        None if given is not None else Run.folds_of(method, config, data.train, data.class_names)
-    )
+    folds = Run.folds_of(method, config, data, given)
     check_folds(data.train, folds or [])
     output = config.output or default_output(config, data.name)
     config = replace(config, output=output, method=absolute_method(config.method))

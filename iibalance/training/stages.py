@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -82,15 +82,12 @@ class Run:
 
     @staticmethod
     def folds_of(
-        method: Method,
-        config: RunConfig,
-        train: Split,
-        class_names: Sequence[str] | None = None,
+        method: Method, config: RunConfig, data: MultimodalData, given: Budgets | None = None
     ) -> list[np.ndarray] | None:
-        """The held-out folds of the budget stage, where the method has one."""
-        if not method.needs_budgets or config.budgets.source == "online":
+        """The held-out folds of the budget stage, where the method has one and none are given."""
+        if given is not None or not method.needs_budgets or config.budgets.source == "online":
             return None
-        return folds_of(train, config.budgets.folds, config.seed, class_names)
+        return folds_of(data.train, config.budgets.folds, config.seed, data.class_names)
 
     def run(self) -> tuple[MultimodalClassifier, dict, Budgets | None]:
         """All stages and the report: the model, what ``metrics.json`` holds, and the budgets.

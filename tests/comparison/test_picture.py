@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from legible import assert_apart_and_inside
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
@@ -72,18 +73,13 @@ def texts(figure):
 
 def assert_legible(figure):
     found = texts(figure)
-    for (first, box), (second, other) in itertools.combinations(found, 2):
-        assert not box.overlaps(other), f"{first.get_text()!r} overlaps {second.get_text()!r}"
-    width, height = figure.bbox.size
-    for text, box in found:
-        inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
-        assert inside, f"{text.get_text()!r} is cut off"
-        assert text.get_fontsize() >= 7
+    assert_apart_and_inside(figure, found)
+    assert all(text.get_fontsize() >= 7 for text, _ in found)
     for axes in figure.axes:  # nor do the bars of the groups lie on a number or a name
         bars = [line for line in axes.lines if is_bar(line)]
         boxes = [line.get_window_extent() for line in bars]
         assert not any(box.overlaps(bar) for bar in boxes for _, box in found)
-        assert all(bar.x1 <= width for bar in boxes)
+        assert all(bar.x1 <= figure.bbox.width for bar in boxes)
 
 
 def is_bar(line):
