@@ -3,6 +3,7 @@
     prototype_distance     squared distances of embeddings to class prototypes
     alignment_loss         prototype contrast and budget-conditioned alignment of all modalities
     nearest_prototype      distance to the nearest prototype, for the gate's surprise
+    trusted_fusion         product of experts that may each be wrong, and the trust in each
     gated_fusion           weights and fused logits by prior, uncertainty and gate
     fusion_cross_entropy   the same with all its cross-entropies
     multimodal_objective   all these losses as one scalar, whose gradients come with it
@@ -12,7 +13,8 @@
     snapshot               a copy of prototypes for a loss in a compiled forward that moves them
 
 Each runs as Triton kernels, on a CPU with analytic gradients, or as plain PyTorch (``impl=``).
-GatedFusion, MultimodalObjective, PrototypeDistance and AlignmentLoss are the same as modules.
+GatedFusion, TrustedFusion, MultimodalObjective, PrototypeDistance and AlignmentLoss are the same
+as modules.
 
 What lives here, from the equations up to the functions:
 
@@ -20,7 +22,7 @@ What lives here, from the equations up to the functions:
                                             tested against
     ops/                                    an operation a room: Triton kernels, launchers,
                                             operators (torch.ops.iib), autograd Functions
-    objective, alignment, fusion,           the public functions: checks, dtypes, bounded memory;
+    objective, alignment, fusion, trust,    the public functions: checks, dtypes, bounded memory;
     prototype, update                       as modules in modules.py
     cpu/                                    the operations and a whole training step for a CPU
     compat.py                               what torch.compile and torch.func ask for
@@ -32,7 +34,13 @@ Nothing of the packages above.
 
 from iib_kernels.alignment import AlignmentOutput, alignment_loss
 from iib_kernels.fusion import FusionLossOutput, FusionOutput, fusion_cross_entropy, gated_fusion
-from iib_kernels.modules import AlignmentLoss, GatedFusion, MultimodalObjective, PrototypeDistance
+from iib_kernels.modules import (
+    AlignmentLoss,
+    GatedFusion,
+    MultimodalObjective,
+    PrototypeDistance,
+    TrustedFusion,
+)
 from iib_kernels.objective import (
     ObjectiveOutput,
     ObjectiveParts,
@@ -44,8 +52,10 @@ from iib_kernels.ops.distance.autograd import PrototypeDistanceFunction
 from iib_kernels.ops.fusion.autograd import FusionCrossEntropyFunction, GatedFusionFunction
 from iib_kernels.ops.nearest.autograd import NearestPrototypeFunction
 from iib_kernels.ops.objective.autograd import MultimodalObjectiveFunction
+from iib_kernels.ops.trust.autograd import TrustedFusionFunction
 from iib_kernels.ops.update.autograd import UpdatePrototypesFunction
 from iib_kernels.prototype import NearestOutput, nearest_prototype, prototype_distance
+from iib_kernels.trust import TrustOutput, trusted_fusion
 from iib_kernels.update import (
     class_sums,
     ema_from_sums,
@@ -73,6 +83,9 @@ __all__ = [
     "ObjectiveWeights",
     "PrototypeDistance",
     "PrototypeDistanceFunction",
+    "TrustOutput",
+    "TrustedFusion",
+    "TrustedFusionFunction",
     "UpdatePrototypesFunction",
     "alignment_loss",
     "class_sums",
@@ -83,6 +96,7 @@ __all__ = [
     "nearest_prototype",
     "prototype_distance",
     "snapshot",
+    "trusted_fusion",
     "update_prototypes",
     "update_prototypes_",
 ]

@@ -13,6 +13,7 @@ from iib_kernels.alignment import AlignmentOutput, alignment_loss
 from iib_kernels.fusion import FusionOutput, gated_fusion
 from iib_kernels.objective import ObjectiveOutput, multimodal_objective
 from iib_kernels.prototype import prototype_distance
+from iib_kernels.trust import TrustOutput, trusted_fusion
 
 
 class _Options(nn.Module):
@@ -41,6 +42,22 @@ class GatedFusion(_Options):
         self, logits: Sequence[Tensor] | Tensor, log_prior: Tensor | None = None, **tensors
     ) -> FusionOutput:
         return gated_fusion(logits, log_prior, **self.options, **tensors)
+
+
+class TrustedFusion(_Options):
+    """:func:`~iib_kernels.trusted_fusion` as a module: options here, tensors in the call.
+
+    >>> import torch
+    >>> fuse = TrustedFusion(temperature=2.0)
+    >>> audio, visual = torch.tensor([[6.0, 0.0, 0.0]]), torch.tensor([[0.0, 3.0, 0.0]])
+    >>> fuse([audio, visual], torch.tensor([0.0, 4.0])).logits.argmax(1)
+    tensor([1])
+    """
+
+    def forward(
+        self, logits: Sequence[Tensor] | Tensor, trust_logits: Tensor | None = None, **tensors
+    ) -> TrustOutput:
+        return trusted_fusion(logits, trust_logits, **self.options, **tensors)
 
 
 class MultimodalObjective(_Options):

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 EPS = 1e-12  # of L2 normalisation: a row no longer than this has no direction and becomes zero
 NEVER = -torch.inf
@@ -205,6 +206,47 @@ def gated_fusion(
     # A class is ruled out by any modality that has a say
     fused = fused.masked_fill((ruled_out & (weights[..., None] > 0)).any(-2), NEVER)
     return fused, weights, uncertainty, t
+
+
+def trusted_fusion(
+    logits: Sequence[Tensor],
+    trust_logits: Tensor | None = None,
+    temperature: Tensor | float = 1.0,
+    scale: Tensor | float = 1.0,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fused logits f [..., K] and trust [..., M] (method page, section 4).
+
+    Without ``trust_logits`` every modality is trusted wholly, and f is the sum of log p_m.
+    """
+    count, classes = len(logits), logits[0].shape[-1]
+    stacked = torch.stack(list(logits), -2)
+    if mask is not None:  # a missing modality's row may hold anything
+        stacked = torch.where(mask[..., None], stacked, 0.0)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.expand(count)[:, None]
+    ruled_out = stacked == NEVER  # kept out of every product: 0 * inf is NaN in a gradient
+    t = (torch.where(ruled_out, 0.0, stacked) / temperature).masked_fill(ruled_out, NEVER)
+    log_p = t.log_softmax(-1).masked_fill(ruled_out, 0.0)
+    if trust_logits is None:
+        said, share = log_p, torch.ones_like(log_p)
+    else:
+        trust_logits = trust_logits.expand(stacked.shape[:-1])
+        if mask is not None:
+            trust_logits = torch.where(mask, trust_logits, 0.0)
+        told = (log_p + logsigmoid(trust_logits)[..., None]).masked_fill(ruled_out, NEVER)
+        doubt = (logsigmoid(-trust_logits) - math.log(classes))[..., None]
+        said = torch.logaddexp(told, doubt.expand_as(told))
+        share = (told - said).detach().exp()
+    if mask is not None:
+        said = torch.where(mask[..., None], said, 0.0)
+    fused = scale * said.sum(-2)
+    if trust_logits is None:  # else a doubt is left
+        fused = fused.masked_fill(ruled_out.any(-2), NEVER)
+    # What the fused prediction makes of each modality: a class that it rules out does not count
+    belief = fused.detach().softmax(-1)[..., None, :]
+    trust = torch.where(belief > 0, belief * share, 0.0).sum(-1).clamp_max(1)
+    return fused, trust if mask is None else trust * mask
 
 
 def entropy(logits: Tensor, inverse: Tensor, left_out: Tensor) -> Tensor:

@@ -191,6 +191,18 @@ def _fusion(dtype, modalities, classes, what, layout="usual"):
         )
 
 
+def _trust(dtype, modalities, classes, layout="usual"):
+    """Forward and backward of the trusted fusion, with a trust a row, one a modality and none."""
+    batch = 1 if layout == "ones" else 64
+    logits = [_matrix(batch, classes, dtype, layout) for _ in range(modalities)]
+    vector, table = torch.empty(modalities), torch.empty(batch, modalities)
+    mask, scale = torch.empty(batch, modalities, dtype=torch.bool), torch.empty(())
+    for trust, kind in ((table, torch.float32), (vector, None), (None, None)):
+        given = (trust, vector, scale, [1.0, 1.0], mask)
+        fused, _, kept = torch.ops.iib.trusted_fusion(logits, *given)
+        torch.ops.iib.trusted_fusion_backward(logits, *given, kept, fused, True, True, kind)
+
+
 def _tables(dtype, modalities, classes, layout):
     """Features and prototypes [., 512] of every modality; ``dtype`` of both, or one of each."""
     dtype, other = dtype if isinstance(dtype, tuple) else (dtype, dtype)
@@ -338,6 +350,7 @@ def usual(name: str, modalities: int) -> list[tuple[str, tuple]]:
     # 1100: in two parts
     found += [("alignment", (name, modalities, classes)) for classes in (31, 1100)]
     found += [("objective", (name, modalities, classes)) for classes in (31, 309)]
+    found += [("trust", (name, modalities, classes)) for classes in (31, 1000)]
     return [*found, ("nearest", (name, modalities, 309)), ("update", (name, modalities, 309))]
 
 
@@ -356,6 +369,7 @@ def variants(full: bool) -> list[tuple[str, tuple, tuple[str, ...]]]:
                 found += [(*call, targets) for call in usual(name, modalities)]
         found.append(("distance", (name, 309), EVERY if full or name == "bf16" else ONE))
         if full or name == "bf16":
+            found.append(("trust", (name, 2, 5000), EVERY if full else ONE))
             found += [
                 ("fusion", (name, 2, size, what), EVERY if full else ONE)
                 for size, whats in FUSED.items()
@@ -389,6 +403,10 @@ def variants(full: bool) -> list[tuple[str, tuple, tuple[str, ...]]]:
                 for what in ("logits", "values", "losses", "objective")
                 for size in {classes, 1 if classes == 1 else 5000}
             ]
+            calls += [
+                ("trust", (name, modalities, size, layout))
+                for size in {classes, 1 if classes == 1 else 5000}
+            ]
         found += [(*call, EVERY if full else ONE) for call in calls]
     return found
 
@@ -400,6 +418,7 @@ CALLS = {
     "nearest": _nearest,
     "distance": _distance,
     "update": _update,
+    "trust": _trust,
 }
 
 

@@ -36,9 +36,15 @@ def calls(batch: int, classes: int, width: int, modalities: int, dtype: torch.dt
     targets, budgets = torch.zeros(batch, dtype=torch.long), torch.ones(modalities)
     counts = [torch.zeros(classes, dtype=torch.long) for _ in range(modalities)]
     rows = [values.detach() for values in features]
+    mask = torch.ones(batch, modalities, dtype=torch.bool)
     options = {"features": features, "prototypes": tables, "budgets": budgets, "impl": "triton"}
     return {
         "gated_fusion": lambda: iib_kernels.gated_fusion(logits, impl="triton").logits,
+        "trusted_fusion": lambda: (
+            iib_kernels.trusted_fusion(
+                logits, torch.zeros(batch, modalities), mask=mask, impl="triton"
+            ).logits
+        ),
         "fusion_cross_entropy": lambda: (
             iib_kernels.fusion_cross_entropy(logits, targets, impl="triton").fused
         ),

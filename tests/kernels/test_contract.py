@@ -19,6 +19,7 @@ from iib_kernels import (
     gated_fusion,
     nearest_prototype,
     reference,
+    trusted_fusion,
     update_prototypes,
 )
 
@@ -115,6 +116,7 @@ def test_numbers_reach_the_device_without_a_copy_from_the_host(monkeypatch):
         monkeypatch.setattr(torch, name, refuse)
     monkeypatch.setattr(torch.Tensor, "new_tensor", refuse)
     gated_fusion(logits, temperature=0.5, uncertainty_weight=2, scale=2.0)
+    trusted_fusion(logits, torch.zeros(2), temperature=0.5, scale=2.0)
     fusion_cross_entropy(logits, targets)
     alignment_loss(features, prototypes, targets, budgets)
     nearest_prototype(features, prototypes)
@@ -340,6 +342,7 @@ def arguments_by_name():
         "scale": torch.tensor(1.0),
         "mask": torch.ones(2, 2, dtype=torch.bool),
     }
+    doubted = {name: gate[name] for name in ("temperature", "scale", "mask")}
     labels = {"targets": targets, "weight": torch.ones(3)}
     rows = {"features": features, "prototypes": [table, table.clone()]}
     seen = [torch.ones(3, dtype=torch.bool)] * 2
@@ -348,6 +351,7 @@ def arguments_by_name():
     tallies = {"counts": [counts, counts.clone()]}
     return {
         "gated_fusion": {"logits": logits, **gate, "values": features},
+        "trusted_fusion": {"logits": logits, "trust_logits": torch.zeros(2, 2), **doubted},
         "fusion_cross_entropy": {"logits": logits, **gate, **labels},
         "multimodal_objective": {"logits": logits, **gate, **labels, **losses},
         "alignment_loss": {**losses, "mask": gate["mask"]},

@@ -53,6 +53,21 @@ def cases(batch, classes, count, dtype):
         "fusion, gated": (own.gated_fusion, {"logits": logits, **gate, "scale": "present"}),
         "fusion of values": (own.gated_fusion, {"logits": logits, "values": values, **gate}),
         "fusion of images": (own.gated_fusion, {"logits": random(count, 2, 3, batch, classes)}),
+        "trust": (own.trusted_fusion, {"logits": logits}),
+        "trust, all": (
+            own.trusted_fusion,
+            {
+                "logits": logits,
+                "trust_logits": random(batch, count),
+                "temperature": torch.ones(count),
+                "scale": torch.ones(()),
+                "mask": mask,
+            },
+        ),
+        "trust of images": (
+            own.trusted_fusion,
+            {"logits": random(count, 2, 3, batch, classes), "trust_logits": random(count)},
+        ),
         "distance": (
             own.prototype_distance,
             {"features": features[0], "prototypes": prototypes[0]},
@@ -97,6 +112,7 @@ def on(device, arguments):
             return value
         value = value.detach().to(device, copy=True)
         wanted = name in ("logits", "features", "values", "log_prior", "gate_logits", "temperature")
+        wanted |= name in ("trust_logits", "scale")
         return value.requires_grad_(wanted and value.is_floating_point())
 
     return {
@@ -272,7 +288,7 @@ def test_a_head_made_on_the_meta_device_is_filled_later(assign):
     head.load_state_dict(state, assign=assign)
     for mask in (None, torch.tensor([[True, False]] * 9)):
         found, expected = (each.eval()(rows(), mask=mask) for each in (head, trained))
-        for name in ("logits", "weights", "uncertainty"):
+        for name in ("logits", "trust", "uncertainty"):
             assert torch.equal(getattr(found, name), getattr(expected, name))
     steps = [each.train()(rows(4), torch.tensor([0, 1, 2, 0])) for each in (head, trained)]
     assert head.prototypes.complete and torch.equal(*(out.loss for out in steps))

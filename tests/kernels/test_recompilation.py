@@ -33,7 +33,7 @@ def test_a_last_batch_of_odd_size_compiles_nothing():
         check=True,
     )
     found = json.loads(done.stdout)
-    assert len(found) == 42  # 7 operations, 3 shapes, 2 types
+    assert len(found) == 48  # 8 operations, 3 shapes, 2 types
     unexpected = [
         (operation, shape, dtype, new)
         for operation, shape, dtype, new in found

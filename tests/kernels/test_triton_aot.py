@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {
     "fusion_rows",
     "fusion_rows_backward",
+    "trusted_rows",
+    "trusted_rows_backward",
     "cross_entropy_rows",
     "cross_entropy_rows_backward",
     "objective_rows",

@@ -27,6 +27,7 @@ from iib_kernels import (
     multimodal_objective,
     nearest_prototype,
     prototype_distance,
+    trusted_fusion,
     update_prototypes,
     update_prototypes_,
 )
@@ -176,6 +177,7 @@ LABELS = torch.zeros(3, dtype=torch.int64, device=DEVICE)
 KNOWN = torch.ones(5, dtype=torch.bool, device=DEVICE)
 SECOND = {
     "gated_fusion": lambda l: gated_fusion([l, l * 2], impl="triton").logits,
+    "trusted_fusion": lambda l: trusted_fusion([l, l * 2], l[:, :2], impl="triton").logits,
     "fusion_cross_entropy": lambda l: fusion_cross_entropy([l, l * 2], LABELS, impl="triton").fused,
     "alignment_loss": lambda f: (
         alignment_loss([f], [TABLE], LABELS, [1.0], impl="triton").contrastive
@@ -285,6 +287,11 @@ def operator_calls():
                 full,
             ),
         )
+        trust = draw(3, 2, dtype=torch.float32) if full else draw(2, dtype=torch.float32)
+        doubted = (trust, *(parameters[0], parameters[2], [1.0, 1.0], parameters[4]))
+        yield ops.trusted_fusion, (logits, *doubted)
+        fused, _, kept = (value.detach() for value in ops.trusted_fusion(plain, *doubted))
+        yield ops.trusted_fusion_backward, (plain, *doubted, kept, fused, *needs)
         reduction = "mean" if full else "none"
         yield ops.fusion_cross_entropy, (logits, *labels, *first, *parameters, reduction)
         nll, unimodal, weights, statistics, divisors = (
@@ -490,6 +497,7 @@ def test_fullgraph_compile_of_a_module_with_all_six(backend, dynamic):
 COMPILED = {
     "gated_fusion": lambda x: gated_fusion([x, x * 2], impl="triton").logits,
     "the same logits twice": lambda x: gated_fusion([x, x], impl="triton").logits,
+    "trusted_fusion": lambda x: trusted_fusion([x, x * 2], x[:, :2], impl="triton").logits,
     "fusion_cross_entropy": lambda x: fusion_cross_entropy([x, x * 2], LABELS, impl="triton").fused,
     "alignment_loss": lambda x: (
         alignment_loss([x, x * 2], [TABLE, TABLE], LABELS, [1.0, 0.5], impl="triton").contrastive
@@ -506,7 +514,8 @@ COMPILED = {
     "name",
     [
         name
-        if name in ("fusion_cross_entropy", "nearest_prototype", "a distance to itself")
+        if name in ("fusion_cross_entropy", "trusted_fusion", "nearest_prototype")
+        or name == "a distance to itself"
         else pytest.param(name, marks=pytest.mark.slow)
         for name in COMPILED
     ],
@@ -662,6 +671,9 @@ def test_one_launch_forward_and_one_backward(checked):
         "gated_fusion of one tensor": lambda: gated_fusion(
             torch.stack([value.detach() for value in logits]).requires_grad_(), impl="triton"
         ),
+        "trusted_fusion": lambda: trusted_fusion(
+            logits, gate, temperature=temperature, scale=scale, mask=mask, impl="triton"
+        )[:1],
         "fusion_cross_entropy": lambda: fusion_cross_entropy(
             logits,
             targets,
@@ -699,6 +711,7 @@ def test_an_empty_batch_launches_nothing_but_has_gradients(checked):
     logits = [torch.empty(0, 4, device=DEVICE, requires_grad=True) for _ in range(2)]
     outputs = [
         *gated_fusion(logits, impl="triton"),
+        *trusted_fusion(logits, torch.zeros(2, device=DEVICE), impl="triton"),
         *fusion_cross_entropy(logits, targets, impl="triton"),
         nearest_prototype(features, prototypes, impl="triton")[0],
         *alignment_loss(features, prototypes, targets, budgets, impl="triton")[:2],
@@ -809,6 +822,7 @@ def test_every_operation_has_its_function_exported():
         "GatedFusion",
         "NearestPrototype",
         "PrototypeDistance",
+        "TrustedFusion",
         "UpdatePrototypes",
     ):
         assert (
@@ -982,6 +996,12 @@ def gpu_calls():
             ),
             logits,
         ),
+        "trusted_fusion": (
+            lambda: trusted_fusion(
+                logits, gate, temperature=temperature, scale=2.0, mask=mask, impl="triton"
+            )[:1],
+            [*logits, gate, temperature],
+        ),
         "fusion_cross_entropy": (
             lambda: fusion_cross_entropy(
                 logits, targets, gate_logits=gate, temperature=0.7, impl="triton"
@@ -1024,6 +1044,7 @@ def stepped(call, leaves):
     "name",
     [
         "gated_fusion",
+        "trusted_fusion",
         "fusion_cross_entropy",
         "alignment_loss",
         "multimodal_objective",

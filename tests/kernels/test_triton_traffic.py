@@ -21,6 +21,7 @@ from iib_kernels import (
     gated_fusion,
     nearest_prototype,
     prototype_distance,
+    trusted_fusion,
     update_prototypes_,
 )
 from iib_kernels.ops.fusion import launch
@@ -119,6 +120,15 @@ def fusion_rows(batch, classes, modalities, dtype=torch.float32):
         moved, launches = traffic(once(fused, leaves, grads))
         least = size(leaves, mask, fused.weights, grads, leaves) + kept(3 * modalities)
         out.append((name, "backward", moved, least, launches))
+    v = gate.clone().requires_grad_()
+    call = lambda: trusted_fusion(logits, v, mask=mask, impl="triton")
+    moved, launches = traffic(call)
+    trusted = call()
+    least = size(logits, v, mask, trusted) + kept(2 * modalities)
+    out.append(("trusted_fusion", "forward", moved, least, launches))
+    moved, launches = traffic(once([trusted.logits], [*logits, v]))
+    least = size(logits, v, mask, trusted.logits, logits, v) + kept(2 * modalities)
+    out.append(("trusted_fusion", "backward", moved, least, launches))
     name, both = "fusion_cross_entropy", kept(4 * modalities + 2)
     backward = both + (0 if streamed else again)
     for reduction in ("none", "mean"):
@@ -265,6 +275,8 @@ STREAMED = {
     ("gated_fusion", "backward"): 1.65,
     ("gated_fusion of values", "forward"): 1.0001,
     ("gated_fusion of values", "backward"): 1.0001,
+    ("trusted_fusion", "forward"): 1.76,
+    ("trusted_fusion", "backward"): 1.6,
     ("fusion_cross_entropy", "forward"): 2.0,
     ("fusion_cross_entropy", "backward"): 1.0001,
     ("fusion objective", "both"): 2.0,
