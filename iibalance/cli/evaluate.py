@@ -22,7 +22,8 @@ class Evaluate(Command):
         self.folder, self.first = run.folder, read_json(run.folder / "metrics.json")
         self.conditions = [parse_degrade(text, run.modalities) for text in options["degrade"]]
         self.how = {name: options[name] for name in ("fraction", "strength", "seed")}
-        check_amount(options["fraction"], options["strength"])
+        for kind in (None, *(kind for _, kind in self.conditions)):
+            check_amount(options["fraction"], options["strength"], kind)
         seed = options["seed"]
         require(0 <= seed < 2**63, "seed", seed, "an integer from 0 to 2**63 - 1")
         self.data = run.config.data if path is None else other_file(run.config.data, path)
@@ -44,15 +45,15 @@ class Evaluate(Command):
         )
         split = data.test
         for modality, kind in self.conditions:
-            split = degrade(split, modality, kind, **self.how)
+            layout = data.layouts.get(modality)
+            split = degrade(split, modality, kind, **self.how, layout=layout)
         modalities = first["test"]["modalities"]
         alone = {name: (value or {}).get("alone_accuracy") for name, value in modalities.items()}
-        majority = int(data.train.targets.bincount().argmax())
         result = {
             "method": first["method"],
             "conditions": self.values["degrade"],
             **self.how,
-            "test": evaluate(model, split, alone=alone, majority=majority).metrics,
+            "test": evaluate(model, split, alone=alone).metrics,
         }
         name = "-".join(f"{modality}-{kind}" for modality, kind in self.conditions) or "clean"
         output = self.folder / f"evaluation-{name}.json"

@@ -84,9 +84,10 @@ def _evaluate_parser() -> ArgumentParser:
         "--strength",
         type=float,
         default=3.0,
-        help="of the noise, in standard deviations of the training inputs",
+        help="of noise in standard deviations of the training inputs, of a blur in positions; "
+        "a share s / (1 + s) is dropped, a gain is exp(s / 3) up or down",
     )
-    add("--seed", type=int, default=0, help="chooses the degraded samples and the noise")
+    add("--seed", type=int, default=0, help="chooses the degraded samples and all that is drawn")
     add(
         "--data.path",
         type=str,

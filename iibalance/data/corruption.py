@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from iibalance.data.dataset import Batch
-from iibalance.data.degrade import KINDS, check_amount, check_degradation
+from iibalance.data.degrade import CALIBRATION_KINDS, check_amount, check_degradation
+from iibalance.data.layouts import MAX_CHANNELS, check_layout, infer_layout
 from iibalance.data.values import Values, each, is_numeric, parts_of
 from iibalance.errors import InputError
 
@@ -28,10 +30,12 @@ def corrupt(
     strength: float = 3.0,
     generator: torch.Generator,
     scale: Mapping[str, Tensor] | None = None,
+    layout: str | None = None,
 ) -> Batch:
     """Corrupt one modality of a random ``fraction`` of the samples that have it.
 
-    Their number is rounded, and they are the same samples whatever the kind:
+    Their number is rounded, and they are the same samples whatever the kind. Three kinds are those
+    that the gate is calibrated on:
 
     - ``noise`` adds ``strength`` standard deviations of Gaussian noise; what is no number (token
       ids, fields) is taken from another of these samples at a share strength / (1 + strength) of
@@ -39,25 +43,46 @@ def corrupt(
     - ``missing`` clears the mask and the values, except where this is the sample's only modality;
     - ``shuffled`` gives each chosen sample this modality of another chosen one, never its own.
 
-    ``scale``: one standard deviation of each modality that is not standardised (``Split.scale``).
+    Three it never sees:
 
-    Raises InputError for an unknown modality or kind, a fraction outside 0..1 or a negative
-    strength.
+    - ``blur`` smooths by a Gaussian of ``strength`` positions, cut at four of these, beyond an edge
+      as at the edge: over time (a sequence's or a video's frames), over both sides of an image,
+      along the index of a vector. Features in an order (bands of a spectrum, lags, pixels) are
+      smoothed as such; those in none are mixed with whatever stands beside them;
+    - ``dropped`` puts the mean in the place of one run of frames (of a vector's features; in an
+      image of one rectangle with the image's proportions), as long as a share
+      strength / (1 + strength) of all; token ids become padding, 0;
+    - ``gain`` multiplies by exp(strength / 3) or exp(-strength / 3), at random for each sample:
+      what is standardised is loud or faint by a factor e at strength 3.
+
+    The mean, and what ``gain`` multiplies the distance from, is 0 where numbers are standardised,
+    and otherwise that of the samples at hand, over what ``scale`` averages over.
+
+    Args:
+        scale: one standard deviation of each modality that is not standardised (``Split.scale``).
+        layout: how a sample of this modality is read; inferred from its shape where not given.
+
+    Raises InputError for an unknown modality or kind, a fraction outside 0..1, a strength below 0
+    or too large, and a kind that is not defined for what the modality holds.
 
     >>> inputs, mask = {"a": torch.zeros(4, 2), "b": torch.ones(4, 3)}, torch.ones(4, 2) > 0
     >>> generator, batch = torch.Generator().manual_seed(0), Batch(inputs, torch.arange(4), mask)
     >>> corrupt(batch, "a", "missing", generator=generator).mask.sum(0)
     tensor([2, 4])
+    >>> louder = corrupt(batch, "b", "gain", fraction=1.0, generator=generator).inputs["b"]
+    >>> louder.unique()
+    tensor([0.3679, 2.7183])
     """
     check_degradation(modality, kind, tuple(batch.inputs))
-    check_amount(fraction, strength)
+    check_amount(fraction, strength, kind)
+    original, mask = batch.inputs[modality], batch.mask.clone()
+    axes = _axes(original, modality, kind, layout)
     column = tuple(batch.inputs).index(modality)
     present = batch.mask[:, column].nonzero().squeeze(1)
     order = torch.randperm(len(present), generator=generator, device=generator.device)
     order = order.to(present.device)
     count = int(fraction * len(present) + 0.5)
     rows, spare = present[order[:count]], present[order[count:]]
-    original, mask = batch.inputs[modality], batch.mask.clone()
     values = each(torch.clone, original)
     # One cycle through the rows, which are in random order: nobody gets its own.
     others = spare[:1] if count == 1 and len(spare) else rows.roll(1)
@@ -70,8 +95,15 @@ def corrupt(
         rows = rows[batch.mask[rows].sum(1) > 1]
         _clear(values, rows)
         mask[rows, column] = False
-    elif count > 1 or len(spare):
-        _replace(values, rows, original, others)
+    elif kind == "shuffled":
+        if count > 1 or len(spare):
+            _replace(values, rows, original, others)
+    elif isinstance(values, Tensor):
+        mean, chosen = _mean(values, present, modality, scale), values[rows]
+        if layout == "vector":  # whatever its shape, features in a row
+            mean, chosen = mean.flatten(1), chosen.flatten(1)
+        changed = _distort(chosen, kind, axes, strength, mean, generator)
+        values[rows] = changed.view(len(rows), *values.shape[1:])
     return Batch({**batch.inputs, modality: values}, batch.targets, mask)
 
 
@@ -80,7 +112,7 @@ def random_corruptions(
     *,
     generator: torch.Generator,
     max_strength: float = 4.0,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] = CALIBRATION_KINDS,
     scale: Mapping[str, Tensor] | None = None,
 ) -> Batch:
     """Each sample with one of its modalities, chosen at random, corrupted in a random way.
@@ -96,7 +128,7 @@ def random_corruptions(
     be learnt from it. It stays clean if ``noise`` is not among the ``kinds``. ``scale`` is that of
     :func:`corrupt`.
 
-    Raises InputError for an unknown kind, none at all, or a negative strength.
+    Raises InputError for a kind that is none of these three, none at all, or a negative strength.
 
     >>> inputs, mask = {"a": torch.zeros(4, 2), "b": torch.ones(4, 3)}, torch.ones(4, 2) > 0
     >>> generator, batch = torch.Generator().manual_seed(0), Batch(inputs, torch.arange(4), mask)
@@ -105,8 +137,8 @@ def random_corruptions(
     """
     kinds = tuple(kinds)
     for kind in kinds or ("",):
-        if kind not in KINDS:
-            raise InputError(f"kinds: {kind!r} is none of {', '.join(KINDS)}")
+        if kind not in CALIBRATION_KINDS:
+            raise InputError(f"kinds: {kind!r} is none of {', '.join(CALIBRATION_KINDS)}")
     if not 0 <= max_strength < float("inf"):
         raise InputError(
             f"max_strength: {max_strength} is no noise level; give 0 or more standard deviations"
@@ -218,3 +250,117 @@ def _noise(
     """Gaussian noise of one standard deviation of a modality, of the shape of ``like`` [n, ...]."""
     noise = torch.randn(like.shape, generator=generator, device=generator.device).to(like)
     return noise * scale[name].to(like) if scale is not None and name in scale else noise
+
+
+def _axes(values: Values, modality: str, kind: str, layout: str | None) -> tuple[int, ...]:
+    """The axes of ``values`` [B, ...] along which a sample has neighbours: time, or two sides.
+
+    Empty for a kind that needs none. InputError where ``kind`` is not defined for ``values``.
+    """
+    if kind in CALIBRATION_KINDS:
+        return ()
+    refused = f"degrade: {kind!r} of {modality!r} is not defined: it holds"
+    if not isinstance(values, Tensor):
+        raise InputError(f"{refused} fields, not numbers; choose {', '.join(CALIBRATION_KINDS)}")
+    if not is_numeric(values):
+        if values.dim() != 2:
+            raise InputError(f"{refused} ids, not numbers; choose {', '.join(CALIBRATION_KINDS)}")
+        if kind != "dropped":
+            kinds = (*CALIBRATION_KINDS, "dropped")
+            raise InputError(f"{refused} ids, not numbers; choose {', '.join(kinds)}")
+        return (1,)
+    if kind == "gain":
+        return ()
+    shape = tuple(values.shape[1:])
+    if layout in (None, "raw"):
+        try:
+            layout = infer_layout(shape)
+        except InputError:
+            kinds = (*CALIBRATION_KINDS, "gain")
+            raise InputError(
+                f"{refused} samples of shape {shape}, of which no axis is known to be time; "
+                f"choose {', '.join(kinds)}"
+            ) from None
+    check_layout(shape, layout)
+    if layout != "image":
+        return (1,)
+    # Channels stand where the built-in encoders find them.
+    return (1, 2) if len(shape) == 2 or shape[0] > MAX_CHANNELS >= shape[2] else (2, 3)
+
+
+def _mean(values: Tensor, rows: Tensor, name: str, scale: Mapping[str, Tensor] | None) -> Tensor:
+    """The mean of a modality over ``rows`` of ``values`` [N, ...]; 0 where it is standardised.
+
+    It is taken over the samples and the axes that its ``scale`` has one value for: [1, ...].
+    """
+    if scale is None or name not in scale or not is_numeric(values):
+        return values.new_zeros((1,) * values.dim())
+    sizes = tuple(scale[name].shape)
+    sizes = (1,) * (values.dim() - len(sizes)) + sizes
+    over = [axis for axis, size in enumerate(sizes) if size == 1]
+    return values[rows].mean(over, keepdim=True, dtype=torch.float64).to(values)
+
+
+def _distort(
+    values: Tensor,
+    kind: str,
+    axes: Sequence[int],
+    strength: float,
+    mean: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """``values`` [n, ...] blurred, with a segment dropped, or louder or fainter."""
+    if kind == "blur":
+        for axis in axes:
+            values = _smooth(values, axis, strength)
+        return values.contiguous()
+    if kind == "dropped":
+        return torch.where(_segment(values, axes, strength, generator), mean, values)
+    return values + (_factors(values, strength, generator) - 1) * (values - mean)
+
+
+def _smooth(values: Tensor, axis: int, width: float) -> Tensor:
+    """``values`` smoothed along ``axis`` by a Gaussian of standard deviation ``width``.
+
+    The Gaussian is cut at four standard deviations; what lies beyond an edge is as at the edge.
+    """
+    reach = int(4 * width + 0.5)
+    offsets = torch.arange(-reach, reach + 1, dtype=torch.float64, device=values.device)
+    weights = torch.exp(-0.5 * (offsets / (width or 1.0)) ** 2)
+    # All that lies farther off than a sample is long is the value at the edge: no need to hold it.
+    far = min(reach, values.shape[axis] - 1)
+    place = offsets.clamp(-far, far).long() + far
+    kernel = weights.new_zeros(2 * far + 1).index_add_(0, place, weights / weights.sum())
+    lines = values.movedim(axis, -1)
+    padded = F.pad(lines.reshape(-1, 1, lines.shape[-1]), (far, far), mode="replicate")
+    smooth = F.conv1d(padded, kernel.to(values).view(1, 1, -1))
+    return smooth.view(lines.shape).movedim(-1, axis)
+
+
+def _segment(
+    values: Tensor, axes: Sequence[int], strength: float, generator: torch.Generator
+) -> Tensor:
+    """Which positions of ``values`` [n, ...] to drop: bool that broadcasts to it.
+
+    One run along each of ``axes``, and where they cross: together a share
+    strength / (1 + strength) of the positions, rounded to whole ones.
+    """
+    share = (strength / (1 + strength)) ** (1 / len(axes))
+    found = torch.ones((), dtype=torch.bool, device=values.device)
+    for axis in axes:
+        size = values.shape[axis]
+        length = int(share * size + 0.5)
+        draw = torch.rand(len(values), generator=generator, device=generator.device)
+        start = (draw.to(values.device) * (size - length + 1)).long().clamp_max(size - length)
+        place = torch.arange(size, device=values.device) - start[:, None]  # [n, size]
+        inside = (place >= 0) & (place < length)
+        shape = [size if other == axis else 1 for other in range(1, values.dim())]
+        found = found & inside.view(len(values), *shape)
+    return found
+
+
+def _factors(values: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """exp(strength / 3) or exp(-strength / 3) of each sample, both as likely: [n, 1, ...]."""
+    draw = torch.rand(len(values), generator=generator, device=generator.device).to(values)
+    exponent = torch.where(draw < 0.5, -strength / 3, strength / 3)
+    return exponent.exp().to(values).view(-1, *[1] * (values.dim() - 1))

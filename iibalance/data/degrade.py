@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 from iibalance.errors import InputError
 
-KINDS = ("noise", "missing", "shuffled")
+# What the gate is calibrated on: the only kinds that training ever draws.
+CALIBRATION_KINDS = ("noise", "missing", "shuffled")
+# All kinds. What the gate has never seen is there to evaluate it by.
+KINDS = (*CALIBRATION_KINDS, "blur", "dropped", "gain")
+
+# The most strength that a kind takes: a blur 10,000 positions wide, longer than most samples, and a
+# level changed by exp(33); soon after that float32 overflows, and a network's numbers are no more.
+MOST = {"blur": 10_000.0, "gain": 100.0}
 
 
 def parse_degrade(text: str, modalities: Sequence[str]) -> tuple[str, str]:
@@ -31,7 +38,8 @@ def check_degradation(modality: str, kind: str, modalities: Sequence[str]) -> tu
     >>> check_degradation("audio", "fog", ["audio", "visual"])
     Traceback (most recent call last):
         ...
-    iibalance.errors.InputError: degrade: 'fog' is none of noise, missing, shuffled
+    iibalance.errors.InputError: degrade: 'fog' is none of
+        noise, missing, shuffled, blur, dropped, gain
     """
     if modality not in modalities:
         raise InputError(f"degrade: no modality {modality!r}; there are {', '.join(modalities)}")
@@ -40,8 +48,10 @@ def check_degradation(modality: str, kind: str, modalities: Sequence[str]) -> tu
     return modality, kind
 
 
-def check_amount(fraction: float, strength: float) -> None:
+def check_amount(fraction: float, strength: float, kind: str | None = None) -> None:
     """InputError unless ``fraction`` is in 0..1 and ``strength`` is 0 or more, and finite.
+
+    With ``kind``, also where the strength is more than that kind can take.
 
     >>> check_amount(1.5, 3.0)
     Traceback (most recent call last):
@@ -54,5 +64,8 @@ def check_amount(fraction: float, strength: float) -> None:
         )
     if not 0 <= strength < float("inf"):
         raise InputError(
-            f"strength: {strength} is no noise level; give 0 or more standard deviations"
+            f"strength: {strength} is no noise level, nor any other amount; give 0 or more"
         )
+    most = MOST.get(kind or "", float("inf"))
+    if strength > most:
+        raise InputError(f"strength: {strength} is too much for {kind!r}; give at most {most:g}")

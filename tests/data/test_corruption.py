@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from iibalance.data.corruption import corrupt, drop_modalities, random_corruptions
 from iibalance.data.dataset import Batch, Split
-from iibalance.data.degrade import KINDS, parse_degrade
+from iibalance.data.degrade import CALIBRATION_KINDS, parse_degrade
 from iibalance.errors import InputError
 from iibalance.training.evaluation import degrade
 
@@ -53,7 +53,7 @@ def _changed(before: Batch, after: Batch, name: str) -> torch.Tensor:
     return (before.inputs[name] != after.inputs[name]).flatten(1).any(1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CALIBRATION_KINDS)
 def test_corrupt_changes_the_fraction_and_nothing_else(kind):
     batch = _batch()
     before = _copy(batch)
@@ -75,7 +75,7 @@ def test_corrupt_changes_the_fraction_and_nothing_else(kind):
         changed,
         _changed(batch, corrupt(batch, "b", kind, fraction=0.3, generator=_generator(1)), "b"),
     )
-    for other in KINDS:  # the same samples whatever is done to them
+    for other in CALIBRATION_KINDS:  # the same samples whatever is done to them
         assert torch.equal(
             changed,
             _changed(batch, corrupt(batch, "b", other, fraction=0.3, generator=_generator()), "b"),
@@ -134,7 +134,7 @@ def test_shuffled_is_a_derangement_of_present_rows(count, fraction, missing, see
     "arguments, options, message",
     [
         (("d", "noise"), {}, "no modality 'd'; there are a, b, c"),
-        (("a", "blur"), {}, "'blur' is none of noise, missing, shuffled"),
+        (("a", "fog"), {}, "'fog' is none of noise, missing, shuffled, blur"),
         (("a", "noise"), {"fraction": 1.1}, "fraction: 1.1"),
         (("a", "noise"), {"strength": -1.0}, "strength: -1.0"),
         (("a", "noise"), {"strength": float("nan")}, "strength: nan"),
@@ -151,7 +151,7 @@ def test_corrupt_refuses(arguments, options, message):
     st.integers(1, 3),
     st.floats(0, 0.9),
     st.integers(0, 1000),
-    st.sets(st.sampled_from(KINDS), min_size=1),
+    st.sets(st.sampled_from(CALIBRATION_KINDS), min_size=1),
 )
 def test_random_corruptions_touch_one_present_modality_a_sample(
     count, modalities, missing, seed, kinds
@@ -225,7 +225,7 @@ def test_parse_degrade():
     for text, message in {
         "audio": "is not <modality>=<kind>, such as visual=noise",
         "x=noise": "no modality 'x'; there are visual, audio",
-        "audio=blur": "'blur' is none of noise, missing, shuffled",
+        "audio=fog": "'fog' is none of noise, missing, shuffled, blur",
     }.items():
         with pytest.raises(InputError, match=message):
             parse_degrade(text, ["visual", "audio"])
@@ -338,7 +338,7 @@ def test_noise_of_one_sample_among_others_and_of_the_only_one():
 def test_ids_keep_their_type(dtype):
     ids = torch.randint(0, 2, (50, 4), generator=_generator()).to(dtype)
     batch = Batch({"ids": ids}, torch.arange(50), torch.ones(50, 1, dtype=torch.bool))
-    for kind in KINDS:
+    for kind in CALIBRATION_KINDS:
         after = corrupt(batch, "ids", kind, fraction=1.0, generator=_generator()).inputs["ids"]
         assert after.dtype == dtype and set(after.flatten().tolist()) <= set(ids.flatten().tolist())
 
@@ -356,7 +356,7 @@ def test_numbers_are_degraded_as_published():
     """What every table of results was made with: the very draws of each kind of corruption."""
     batch = _batch(40, missing=0.3)
     found = {}
-    for kind in KINDS:
+    for kind in CALIBRATION_KINDS:
         after = corrupt(batch, "b", kind, generator=_generator(3))
         found[kind] = float(after.inputs["b"].double().sum()), int(after.mask.sum())
     after = random_corruptions(batch, generator=_generator(3))
