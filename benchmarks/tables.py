@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from iibalance.comparison.results import GROUPS, by_method, group_means, read_table
-from iibalance.comparison.statistics import ablation_names, ranks, summary
+from iibalance.comparison.statistics import ablation_names, published_names, ranks, summary
 from iibalance.comparison.tables import by_rank, pair_text, rank_text, spread_text, table
-from iibalance.methods import METHODS
 
 FOCUS = "iibalance"
 NEAREST = ("ensemble_gated", "ensemble")  # the rivals that the page's means set beside the focus
@@ -122,7 +121,7 @@ def tables(path: str) -> list[list[str]]:
     """All that the comparison in this CSV has figures for, each a list of lines."""
     results = by_method(read_table(path))
     methods = dict.fromkeys(method for entries in results.values() for method in entries)
-    known = [method for method in methods if method in METHODS]  # the CSV has labels, not classes
+    known = published_names(methods)  # the CSV has labels, not classes
     everywhere = set.intersection(*(set(entries) for entries in results.values()))
     found, parts = summary(results, FOCUS, known), ablation_names(known)
     ordered = by_rank(found["ranks"])

@@ -42,6 +42,7 @@ class Budgets:
     standard_errors: tuple[float, ...]
     label_entropy: float | None = None  #: H(Y) of the training labels, nats
     source: str = "given"
+    prior_softmax: float | None = None  #: the prior is softmax(b / this); None = proportional to b
 
     def __post_init__(self):
         check_names(self.modalities)
@@ -61,6 +62,12 @@ class Budgets:
         if not (entropy is None or isinstance(entropy, (int, float)) and entropy > 0):
             raise InputError(
                 f"budgets: label_entropy is {entropy!r}, expected a number of nats > 0"
+            )
+        softmax = self.prior_softmax
+        if not (softmax is None or isinstance(softmax, (int, float)) and softmax > 0):
+            raise InputError(
+                f"budgets: prior_softmax is {softmax!r}, expected a number above 0; "
+                "leave it out for a prior proportional to the budgets"
             )
 
     @classmethod
@@ -83,8 +90,14 @@ class Budgets:
 
     @property
     def prior(self) -> list[float]:
-        """pi_m, proportional to b_m, floored at 1e-3 before normalising; sums to 1."""
+        """pi_m, proportional to b_m, floored at 1e-3 before normalising; sums to 1.
+
+        With ``prior_softmax`` it is softmax(b / prior_softmax).
+        """
         weights = np.array(self.values, dtype=np.float64)
+        if self.prior_softmax is not None:
+            weights = np.exp((weights - weights.max()) / self.prior_softmax)
+            return (weights / weights.sum()).tolist()
         total, count = weights.sum(), len(weights)
         weights = weights / total if total > 0 else np.full(count, 1 / count)
         weights = np.maximum(weights, PRIOR_FLOOR)
@@ -98,9 +111,13 @@ class Budgets:
 
     def to_dict(self) -> dict:
         """What :meth:`save` writes: the fields, and the anchor and prior that follow from them."""
-        fields = asdict(self).items()
+        fields = asdict(self)
+        if self.prior_softmax is None:
+            del fields["prior_softmax"]
+        for key, value in fields.items():
+            fields[key] = list(value) if isinstance(value, tuple) else value
         return {
-            **{key: list(value) if isinstance(value, tuple) else value for key, value in fields},
+            **fields,
             "anchor": self.anchor,
             "prior": self.prior,
             "uninformative": self.uninformative,
@@ -145,6 +162,7 @@ class Budgets:
             tuple(content["standard_errors"]),
             content.get("label_entropy"),
             content.get("source", "given"),
+            content.get("prior_softmax"),
         )
 
     def table(self) -> str:
@@ -242,4 +260,5 @@ def smooth_budgets(previous: Budgets | None, new: Budgets, momentum: float = 0.5
         mix(previous.standard_errors, new.standard_errors),
         new.label_entropy,
         new.source,
+        new.prior_softmax,
     )

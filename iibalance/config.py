@@ -141,8 +141,9 @@ class ObjectiveConfig:
     """Weight of the cross-entropy of the modalities' summed logits."""
     alpha: float = 1.0
     """Weight of the prototype contrastive loss."""
-    beta: float = 1.0
-    """Weight of the budget-conditioned relative alignment."""
+    beta: float = 0.0
+    """Weight of the budget-conditioned relative alignment. Out by default: it was never seen to
+    help (method page, section 3)."""
     temperature: float = 0.2
     """Temperature of the prototype softmax."""
     warmup: float = 0.02
@@ -185,6 +186,12 @@ class TrainingConfig:
     """Peak learning rate (AdamW; linear warm-up over the first tenth, then cosine to 0)."""
     weight_decay: float = 1e-2
     """Weight decay (AdamW)."""
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    """Peak learning rate of a modality's own encoder and classifier: ``{audio: 1e-3}``.
+    ``learning_rate`` where not named, and of what modalities share."""
+    weight_decays: dict[str, float] = field(default_factory=dict)
+    """Weight decay of a modality's own encoder and classifier. ``weight_decay`` where not named,
+    and of what modalities share."""
     patience: int = 15
     """Epochs without a better validation NLL before stopping early."""
     gradient_accumulation: int = 1
@@ -223,6 +230,12 @@ class TrainingConfig:
         require(0 < rate < math.inf, "training.learning_rate", rate, "a number above 0")
         decay = self.weight_decay
         require(0 <= decay < math.inf, "training.weight_decay", decay, "a number >= 0")
+        for name, rate in self.learning_rates.items():
+            key = f"training.learning_rates: {name}"
+            require(0 < rate < math.inf, key, rate, "a number above 0")
+        for name, decay in self.weight_decays.items():
+            key = f"training.weight_decays: {name}"
+            require(0 <= decay < math.inf, key, decay, "a number >= 0")
         for name in ("max_gradient_norm", "checkpoint_seconds"):
             value = getattr(self, name)
             require(value >= 0, f"training.{name}", value, "a number >= 0")
@@ -307,7 +320,10 @@ class CalibrationConfig:
     max_strength: float = 4.0
     """Strongest noise among the corruptions, in standard deviations of the (standardised) input."""
     prior_scale: float = 1.0
-    """Width of the MAP prior around the neutral gate; small = stay neutral."""
+    """Width of the MAP prior around a trust of 0.98 in everybody; small = stay there."""
+    tolerance: float | None = 0.03
+    """What guarding against corruption may cost on clean samples: this share of the clean NLL plus
+    a sixth of it in nats. The copies' weight is lowered until it costs no more; none = never."""
 
     def __post_init__(self) -> None:
         check_types(self, "calibration.")
@@ -315,8 +331,10 @@ class CalibrationConfig:
         for name in ("corrupted_weight", "max_strength"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"calibration.{name}", value, "a number >= 0")
-        scale = self.prior_scale
+        scale, tolerance = self.prior_scale, self.tolerance
         require(scale > 0, "calibration.prior_scale", scale, "a number above 0")
+        known = tolerance is None or 0 <= tolerance < math.inf
+        require(known, "calibration.tolerance", tolerance, "a number >= 0, or none")
 
 
 @dataclass
@@ -379,6 +397,20 @@ class CompareData(DataConfig):
         require(self.folds is None or self.folds >= 2, "data: folds", self.folds, "at least 2")
 
 
+#: What a comparison can degrade the test samples by (``CompareConfig.conditions``).
+CONDITIONS = (
+    "missing",
+    "noise",
+    "noise1",
+    "noise6",
+    "blur",
+    "dropped",
+    "gain",
+    "shuffled",
+    "mild",
+)
+
+
 @dataclass
 class CompareConfig:
     """One comparison.
@@ -400,6 +432,18 @@ class CompareConfig:
     focus: str | None = None
     """The method that is compared with the best of the others (its ablations apart) by a paired
     bootstrap. By default ``iibalance``, or the first of ``methods`` where it is not among them."""
+    splits: int = 0
+    """0: every data set's own split, with ``seeds`` training seeds. Above 0: the whole protocol is
+    repeated on so many resampled splits. All samples of a data set, whatever its split column says,
+    are divided anew into training, validation and test; stratified by class, and no value of
+    ``data.groups`` is in two of them. Settings are tried and chosen within each split. Split r is
+    drawn with seed r and trained with seed r, once: leave out ``seeds``, ``tuning_seeds`` and
+    ``data.split_seed``; ``low_data_seeds`` says how many splits have the low-data condition."""
+    test_fraction: float = 0.2
+    """Share of all samples that a resampled split tests on (``splits``)."""
+    validation_fraction: float = 0.15
+    """Share of all samples that a resampled split validates on (``splits``): settings are chosen
+    and models calibrated there. The rest is for training."""
     seeds: int = 5
     """Training seeds, from 0."""
     trials: int = 3
@@ -413,10 +457,18 @@ class CompareConfig:
     """Epochs of every training."""
     workers: int | None = None
     """Processes, one thread each; by default as many as there are cores."""
+    conditions: str | list[str] = "missing,noise"
+    """What the test samples meet besides clean input: ``all``, or a list of names (joined by commas
+    on the command line). One modality at a time: ``missing``, ``noise`` (of ``strength``),
+    ``noise1`` and ``noise6`` (of strengths 1 and 6), and what no calibration sees, ``blur``,
+    ``dropped`` (a segment), ``gain`` and ``shuffled`` (another sample's). ``mild``: noise of
+    strength 1 on every modality of every sample. Ranks are of groups of them: the strengths of
+    noise are averaged, and so is what is unseen."""
     fraction: float = 0.5
-    """Share of the test samples that a condition degrades."""
+    """Share of the test samples that a condition degrades (``mild``: all of them)."""
     strength: float = 3.0
-    """Noise of the noisy conditions, in standard deviations of the training inputs."""
+    """Strength of ``noise``, in standard deviations of the training inputs, and of ``blur``,
+    ``dropped`` and ``gain``."""
     low_data: float = 0.25
     """Share of the training samples in the low-data condition, for which every method is trained
     once more; 0 = leave it out. They are drawn with the data's ``split_seed`` and are the same for
@@ -424,7 +476,17 @@ class CompareConfig:
     low_data_seeds: int | None = None
     """Seeds of the low-data condition; all of them by default."""
     bootstrap: int = 2000
-    """Resamples of the paired bootstrap."""
+    """Resamples of the paired bootstrap, and of that over data sets and splits."""
+    region_accuracy: float = 0.5
+    """Methods that differ by no more than this are called equal in practice, in points of accuracy
+    (with ``splits`` or ``join``)."""
+    region_nll: float = 0.01
+    """The same for the NLL, in nats."""
+    join: str | list[str] | None = None
+    """Compare nothing: read the ``comparison.csv`` of comparisons that are done, by a pattern such
+    as ``'parts/*.csv'`` or a list of files, and write ``comparison.csv``, ``comparison.md`` and
+    ``comparison.png`` over all of them into ``output`` (a table that stands there is no part). Of
+    the other options only ``focus``, ``bootstrap`` and the regions are used."""
     timing_steps: int = 30
     """Training steps that are timed of every method, one after the other at the end, in one thread
     with nothing else running; 0 = none."""
@@ -458,6 +520,18 @@ class CompareConfig:
             require(value >= least, name, value, f"at least {least}")
         tuning, seeds = self.tuning_seeds, self.seeds
         require(1 <= tuning <= seeds, "tuning_seeds", tuning, f"1 to seeds, {seeds}")
+        self._check_splits()
+        self.condition_list()
+        for name in ("region_accuracy", "region_nll"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, name, value, "a number >= 0")
+        if self.join is not None and not (self.join and all(self.join)):
+            raise InputError("join: names no file; give a pattern such as 'parts/*.csv'")
+        for option in ("learning_rates", "weight_decays"):
+            if getattr(self.training, option):
+                raise InputError(
+                    f"training.{option}: compare chooses them by validation; leave them out"
+                )
         workers = self.workers
         require(workers is None or workers >= 1, "workers", workers, "at least 1")
         require(0 <= self.fraction <= 1, "fraction", self.fraction, "0 to 1")
@@ -467,6 +541,52 @@ class CompareConfig:
         require(low is None or low >= 0, "low_data_seeds", low, "0 or more")
         require(self.timing_steps >= 0, "timing_steps", self.timing_steps, "0 or more")
         require(self.budgets.path is None, "budgets.path", self.budgets.path, "none")
+
+    def _check_splits(self) -> None:
+        """InputError where the resampled splits cannot be made, or something contradicts them."""
+        require(self.splits >= 0, "splits", self.splits, "0 or more")
+        for name in ("test_fraction", "validation_fraction"):
+            value = getattr(self, name)
+            require(0 < value < 1, name, value, "a share above 0 and below 1")
+        held = self.test_fraction + self.validation_fraction
+        if held >= 1:
+            raise InputError(
+                f"validation_fraction: with test_fraction it is {held:g} of the samples, which "
+                "leaves none for training; give less"
+            )
+        if not self.splits:
+            return
+        for name in ("seeds", "tuning_seeds"):
+            if getattr(self, name) != getattr(CompareConfig, name):
+                raise InputError(
+                    f"{name}: {getattr(self, name)} beside splits, each of which has one training "
+                    f"seed, its number; leave {name} out"
+                )
+        for name, data in self.data.items():
+            if data.split_seed != CompareData.split_seed:
+                raise InputError(
+                    f"data: split_seed of {name} is {data.split_seed}, and splits have seeds of "
+                    "their own, their numbers; leave it out"
+                )
+        if self.join is not None:
+            raise InputError("splits: the parts of join have theirs already; leave splits out")
+
+    def condition_list(self) -> list[str]:
+        """The names of the conditions besides clean input; InputError for one that is none.
+
+        >>> CompareConfig(conditions="noise, blur,noise").condition_list()
+        ['noise', 'blur']
+        """
+        given = self.conditions
+        given = given.split(",") if isinstance(given, str) else given
+        names: list[str] = []
+        for name in filter(None, map(str.strip, given)):
+            if name != "all" and name not in CONDITIONS:
+                raise InputError(
+                    f"conditions: {name!r} is none of {', '.join(CONDITIONS)}, and not all"
+                )
+            names += CONDITIONS if name == "all" else [name]
+        return list(dict.fromkeys(names))
 
     def method_list(self) -> list[str]:
         """The methods in order, the encoders alone first.

@@ -23,15 +23,15 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 from iibalance.budgets import Budgets
 from iibalance.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from iibalance.config_files import config_from
-from iibalance.data.dataset import MultimodalData, Split
+from iibalance.data.dataset import MultimodalData
 from iibalance.data.labels import check_labels
 from iibalance.data.samples import Samples, as_array
 from iibalance.errors import InputError
 from iibalance.estimator_inputs import Form, check_kind, table_kind
 from iibalance.files import read_model
 from iibalance.methods import make_method
-from iibalance.nn.contributions import contributions
-from iibalance.nn.model import BATCH_SIZE, Prediction, in_batches
+from iibalance.metrics import MAX_PLAYERS
+from iibalance.nn.model import Prediction
 from iibalance.nn.own_encoders import Encoder, GroupMaker
 from iibalance.training.budget_stage import check_folds
 from iibalance.training.run import prepare
@@ -78,7 +78,6 @@ class IIBalanceClassifier(ClassifierMixin, BaseEstimator):
         model_: the trained :class:`iibalance.MultimodalClassifier`.
         history_: one dict an epoch.
         modalities_: names of the modalities, in order.
-        base_rate_: [K] each class's share of the samples in ``fit``.
 
     The fit is the same for the same data, options and seed on a CPU.
 
@@ -86,7 +85,7 @@ class IIBalanceClassifier(ClassifierMixin, BaseEstimator):
     >>> y = np.array(["no", "yes"] * 40)
     >>> X = {"audio": random.normal(size=(80, 3)) + (y == "yes")[:, None] * 3,
     ...      "noise": random.normal(size=(80, 2))}
-    >>> classifier = IIBalanceClassifier(epochs=3, embedding_dim=8, width=4).fit(X, y)
+    >>> classifier = IIBalanceClassifier(epochs=10, embedding_dim=8, width=4).fit(X, y)
     >>> classifier.score(X, y) > 0.8, classifier.budgets_.anchor, classifier.classes_.tolist()
     (True, 'audio', ['no', 'yes'])
     """
@@ -194,7 +193,6 @@ class IIBalanceClassifier(ClassifierMixin, BaseEstimator):
             model, history, budgets, _ = run.fit()
         self.model_, self.history_, self.budgets_ = model.eval(), history, budgets
         self.modalities_ = data.modalities
-        self.base_rate_ = np.bincount(targets) / len(targets)
         self._trained_by = asdict(config)
         return self
 
@@ -214,36 +212,34 @@ class IIBalanceClassifier(ClassifierMixin, BaseEstimator):
         found = self.predict(X, sample_mask)
         return float(accuracy_score(as_array(y), found, sample_weight=sample_weight))
 
-    def weights(self, X: Any, sample_mask: Any = None) -> np.ndarray:
-        """[N, M] float64: each modality's share in the fusion of each sample, 0 where missing.
+    def trust(self, X: Any, sample_mask: Any = None) -> np.ndarray:
+        """[N, M] float64 in [0, 1]: how far each modality of each sample is trusted.
 
+        It falls where an input is unusual and where it contradicts the others; 0 where missing.
         Raises InputError for a method that has no gate.
         """
         check_is_fitted(self)
-        found = self._predict(X, sample_mask).weights
+        found = self._predict(X, sample_mask).trust
         if found is None:
-            raise InputError(f"method: {self.method} has no gate, and so no weights")
+            raise InputError(f"method: {self.method} has no gate, and so trusts nobody less")
         return found.double().numpy()
 
-    @torch.inference_mode()
     def contributions(self, X: Any, sample_mask: Any = None) -> np.ndarray:
-        """[N, M] float64 nats: what each modality adds to the log-probability of the prediction.
+        """[N, M] float64 nats: what each modality adds to the log-odds of the prediction.
 
-        Exact Shapley values over all subsets of the modalities: a row's sum is log p(predicted
-        class) minus the log of that class's share of the samples in ``fit``. Missing ones add 0.
+        Exact Shapley values over all subsets of the modalities: a row's sum is the log-odds of the
+        predicted class minus those of its share of the training samples. Missing ones add 0.
         Raises InputError for more than six modalities.
         """
         check_is_fitted(self)
-        inputs, mask = self.model_.check_batch(self._read(X, sample_mask))
-        split = Split(inputs, torch.zeros(len(mask), dtype=torch.int64), mask)
-        base_rate = torch.from_numpy(self.base_rate_)
-        parts = [
-            contributions(self.model_.head, embeddings, present, base_rate)
-            for _, embeddings, present in in_batches(
-                self.model_, split.batches(BATCH_SIZE), raw=True
+        found = self._predict(X, sample_mask).contributions
+        if found is None:
+            count = len(self.modalities_)
+            raise InputError(
+                f"X: {count} modalities have {2**count} subsets; "
+                f"contributions are computed for at most {MAX_PLAYERS}"
             )
-        ]
-        return torch.cat(parts).cpu().numpy()
+        return found.double().numpy()
 
     def save(self, path: str | Path) -> None:
         """Write the fitted classifier into one safetensors file, whole or not at all.
@@ -267,7 +263,6 @@ class IIBalanceClassifier(ClassifierMixin, BaseEstimator):
             "budgets": None if self.budgets_ is None else self.budgets_.to_dict(),
             "history": self.history_,
             "trained_by": self._trained_by,
-            "base_rate": self.base_rate_.tolist(),
             "features": getattr(self, "n_features_in_", None),
             "names": list(map(str, getattr(self, "feature_names_in_", []))),
             "form": vars(self._form),
@@ -311,7 +306,6 @@ class IIBalanceClassifier(ClassifierMixin, BaseEstimator):
         found.budgets_ = None if about["budgets"] is None else Budgets.from_dict(about["budgets"])
         found.history_, found._trained_by = about["history"], about["trained_by"]
         found.modalities_ = found.model_.modalities
-        found.base_rate_ = np.array(about["base_rate"])
         if about["features"] is not None:
             found.n_features_in_ = about["features"]
         if about["names"]:

@@ -190,14 +190,17 @@ def mean_and_stderr(values: Iterable[float]) -> tuple[float, float]:
     )
 
 
-def fit_temperature(logits: Tensor, targets: Tensor, *, weight: float = 1.0) -> float:
+def fit_temperature(
+    logits: Tensor, targets: Tensor, *, weight: float = 1.0, around: float = 1.0
+) -> float:
     """The temperature T > 0 that minimises the NLL of ``logits / T``: the one calibration here.
 
     ``logits`` [N, K] and ``targets`` [N] are of held-out samples. T is found in [0.05, 20] by
     bisection on the derivative in log T, in float64, so that it is the same every time.
 
-    A prior, log T normal around 0 with standard deviation 1, counts as much as ``weight`` samples.
-    It keeps T finite where every sample is right, and is soon outweighed where they are many.
+    A prior, log T normal around that of ``around`` with standard deviation 1, counts as much as
+    ``weight`` samples. It keeps T finite where every sample is right, and is soon outweighed where
+    they are many.
 
     >>> logits = torch.tensor([[4.0, 0.0]]).repeat(1000, 1)
     >>> targets = torch.tensor([0] * 731 + [1] * 269)  # right 73.1 % of the time, sigmoid(1):
@@ -206,11 +209,12 @@ def fit_temperature(logits: Tensor, targets: Tensor, *, weight: float = 1.0) -> 
     """
     logits, low, high = logits.double(), math.log(0.05), math.log(20.0)
     true = logits.gather(1, targets[:, None]).squeeze(1)
+    centre = math.log(around)
 
     def slope(log_t: float) -> float:
         scale = math.exp(-log_t)
         expected = ((logits * scale).softmax(-1) * logits.clamp_min(-1e30)).sum(-1)
-        return float((true - expected).sum() * scale + weight * log_t)
+        return float((true - expected).sum() * scale + weight * (log_t - centre))
 
     if slope(low) >= 0:
         return math.exp(low)
@@ -219,6 +223,25 @@ def fit_temperature(logits: Tensor, targets: Tensor, *, weight: float = 1.0) -> 
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+    return math.exp((low + high) / 2)
+
+
+def entropy_temperature(logits: Tensor, nats: float) -> float:
+    """The temperature T at which softmax(``logits`` [N, K] / T) has a mean entropy of ``nats``.
+
+    A calibrated prediction's mean entropy is its mean cross-entropy. So where that is known from
+    elsewhere, a budget say, T needs no labels. It is found in [0.05, 20] by bisection, in float64.
+
+    >>> logits = torch.tensor([[4.0, 0.0], [0.0, 4.0]])
+    >>> round(entropy_temperature(logits, 0.5823), 2)  # the entropy of sigmoid(1)
+    4.0
+    """
+    logits, low, high = logits.double(), math.log(0.05), math.log(20.0)
+    for _ in range(50):
+        middle = (low + high) / 2
+        p = (logits * math.exp(-middle)).softmax(-1)
+        below = float(torch.special.entr(p).sum(-1).mean()) < nats
+        low, high = (middle, high) if below else (low, middle)
     return math.exp((low + high) / 2)
 
 
@@ -232,11 +255,18 @@ def own_temperatures(
     targets: Tensor,
     mask: Tensor | None = None,
     clean: Tensor | None = None,
+    *,
+    nats: Tensor | None = None,
+    weight: float = 10.0,
 ) -> Tensor:
     """[M] float64: the temperature that calibrates each modality's own prediction.
 
     ``logits`` M of [N, K] on held-out ``targets`` [N]. Only rows in which the modality is present
     count (``mask`` [N, M] bool), and only ``clean`` ones [N] bool; 1 where there is none.
+
+    With ``nats`` [M], a cross-entropy that each modality is known to have on other samples, the
+    prior of its temperature is around the one that gives these predictions that entropy
+    (:func:`entropy_temperature`), and counts as much as ``weight`` samples.
 
     >>> sure = torch.tensor([[9.0, 0.0]]).repeat(50, 1)
     >>> absent = torch.zeros(50, 1, dtype=torch.bool)
@@ -247,8 +277,14 @@ def own_temperatures(
     for index, values in enumerate(logits):
         rows = torch.ones_like(targets, dtype=torch.bool) if clean is None else clean
         rows = rows if mask is None else rows & mask[:, index]
-        there = bool(rows.any())
-        found.append(fit_temperature(values[rows].cpu(), targets[rows].cpu()) if there else 1.0)
+        its, labels = values[rows].cpu(), targets[rows].cpu()
+        if not len(labels):
+            found.append(1.0)
+        elif nats is None or not math.isfinite(float(nats[index])):
+            found.append(fit_temperature(its, labels))
+        else:
+            around = entropy_temperature(its, float(nats[index]))
+            found.append(fit_temperature(its, labels, weight=weight, around=around))
     return torch.tensor(found, dtype=torch.float64, device=logits[0].device)
 
 

@@ -185,15 +185,15 @@ def test_metrics_have_every_key_and_agree_with_each_other(method, train, data):
         test["accuracy"] - np.mean(arrays["y"][TEST] == majority), abs=1e-9
     )
     if method == "concat":
-        assert test["weights"] is None
+        assert test["trust"] is None
     else:
-        assert (
-            sum(test["weights"].values()) == pytest.approx(1, abs=1e-6)
-            and min(test["weights"].values()) >= 0
-        )
-    if method == "unimodal":  # the chosen modality, but where it is missing
-        best = max(test["weights"], key=test["weights"].get)
-        assert test["weights"][best] == pytest.approx(arrays[f"mask_{best}"][TEST].mean(), abs=1e-6)
+        assert all(0 <= value <= 1 for value in test["trust"].values())
+        assert list(test["trust"]) == list(test["contributions"]) == ["audio", "visual"]
+    if method == "unimodal":  # the chosen modality, and the other where that is missing
+        best = max(test["trust"], key=test["trust"].get)
+        (other,) = set(test["trust"]) - {best}
+        alone = ~arrays[f"mask_{best}"][TEST & arrays[f"mask_{other}"]]
+        assert test["trust"] == {best: 1.0, other: pytest.approx(alone.mean(), abs=1e-6)}
     if method in ("unimodal", "ensemble"):
         assert all(own["utilisation"] == 1 for own in test["modalities"].values())
 
@@ -433,7 +433,9 @@ def test_predictions_as_csv_npz_and_in_python_are_the_same_and_give_the_metrics(
             file["classes"]
         ) == ["go", "stop", "wait"]
         assert list(file["id"]) == [f"clip{row}" for row in np.flatnonzero(TEST)]
-        for name, values in (("weights", found.weights), ("uncertainty", found.uncertainty)):
+        assert "weights" not in file
+        for name in ("trust", "contributions", "uncertainty"):
+            values = getattr(found, name)
             assert (name in file) == (values is not None) and (
                 values is None or np.array_equal(file[name], values.numpy())
             )
@@ -446,15 +448,25 @@ def test_predictions_as_csv_npz_and_in_python_are_the_same_and_give_the_metrics(
         ["go", "stop", "wait"][index] for index in found.probabilities.argmax(1)
     ]
     assert [line["id"] for line in lines] == [f"clip{row}" for row in np.flatnonzero(TEST)]
-    if found.weights is not None:
-        assert np.allclose(
-            [[float(line[f"weight.{name}"]) for name in batch] for line in lines],
-            found.weights.numpy(),
-            rtol=1e-5,
-        )
-        assert (found.weights.numpy()[~mask] == 0).all() and torch.allclose(
-            found.weights.sum(1), torch.ones(50)
-        )
+    columns = {
+        "trust": found.trust,
+        "contribution": found.contributions,
+        "uncertainty": found.uncertainty,
+    }
+    assert list(lines[0])[5:] == [
+        f"{kind}.{name}" for kind, values in columns.items() for name in batch if values is not None
+    ]
+    for kind, values in columns.items():
+        if values is not None:
+            written = [[float(line[f"{kind}.{name}"]) for name in batch] for line in lines]
+            assert np.allclose(written, values.numpy(), rtol=1e-5, atol=1e-9)
+            assert (values.numpy()[~mask] == (kind == "uncertainty")).all()
+    rate = iibalance.load(folder).base_rate.double()
+    best = found.probabilities.double().max(1)
+    gained = best.values.logit() - rate[best.indices].logit()
+    told = best.values < 0.999  # beyond it float32 rounds 1 - p
+    added = found.contributions.sum(1)
+    torch.testing.assert_close(added[told], gained[told], atol=1e-3, rtol=1e-3)
     if method == "iibalance":
         assert ((found.uncertainty >= 0) & (found.uncertainty <= 1)).all()
     test = read(folder / "metrics.json")["test"]
@@ -464,6 +476,13 @@ def test_predictions_as_csv_npz_and_in_python_are_the_same_and_give_the_metrics(
         torch.arange(50), torch.from_numpy(targets)
     ].log().mean().item() == pytest.approx(test["nll"], rel=1e-4)
     assert np.allclose(found.probabilities.sum(1), 1, atol=1e-5)
+    for kind, values in (("trust", found.trust), ("contributions", found.contributions)):
+        if values is None:
+            assert test[kind] is None
+            continue
+        for index, name in enumerate(batch):  # over the samples that have it
+            its = values[torch.from_numpy(mask[:, index]), index].double().mean().item()
+            assert test[kind][name] == pytest.approx(its, rel=1e-3, abs=1e-4)
 
 
 def test_predictions_without_a_modality_are_those_with_it_masked(train, test_file, tmp_path):
@@ -494,13 +513,12 @@ def test_predictions_without_a_modality_are_those_with_it_masked(train, test_fil
             arrays[name] = dict(file)
     assert np.array_equal(arrays["a"]["probabilities"], arrays["m"]["probabilities"])
     found = iibalance.load(folder).predict({"audio": audio})  # in Python, too
-    assert (
-        np.array_equal(found.probabilities.numpy(), arrays["a"]["probabilities"])
-        and (found.weights.numpy() == [1, 0]).all()
-    )
-    assert (arrays["a"]["weights"] == [1, 0]).all() and (
-        arrays["half"]["weights"][0] == [1, 0]
-    ).all()
+    assert np.array_equal(
+        found.probabilities.numpy(), arrays["a"]["probabilities"]
+    ) and np.array_equal(found.trust.numpy(), arrays["a"]["trust"])
+    for kind in ("trust", "contributions"):
+        assert (arrays["a"][kind][:, 0] != 0).all() and (arrays["a"][kind][:, 1] == 0).all()
+        assert arrays["half"][kind][0, 1] == 0 and (arrays["half"][kind][1:] != 0).all()
     assert np.allclose(arrays["half"]["probabilities"][0], arrays["a"]["probabilities"][0])
     assert (
         np.abs(arrays["half"]["probabilities"][1:] - arrays["a"]["probabilities"][1:]).max() > 1e-3
@@ -564,8 +582,13 @@ def test_a_degradation_changes_one_modality_and_is_reproducible(kind, train, tmp
     assert found["accuracy"] < clean["accuracy"]
     if kind == "missing":
         # A sample keeps its only modality
-        sole = (synthetic.arrays()["mask_audio"] & ~synthetic.arrays()["mask_visual"])[TEST].mean()
-        assert found["weights"]["audio"] == pytest.approx(sole, abs=1e-6)
+        arrays = synthetic.arrays()
+        mask = np.stack([arrays["mask_audio"], arrays["mask_visual"]], 1)[TEST]
+        mask[:, 0] &= ~mask[:, 1]
+        batch = {name: arrays[f"x_{name}"][TEST] for name in ("audio", "visual")}
+        trust = iibalance.load(folder).predict(batch, mask).trust[mask[:, 0], 0]
+        assert 0 < mask[:, 0].mean() < 0.5
+        assert found["trust"]["audio"] == pytest.approx(trust.mean().item(), abs=1e-5)
     else:
         assert found["modalities"]["audio"]["accuracy"] < clean["modalities"]["audio"]["accuracy"]
     assert evaluate("c.json", "--fraction", "0") == clean

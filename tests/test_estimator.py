@@ -75,14 +75,22 @@ def test_labels_budgets_and_probabilities(fitted):
     assert (fitted.classes_[p.argmax(1)] == fitted.predict(X)).all()
     budgets = dict(zip(fitted.budgets_.modalities, fitted.budgets_.values))
     assert fitted.budgets_.anchor == "audio" and budgets["audio"] > budgets["video"] + 0.1
-    np.testing.assert_allclose(fitted.weights(X).sum(1), 1, atol=1e-6)
+    trust = fitted.trust(X)
+    assert trust.shape == (150, 2) and trust.dtype == np.float64
+    assert (trust > 0).all() and (trust <= 1).all() and (trust.mean(0) > 0.8).all()
+    X["audio"] = 30 + 9 * X["audio"]  # far from everything seen
+    assert fitted.trust(X)[:, 0].mean() < trust[:, 0].mean() - 0.2
 
 
 def test_contributions_add_up_to_the_gain_over_the_base_rate(fitted):
     X, _ = task(seed=1)
     X["video"] = [None if row % 3 == 0 else value for row, value in enumerate(X["video"])]
     found, p = fitted.contributions(X), fitted.predict_proba(X)
-    np.testing.assert_allclose(found.sum(1), np.log(p.max(1)) - np.log(1 / 3), atol=1e-5)
+    rate = fitted.model_.base_rate.double().numpy()
+    np.testing.assert_allclose(rate, 1 / 3, atol=0.03)  # of what is left beside validation
+    best = p.argmax(1)
+    odds = np.log(p.max(1) / (1 - p.max(1))) - np.log(rate[best] / (1 - rate[best]))
+    np.testing.assert_allclose(found.sum(1), odds, atol=1e-4)
     assert (found[::3, 1] == 0).all() and (found[1::3, 1] != 0).all()
     alone = fitted.predict_proba({"audio": X["audio"], "video": None})
     np.testing.assert_allclose(alone[::3], p[::3], atol=1e-6)
@@ -231,7 +239,7 @@ def test_other_methods(method):
     assert found.score(X, y) > 0.8 and found.budgets_ is None
     if method == "concat":
         with pytest.raises(InputError, match="method: concat has no gate"):
-            found.weights(X)
+            found.trust(X)
 
 
 def _frame():
@@ -336,8 +344,8 @@ def test_a_mask_beside_samples_hides_more(fitted):
     with pytest.raises(InputError, match="row 0 has none of audio, video"):
         fitted.predict(samples, mask)
     mask[::3, 0] = True
-    hidden = fitted.weights(samples, mask) > 0
-    assert (hidden == (mask & samples.mask)).all()
+    seen = fitted.trust(samples, mask) > 0
+    assert (seen == (mask & samples.mask)).all()
     both = fitted.model_.predict(samples, mask).probabilities
     np.testing.assert_allclose(fitted.predict_proba(samples, mask), both, atol=1e-6)
     found = IIBalanceClassifier(**SMALL).fit(samples, y, sample_mask=mask)
@@ -351,8 +359,8 @@ def test_the_order_of_fit_is_that_of_every_mask(fitted):
     X, y = task(60)
     mask = np.stack([np.zeros(60, bool), np.ones(60, bool)], 1)  # audio is hidden
     turned = {"video": X["video"], "audio": X["audio"]}
-    assert np.array_equal(fitted.weights(turned, mask), fitted.weights(X, mask))
-    assert (fitted.weights(turned, mask)[:, 0] == 0).all()
+    assert np.array_equal(fitted.trust(turned, mask), fitted.trust(X, mask))
+    assert (fitted.trust(turned, mask)[:, 0] == 0).all()
     gone = fitted.predict_proba({"audio": None, "video": X["video"]}, np.ones((60, 2), bool))
     np.testing.assert_allclose(gone, fitted.predict_proba(X, mask), atol=1e-6)
     assert fitted.score(X, y) > fitted.score(X, y, sample_mask=mask)

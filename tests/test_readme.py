@@ -100,7 +100,8 @@ def example_with(name):
 def test_the_ten_lines_train_a_model_and_predict(tmp_path, monkeypatch):
     names = run_example(blocks(README, "python")[0], tmp_path, monkeypatch)
     assert names["out"].loss.item() < 2
-    assert names["prediction"].weights.sum(1).sub(1).abs().max() < 1e-5
+    trust = names["prediction"].trust
+    assert trust.shape == (64, 2) and 0 <= trust.min() <= trust.max() <= 1
 
 
 def test_the_example_with_arrays_gives_what_its_comments_say(tmp_path, monkeypatch):
@@ -111,8 +112,9 @@ def test_the_example_with_arrays_gives_what_its_comments_say(tmp_path, monkeypat
     assert again.modalities_ == ("sound", "person") and list(again.classes_) == sorted(set(y))
     added = again.contributions(table)
     assert added.shape == (120, 2)
-    # What they add to: log p of what is predicted less the log of its class's share, a third.
-    expected = np.log(again.predict_proba(table).max(1)) - np.log(1 / 3)
+    # What they add to: the log-odds of what is predicted less those of its class's share, a third.
+    p = again.predict_proba(table).max(1)
+    expected = np.log(p / (1 - p)) - np.log(1 / 2)
     assert np.abs(added.sum(1) - expected).max() < 1e-4
 
 
@@ -120,7 +122,7 @@ def test_the_example_with_bert_trains_it_and_predicts_without_text(tmp_path, mon
     names = run_example(example_with("BertModel"), tmp_path, monkeypatch)
     assert type(names["model"].encoders[0]).__name__ == "BertModel"
     assert names["probabilities"].shape == (90, 3)
-    assert names["weights"][:, 0].abs().max() == 0  # the text is missing
+    assert names["trust"][:, 0].abs().max() == 0  # the text is missing
     assert (tmp_path / "runs" / "bert" / "metrics.json").exists()
 
 
@@ -169,7 +171,8 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
         found = list(csv.DictReader(file))
     assert len(found) == 10
     assert all(abs(float(row["p.up"]) + float(row["p.down"]) - 1) < 1e-4 for row in found)
-    assert all(float(row["weight.video"]) == 0 for row in found)  # it is missing
+    assert all(float(row["trust.video"]) == 0 for row in found)  # it is missing
+    assert all(float(row["contribution.video"]) == 0 for row in found)
     assert Path("runs/clips/evaluation-audio-noise.json").exists()
     pd.read_csv("table.csv").filter(like="a_").to_csv("new.csv", index=False)
     assert cli.run("predict runs/table --data.path new.csv --missing video".split()) == 0
@@ -299,9 +302,10 @@ def test_the_names_that_contributing_sends_to_are_there():
 
 # Options and figures.
 
-# Of accelerate, torchrun, pytest-benchmark, benchmarks.report, host_time and on_gpu.
+# Of accelerate, torchrun, pytest-benchmark, and of report, host_time, on_gpu and generated in
+# benchmarks.
 OTHERS = {"--num_processes", "--nproc_per_node", "--benchmark", "--output", "--section", "--dry"}
-OTHERS |= {"--against"}
+OTHERS |= {"--against", "--truth"}
 
 
 def test_every_option_that_is_named_exists(capsys):
@@ -326,7 +330,7 @@ def rows(text, first):
 
 def test_the_table_of_methods_is_that_of_the_code():
     table = rows(METHOD_PAGE, "name")
-    ablations = {name for name in METHODS if name.startswith("iibalance_")}
+    ablations = set(ablation_names(METHODS))
     assert set(table) == set(METHODS) - ablations
     assert all(f"`{name}`" in METHOD_PAGE for name in ablations)
     for name, (_, modalities, parameters, _) in table.items():
@@ -353,7 +357,7 @@ def test_the_ranks_in_readme_are_those_of_the_benchmarks():
 def test_who_is_ahead_on_clean_input_is_told_as_the_picture_shows_it():
     """Of the methods that every setting has, and of all of them, as both pages say."""
     results = by_method(read_table(ROOT / "benchmarks" / "results" / "comparison.csv"))
-    parts = ablation_names(METHODS)
+    parts = ablation_names({name for methods in results.values() for name in methods})
     whole = {
         name: {method: entry for method, entry in entries.items() if method not in parts}
         for name, entries in results.items()
@@ -381,7 +385,7 @@ def test_who_is_ahead_on_clean_input_is_told_as_the_picture_shows_it():
 
 def test_every_effect_that_the_readme_names_is_one_of_the_benchmarks():
     named = re.findall(r"[-+]\d+\.\d\s\+-\s\d+\.\d", README)
-    assert len(named) == 4
+    assert len(named) == 5
     assert not [effect for effect in named if " ".join(effect.split()) not in BENCHMARKS]
     ranks = rows(BENCHMARKS, "average rank, accuracy / NLL")["iibalance"][1:]
     assert all(cell.split(" / ")[1].startswith("**") for cell in ranks)  # "best ... in NLL"

@@ -18,6 +18,8 @@ class Compare(Command):
         """The options, the methods' names, the folder, the data, which the cells read again."""
         self.config = config = configuration(CompareConfig, self.values)
         self.progress = config.training.progress
+        if config.join is not None:  # the tables are checked as they are read, before the work
+            return check_place(Path(config.output).expanduser(), "comparison")
         for name in config.method_list():
             check_method(name)
         config.check_focus()

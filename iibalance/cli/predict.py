@@ -69,7 +69,7 @@ def _as_npz(model: MultimodalClassifier, found: Prediction, ids: Sequence[str]) 
         "probabilities": found.probabilities.numpy(),
         "classes": np.array(model.class_names),
     }
-    for name in ("weights", "uncertainty"):
+    for name in ("trust", "contributions", "uncertainty"):
         values = getattr(found, name)
         if values is not None:
             arrays[name] = values.numpy()
@@ -79,7 +79,11 @@ def _as_npz(model: MultimodalClassifier, found: Prediction, ids: Sequence[str]) 
 
 
 def _as_csv(model: MultimodalClassifier, found: Prediction, ids: Sequence[str]) -> bytes:
-    columns = {"weight": found.weights, "uncertainty": found.uncertainty}
+    columns = {
+        "trust": found.trust,
+        "contribution": found.contributions,
+        "uncertainty": found.uncertainty,
+    }
     columns = {name: values for name, values in columns.items() if values is not None}
     header = ["id", "prediction", *(f"p.{name}" for name in model.class_names)]
     header += [f"{kind}.{name}" for kind in columns for name in model.modalities]

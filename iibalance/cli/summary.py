@@ -18,12 +18,38 @@ def summary(result: dict) -> str:
         numbers = f"{percent(row['accuracy'])}  {row['nll']:.3f}  {row['ece']:.3f}"
         return f"{name:<{width}}     {numbers}"
 
-    lines = [f"{'':<{width}}  accuracy    NLL    ECE  alone  weight  Shapley", line("fused", test)]
+    header = f"{'':<{width}}  accuracy    NLL    ECE  alone  trust  contribution"
+    lines = [header, line("fused", test)]
     for name, own in test["modalities"].items():
         if own is None:
             lines.append(f"{name:<{width}}  missing in every test sample")
             continue
-        weight, share = (test["weights"] or {}).get(name), (test["shapley"] or {}).get(name)
+        trust, added = ((test[key] or {}).get(name) for key in ("trust", "contributions"))
         alone = percent(own["alone_accuracy"])
-        lines.append(f"{line(name, own)}  {alone}   {percent(weight)}    {percent(share)}")
+        trusted = "    -" if trust is None else f"{trust:5.2f}"
+        nats = "-" if added is None else f"{added:+.2f} nats"
+        lines.append(f"{line(name, own)}  {alone}  {trusted}  {nats:>12}")
     return "\n".join(lines)
+
+
+def fusion_note(metrics: dict) -> str | None:
+    """What to know where the fused prediction is no better than one modality's on validation.
+
+    ``metrics``: of a run. Lower NLL is better; None where the fusion is, or there is one modality.
+
+    >>> own = {"audio": {"nll": 0.2, "accuracy": 0.93}, "image": {"nll": 1.1, "accuracy": 0.61}}
+    >>> print(fusion_note({"validation": {"nll": 0.25, "accuracy": 0.92, "modalities": own}}))
+    note: on validation the fused prediction is no better than audio alone (NLL 0.250 against 0.200, accuracy 92.0 % against 93.0 %)
+    """  # noqa: E501
+    fused = metrics["validation"]
+    own = {name: row for name, row in fused["modalities"].items() if row is not None}
+    if len(own) < 2:
+        return None
+    name = min(own, key=lambda name: own[name]["nll"])
+    if fused["nll"] < own[name]["nll"]:
+        return None
+    return (
+        f"note: on validation the fused prediction is no better than {name} alone "
+        f"(NLL {fused['nll']:.3f} against {own[name]['nll']:.3f}, "
+        f"accuracy {100 * fused['accuracy']:.1f} % against {100 * own[name]['accuracy']:.1f} %)"
+    )

@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from iibalance.cli.command import Command, check_json, configuration, read_data
-from iibalance.cli.summary import summary
+from iibalance.cli.summary import fusion_note, summary
 from iibalance.config import RunConfig
 from iibalance.config_files import load_config
 from iibalance.errors import InputError
@@ -53,6 +53,9 @@ class Train(Command):
         found = run_training(self.config, self.read.pop(), resume=resume, overwrite=self.overwrite)
         if found.metrics:
             print(summary(found.metrics))
+            note = fusion_note(found.metrics)
+            if note is not None:
+                print(note)
             print(f"run folder: {self.config.output}")
 
     def interrupted(self) -> str:

@@ -15,17 +15,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Transform, offset_copy
-from scipy.stats import studentized_range
 
+from iibalance.comparison.blocks import LEVEL, block_ranks, blocks, critical_difference
 from iibalance.comparison.results import GROUPS, by_method, group_means, read_table
-from iibalance.comparison.statistics import SIGNS, ablation_names, ranks
+from iibalance.comparison.statistics import SIGNS, ablation_names, published_names, ranks
 from iibalance.errors import InputError
 from iibalance.files import write_bytes
-from iibalance.methods import METHODS
 from iibalance.training.report import DPI, GREY, INK, PALETTE, STYLE
 
 NAMES = {"accuracy": "accuracy", "nll": "NLL"}
-LEVEL = 0.05  # of the test
 LONGEST = 26  # characters of a method's name; a longer one loses its middle
 LEAST_ROWS = 4  # of a panel's height, so that few methods stay slim
 FOCUS, PALE = PALETTE[1], "#b4b4b4"
@@ -50,17 +48,20 @@ def redraw(table: str | Path, focus: str = "iibalance") -> Path:
 
     ``python -c "from iibalance.comparison.picture import redraw; redraw('comparison.csv')"``
     """
-    path, results = Path(table), by_method(read_table(table))
+    path, rows = Path(table), read_table(table)
+    results = by_method(rows)
     methods = dict.fromkeys(method for entries in results.values() for method in entries)
     if focus not in methods:
         raise InputError(f"focus: {focus!r} is no method of {path}; it has {', '.join(methods)}")
-    parts = ablation_names([method for method in methods if method in METHODS])
+    parts = ablation_names(published_names(methods))
     whole = {
         name: {method: entry for method, entry in entries.items() if method not in parts}
         for name, entries in results.items()
     }
     seeds = max(len(entry["seeds"]) for entries in whole.values() for entry in entries.values())
     result = {"focus": focus, "seeds": seeds, "results": results, "ranks": ranks(whole)}
+    if rows.attrs["splits"]:
+        result["splits"] = seeds
     write_picture(path.with_suffix(".png"), result)
     return path.with_suffix(".png")
 
@@ -76,42 +77,62 @@ def picture(result: Mapping) -> Figure:
     Where there is one data set, the rank is that of the mean over seeds, with the ranks by seed
     beside it. They share their test samples, and so are neither averaged nor tested.
 
+    With resampled splits (``splits`` in the result) it is the same over blocks, one split of one
+    data set each, as :mod:`iibalance.comparison.blocks` ranks them.
+
     Methods that are not defined for every data set are left out, and named.
     """
     kinds = [kind for kind in GROUPS if kind in result["ranks"]]
     tables = {(metric, kind): places(result, kind, metric) for metric in SIGNS for kind in kinds}
     rows = max(table.shape[1] for table in tables.values())
     letters = max((len(_short(name)) for table in tables.values() for name in table), default=9)
-    shape = (len(SIGNS), len(kinds)) if len(kinds) > 1 else (1, len(SIGNS))
+    across = len(kinds) if len(kinds) < 5 else -(-len(kinds) // 2)  # a page is only so wide
+    shape = (len(SIGNS) * -(-len(kinds) // across), across) if across > 1 else (1, len(SIGNS))
     width = shape[1] * (ACROSS + LETTER * letters)
-    heading, sets = _heading(result, tables, round(width * 13)), len(result["results"])
+    heading = _heading(result, tables, round(width * 13))
+    split = bool(result.get("splits"))
+    sets = max(map(len, tables.values())) if split else len(result["results"])
     height = shape[0] * (FRAME + ROW * max(rows, LEAST_ROWS)) + 0.16 * (len(heading) + 1) + 0.3
     with matplotlib.style.context(["default", STYLE]):
         figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         figure.get_layout_engine().set(w_pad=0.09, h_pad=0.05)
         panels = figure.subplots(*shape, squeeze=False).ravel()
-        for ((metric, kind), table), axes in zip(tables.items(), panels, strict=True):
-            fewer = f" ({len(table)} sets)" if 0 < len(table) < sets else ""
+        for axes in panels:
+            axes.set_axis_off()
+        half = len(panels) // len(SIGNS)  # a metric begins a row of its own
+        places_of = [*panels[: len(kinds)], *panels[half : half + len(kinds)]]
+        for ((metric, kind), table), axes in zip(tables.items(), places_of, strict=True):
+            axes.set_axis_on()
+            what = "blocks" if split else "sets"
+            fewer = f" ({len(table)} {what})" if 0 < len(table) < sets else ""
             title = f"{kind}: {NAMES[metric]}{fewer}"
             axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
             if table.empty:
                 axes.set_axis_off()
                 axes.text(0, 0.5, "no method has every data set", transform=axes.transAxes)
                 continue
-            scattered = _by_seed(result, kind, metric, table) if sets == 1 else table
+            alone = sets == 1 and not split
+            scattered = _by_seed(result, kind, metric, table) if alone else table
             _panel(axes, table, scattered, result["focus"])
         figure.suptitle("\n".join(heading), x=0.01, ha="left", fontsize=9, linespacing=1.3)
-        _legend(figure, sets, result["focus"], width)
+        _legend(figure, sets, result["focus"], width, split)
     return figure
 
 
 def places(result: Mapping, kind: str, metric: str) -> pd.DataFrame:
     """Ranks, data sets by methods, of the methods that every one of these sets has; best first.
 
-    The sets are those with a condition of that kind. Ties share their mean rank.
+    The sets are those with a condition of that kind. Ties share their mean rank. With resampled
+    splits there is a row a block.
     """
     ranked = result["ranks"][kind][metric]
+    if result.get("splits"):
+        whole = {
+            name: {method: entry for method, entry in entries.items() if method in ranked}
+            for name, entries in result["results"].items()
+        }
+        return block_ranks(blocks(whole, kind, metric).values, metric)
     having = {
         name: {
             method: entry
@@ -156,20 +177,6 @@ def _of_seed(entry: Mapping, seed: int) -> dict:
     return {"conditions": conditions}
 
 
-def critical_difference(methods: int, sets: int) -> float:
-    """What two mean ranks must differ by to be told apart, by Nemenyi's test at ``LEVEL``.
-
-    Two methods or one data set are too few for it: infinite.
-
-    >>> round(critical_difference(5, 30), 3)  # Demsar 2006, table 5: 2.728 sqrt(5 6 / (6 30))
-    1.114
-    """
-    if methods < 3 or sets < 2:
-        return float("inf")
-    quantile = studentized_range.ppf(1 - LEVEL, methods, np.inf) / np.sqrt(2)
-    return float(quantile * np.sqrt(methods * (methods + 1) / (6 * sets)))
-
-
 def groups(means: Sequence[float], difference: float) -> list[tuple[int, int]]:
     """The widest runs of rising ``means`` that span no more than ``difference``: first and last.
 
@@ -197,7 +204,8 @@ def _panel(axes: Axes, table: pd.DataFrame, scattered: pd.DataFrame, focus: str)
 
     for row, method in enumerate(table):
         where, own = np.unique(scattered[method].dropna(), return_counts=True)
-        axes.scatter(where, [row] * len(where), s=5 * own, color=PALE, linewidth=0, zorder=2)
+        size = 5 * own * min(1.0, 20 / len(scattered))
+        axes.scatter(where, [row] * len(where), s=size, color=PALE, linewidth=0, zorder=2)
         colour, ink = (FOCUS, FOCUS) if method == focus else (GREY, INK)
         error = table[method].std(ddof=1) / np.sqrt(sets) if sets > 1 else None
         style = {"marker": "o", "markersize": 4.5, "elinewidth": 1.3, "zorder": 3}
@@ -230,17 +238,23 @@ def _heading(result: Mapping, tables: Mapping, letters: int) -> list[str]:
     listed = {
         method for rows in result["ranks"].values() for row in rows.values() for method in row
     }
+    for tests in result.get("tests", {}).values():
+        listed |= {method for test in tests.values() for method in test["absent"]}
     absent = sorted(listed - drawn)
     names = list(result["results"])
     seeds = "1 seed" if result["seeds"] == 1 else f"{result['seeds']} seeds"
     where = f"Rank on {names[0]}" if len(names) == 1 else f"Mean rank over {len(names)} data sets"
     heading = f"{where} (1 is best), {seeds}"
+    if result.get("splits"):
+        count = max(map(len, tables.values()))
+        where = names[0] if len(names) == 1 else f"{len(names)} data sets"
+        heading = f"Mean rank over {count} blocks (1 is best): the splits of {where}"
     if absent:
         heading += f". Left out, as not every data set has them: {', '.join(map(_short, absent))}"
     return textwrap.wrap(heading, letters)
 
 
-def _legend(figure: Figure, sets: int, focus: str, width: float) -> None:
+def _legend(figure: Figure, sets: int, focus: str, width: float, split: bool) -> None:
     """What points and bars mean, under all panels."""
     mean, small = {"marker": "o", "markersize": 4.5}, {"marker": "o", "markersize": 2.4}
     bar = {"marker": "|", "markersize": 9, "markeredgewidth": 1.6}
@@ -250,7 +264,10 @@ def _legend(figure: Figure, sets: int, focus: str, width: float) -> None:
         (f"not told apart (Nemenyi, {100 * LEVEL:g} %)", bar | {"color": INK}),
         (_short(focus), mean | {"color": FOCUS}),
     ]
-    if sets == 1:
+    if split:
+        entries[0] = ("mean ± standard error over the blocks", entries[0][1])
+        entries[1] = ("one block (larger: several)", entries[1][1])
+    elif sets == 1:
         entries[:3] = [
             ("by the mean over seeds", mean | {"color": GREY}),
             ("one seed (larger: several)", small | {"color": PALE}),

@@ -9,11 +9,13 @@ import numpy as np
 from scipy.stats import rankdata
 
 from iibalance.comparison.cells import CLEAN, Cell, cell_files
-from iibalance.comparison.results import GROUPS, LOW, METRICS, group_means, spread
+from iibalance.comparison.results import GROUPS, LOW, METRICS, group_means, group_of, spread
 from iibalance.config import CompareConfig
-from iibalance.methods import ablation_of, method_class
+from iibalance.methods import METHODS, ablation_of, method_class
 
 SIGNS = {"accuracy": -1, "nll": 1}  # the better value is the smaller one, times its sign
+# Ablations that published tables hold, of pieces that the method has no more.
+RETIRED = {"iibalance_no_prior": "iibalance", "iibalance_no_alignment": "iibalance"}
 TIE = 1e-9  # means no further apart are equal: the same numbers, added in another order
 
 
@@ -28,7 +30,7 @@ def summary(results: Mapping, focus: str, methods: Sequence[str]) -> dict:
         for name, entries in results.items()
     }
     own = [method for method, of in parts.items() if of == focus]
-    kinds = map(method_class, methods)
+    kinds = [method_class(name) for name in methods if name not in RETIRED]
     separate = list(dict.fromkeys(kind.name for kind in kinds if not kind.joint))
     return {
         "ranks": ranks(whole),
@@ -63,7 +65,7 @@ def ranks(results: Mapping) -> dict:
                 if not values:
                     continue
                 rows = table.setdefault(kind, {}).setdefault(metric, {})
-                places = rankdata(_without_ties(list(values.values())))
+                places = rankdata(without_ties(list(values.values())))
                 for method, place in zip(values, places):
                     rows.setdefault(method, []).append(float(place))
     return {
@@ -78,7 +80,7 @@ def ranks(results: Mapping) -> dict:
     }
 
 
-def _without_ties(values: Sequence[float]) -> np.ndarray:
+def without_ties(values: Sequence[float] | np.ndarray) -> np.ndarray:
     """The values, those no further than ``TIE`` from the next smaller one made equal to it."""
     values = np.array(values)
     order = np.argsort(values, kind="stable")
@@ -217,9 +219,20 @@ def ablation_names(methods: Iterable[str]) -> dict[str, str]:
     >>> ablation_names(["iibalance", "iibalance_no_gate", "ensemble", "ensemble_gated"])
     {'iibalance_no_gate': 'iibalance'}
     """
-    kinds = list(map(method_class, methods))
+    methods = list(methods)
+    kinds = [method_class(name) for name in methods if name not in RETIRED]
     names = {kind.name for kind in kinds}
-    return {kind.name: ablation_of(kind) for kind in kinds if ablation_of(kind) in names}
+    found = {kind.name: ablation_of(kind) for kind in kinds if ablation_of(kind) in names}
+    return found | {name: RETIRED[name] for name in methods if RETIRED.get(name) in names}
+
+
+def published_names(methods: Iterable[str]) -> list[str]:
+    """Those of the names in a table that are methods of this package, or were.
+
+    >>> published_names(["iibalance", "mine", "iibalance_no_prior"])
+    ['iibalance', 'iibalance_no_prior']
+    """
+    return [name for name in methods if name in METHODS or name in RETIRED]
 
 
 def _samples(
@@ -237,7 +250,7 @@ def _samples(
         with np.load(path, allow_pickle=False) as arrays:
             targets, names = arrays["targets"], [CLEAN]
             if kind not in (CLEAN, LOW):
-                names = [key for key in arrays.files if key.endswith(f" {kind}")]
+                names = [key for key in arrays.files if group_of(key) == kind]
             values = []
             for key in names:
                 log_p = arrays[key].astype(np.float64)

@@ -1,13 +1,21 @@
-"""A comparison's page, ``comparison.md``, and the pieces that its tables are made of."""
+"""A comparison's page, ``comparison.md``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from iibalance.comparison.results import GROUPS
+from iibalance.comparison.split_tables import origin, split_sections, split_settings
 from iibalance.comparison.statistics import best_trial
+from iibalance.comparison.table_text import (
+    PAIR,
+    by_rank,
+    pair_text,
+    rank_text,
+    spread_text,
+    table,
+)
 
-PAIR = ("accuracy", "nll")
 _NOT_OWN = ("learning_rate", "weight_decay", "validation_nll", "validation_accuracy", "seeds")
 
 
@@ -17,6 +25,7 @@ def page(result: Mapping) -> str:
         ["# Comparison"],
         *_origin(result),
         _ranks(result),
+        *split_sections(result),
         _ablations(result),
         _bootstrap(result),
         _heads(result),
@@ -25,50 +34,6 @@ def page(result: Mapping) -> str:
         _settings(result),
     ]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(cells)} |" for cells in lines]
-
-
-def by_rank(ranks: Mapping) -> list[str]:
-    """The methods, the best over all kinds and both metrics first; those that lack one last."""
-    rows = [by_metric[metric] for by_metric in ranks.values() for metric in PAIR]
-    methods = dict.fromkeys(method for row in rows for method in row)
-    worst = {"rank": 99}
-    return sorted(methods, key=lambda method: sum(row.get(method, worst)["rank"] for row in rows))
-
-
-def rank_text(rows: Mapping, method: str, digits: int) -> str:
-    """A method's average rank: the best of ``rows`` in bold, - where there is none."""
-    if method not in rows:
-        return "-"
-    text = f"{rows[method]['rank']:.{digits}f}"
-    best = min(row["rank"] for row in rows.values())
-    return f"**{text}**" if rows[method]["rank"] == best else text
-
-
-def spread_text(
-    spread: Mapping | None, scale: float, digits: int = 1, *, sign: str = "", error: bool = True
-) -> str:
-    """``scale`` times a mean and its standard error; - where there is none."""
-    if spread is None:
-        return "-"
-    text = f"{scale * spread['mean']:{sign}.{digits}f}"
-    if not error or spread["error"] is None:
-        return text
-    return f"{text} +- {scale * spread['error']:.{digits}f}"
-
-
-def pair_text(row: Mapping | None, digits: int = 3, *, sign: str = "", error: bool = True) -> str:
-    """Accuracy in percent (or points) / NLL in nats, as spreads."""
-    if row is None:
-        return "-"
-    accuracy, nll = (row.get(metric) for metric in PAIR)
-    nll = spread_text(nll, 1, digits, sign=sign, error=error)
-    return f"{spread_text(accuracy, 100, sign=sign)} / {nll}"
 
 
 def _origin(result: Mapping) -> Iterable[list[str]]:
@@ -81,17 +46,22 @@ def _origin(result: Mapping) -> Iterable[list[str]]:
             f"Python {about['python']}, {packages}."
         ]
         yield [f"Command: `{' '.join(about['command'])}`"]
+    made = [f"{count} cells by {by}" for by, count in result.get("made_by", {}).items()]
+    if len(made) > 1:
+        yield [f"Not all of one version: {'; '.join(made)}."]
+    if result.get("splits"):
+        yield from origin(result)
+        return
     low, seeds, tuning = (result[key] for key in ("low_data_seeds", "seeds", "tuning_seeds"))
     aside = "" if low in (0, seeds) else f" (low data: {_count(low)})"
     chosen = "seed 0" if tuning == 1 else f"seeds 0 to {tuning - 1}"
     yield [
         f"{_count(seeds)}{aside}; mean +- standard error over seeds. Accuracy and F1 in %, NLL in "
         f"nats. Settings were chosen by validation NLL with {chosen}, the same number of trials "
-        "for every method; the test split was used once, at the end."
+        "for every method; methods whose encoders are trained separately chose them for each "
+        "modality by itself. The test split was used once, at the end. Seconds are of processor "
+        "time, of all trainings that one model needs."
     ]
-    made = [f"{count} cells by {by}" for by, count in result["made_by"].items()]
-    if len(made) > 1:
-        yield [f"Not all of one version: {'; '.join(made)}."]
 
 
 def _count(seeds: int) -> str:
@@ -107,8 +77,10 @@ def _ranks(result: Mapping) -> list[str]:
         found = [ranks[kind][metric] for kind, metric in columns]
         count = max(row[method]["sets"] for row in found if method in row)
         rows.append([method, str(count), *(rank_text(row, method, 2) for row in found)])
-    header = ["method", "sets", *(f"{kind}: {names[metric]}" for kind, metric in columns)]
-    return ["## Average rank over data sets", "", *table(header, rows)]
+    split = bool(result.get("splits"))
+    what, over = ("blocks", "data sets and splits") if split else ("sets", "data sets")
+    header = ["method", what, *(f"{kind}: {names[metric]}" for kind, metric in columns)]
+    return [f"## Average rank over {over}", "", *table(header, rows)]
 
 
 def _ablations(result: Mapping) -> list[str]:
@@ -139,6 +111,8 @@ def _ablations(result: Mapping) -> list[str]:
 
 def _bootstrap(result: Mapping) -> list[str]:
     rows = []
+    if "bootstrap" not in result:
+        return []
     for name, kinds in result["bootstrap"].items():
         for kind, found in kinds.items():
             cells = [name, kind]
@@ -198,7 +172,7 @@ def _heads(result: Mapping) -> list[str]:
 
 def _data_set(result: Mapping, name: str) -> list[str]:
     methods, modalities = result["results"][name], result["modalities"][name]
-    samples = " / ".join(str(count) for count in result["samples"][name].values())
+    seconds = result["train_seconds"].get(name, {})
     header = ["method", "accuracy", "macro-F1", "NLL", "ECE"]
     for modality in modalities:
         header += [f"{modality}: accuracy", "utilisation"]
@@ -213,14 +187,13 @@ def _data_set(result: Mapping, name: str) -> list[str]:
             head = entry["heads"].get(modality) or {}
             cells.append(spread_text(head.get("accuracy"), 100))
             cells.append(spread_text(head.get("utilisation"), 1, 3))
-        rows.append([*cells, spread_text(entry["seconds_a_step"], 1000)])
-    lines = [
-        f"## {name}",
-        "",
-        f"{samples} samples, {result['epochs'][name]} epochs.",
-        "",
-        *table([*header, "ms a step"], rows),
-    ]
+        cells.append(f"{seconds[method]:.1f}" if method in seconds else "-")
+        rows.append([*cells, spread_text(entry.get("seconds_a_step"), 1000)])
+    lines = [f"## {name}", ""]
+    if name in result.get("samples", {}):
+        samples = " / ".join(str(count) for count in result["samples"][name].values())
+        lines += [f"{samples} samples, {result['epochs'][name]} epochs.", ""]
+    lines += table([*header, "training, s", "ms a step"], rows)
     first = next(iter(methods.values()))["conditions"]
     degraded = [condition for condition in first if condition != "clean"]
     if degraded:
@@ -238,6 +211,10 @@ def _failed(result: Mapping) -> list[str]:
 
 
 def _settings(result: Mapping) -> list[str]:
+    if "trials" not in result:
+        return []
+    if result.get("splits"):
+        return split_settings(result["trials"])
     rows = []
     for row in result["trials"]:
         tried = row["tried"]
@@ -248,8 +225,8 @@ def _settings(result: Mapping) -> list[str]:
             [
                 row["data"],
                 row["method"],
-                f"{best['learning_rate']:.2g}",
-                f"{best['weight_decay']:.2g}",
+                _by_modality(row["setting"], "learning_rate"),
+                _by_modality(row["setting"], "weight_decay"),
                 ", ".join(own) or "-",
                 f"{best['validation_nll']:.3f}; {losses}",
             ]
@@ -260,3 +237,11 @@ def _settings(result: Mapping) -> list[str]:
         "",
         *table([*header, "validation NLL: chosen, all"], rows),
     ]
+
+
+def _by_modality(setting: Mapping, option: str) -> str:
+    """A chosen value, or each modality's own."""
+    own = setting.get(f"{option}s")
+    if own is None:
+        return f"{setting[option]:.2g}"
+    return ", ".join(f"{name} {value:.2g}" for name, value in own.items())

@@ -67,7 +67,6 @@ def fit_gate(encoders, head, inputs, targets):
     head.gate.fit(
         head.heads(together),
         targets.repeat(3),
-        log_prior=head.log_prior,
         surprise=head.prototypes.surprise(together),
         clean=clean,
         sample_weight=torch.where(clean, 1.0, 0.25),  # clean input matters most

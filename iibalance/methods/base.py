@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from iibalance.budgets import Budgets
+from iibalance.budgets import Budgets, budgets_from_logits
 from iibalance.config import RunConfig
 from iibalance.data.dataset import Batch, Split
 from iibalance.errors import InputError, as_sequence
@@ -74,6 +74,8 @@ class Method:
         self.options = SimpleNamespace(**{**self.defaults, **given})
         #: What must survive a checkpoint beside model and optimiser.
         self.state: dict[str, Tensor] = {}
+        #: The training's validation split, for methods that look at it; None = there is none.
+        self.validation: Split | None = None
 
     # The model.
 
@@ -112,6 +114,33 @@ class Method:
 
     # Before training.
 
+    def measure_budgets(
+        self,
+        logits: Mapping[str, Tensor],
+        targets: Tensor,
+        *,
+        mask: Tensor,
+        entropy: float,
+        source: str,
+    ) -> Budgets:
+        """Budgets from predictions for samples that their predictors have not seen.
+
+        By default those of the method page, section 1.
+
+        Args:
+            logits: modality name -> [N, K].
+            targets: [N].
+            mask: [N, M] bool, True = present.
+            entropy: H(Y) of the training labels.
+            source: where the predictions are from, as in ``budgets.source``.
+        """
+        return budgets_from_logits(logits, targets, mask=mask, entropy=entropy, source=source)
+
+    @property
+    def prior_softmax(self) -> float | None:
+        """The prior is softmax(budget / this); None = proportional to the budgets."""
+        return None
+
     def set_budgets(self, model: MultimodalClassifier, budgets: Budgets) -> None:
         """Called before training and whenever budgets change, where ``needs_budgets``."""
 
@@ -120,13 +149,18 @@ class Method:
         """Weight of the prototype contrastive loss in the trainings of the budget stage."""
         return self.config.objective.alpha
 
-    def initialise(
-        self, model: MultimodalClassifier, folds: Sequence[MultimodalClassifier]
-    ) -> None:
-        """Called once before joint training with the new model and those of the budget stage.
+    @property
+    def starts_alone(self) -> bool:
+        """Whether joint training starts from encoders trained alone, which are then trained."""
+        return False
 
-        There is one model a fold: encoders and classifiers trained alone on the other folds. Not
-        called where the budget stage trained none. By default the new weights stay as they are.
+    def initialise(
+        self, model: MultimodalClassifier, alone: Mapping[str, MultimodalClassifier]
+    ) -> None:
+        """Called once before joint training where :attr:`starts_alone`.
+
+        It is given the new model and, by modality, the models of encoders trained alone. By default
+        the new weights stay as they are.
         """
 
     def prepare(self, train: Callable, split: Split, seed: int) -> None:

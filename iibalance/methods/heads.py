@@ -61,46 +61,30 @@ class TemperedHead(nn.Module):
         return self.losses(self.present(embeddings, mask), targets, mask)
 
 
-class ConcatHead(TemperedHead):
-    """Linear classifier on concatenated embeddings; a missing modality's part is zero.
+class ProbedHead(TemperedHead):
+    """Base of the heads whose branches have no classifier of their own.
 
-    ``modality_logits`` come from linear probes that :meth:`fit_probes` fits on each frozen branch:
-    what a branch of the joint model can tell by itself. There are none before that.
-
-    >>> head = ConcatHead({"audio": 4, "visual": 2}, num_classes=3)
-    >>> head([torch.zeros(1, 4), torch.zeros(1, 2)], torch.tensor([1])).logits.shape
-    torch.Size([1, 3])
+    Their ``modality_logits`` come from linear probes that :meth:`fit_probes` fits on each frozen
+    branch: what a branch of the joint model can tell by itself. There are none before that. A class
+    of it calls :meth:`add_probes` once its own layers are there.
     """
 
-    def __init__(self, embedding_dims: Mapping[str, int], num_classes: int):
-        super().__init__(embedding_dims, num_classes)
-        self.classifier = nn.Linear(sum(embedding_dims.values()), num_classes)
+    def add_probes(self) -> None:
+        """A linear probe a modality, of zeros, which no training moves."""
         self.probes = nn.ModuleList(
-            nn.Linear(size, num_classes) for size in embedding_dims.values()
+            nn.Linear(size, self.num_classes) for size in self.embedding_dims.values()
         ).requires_grad_(False)
         self.register_buffer("probed", torch.tensor(False))
         for probe in self.probes:
             nn.init.zeros_(probe.weight)
             nn.init.zeros_(probe.bias)
 
-    def slices(self) -> tuple[Tensor, ...]:
-        """The classifier's weight on each modality's embedding, M of [K, D_m] views."""
-        return self.classifier.weight.split(list(self.embedding_dims.values()), 1)
-
-    def fuse(self, embeddings: Embeddings, mask: Tensor | None = None) -> HeadOutput:
-        """Predict from embeddings (M of [B, D_m], mask [B, M] bool)."""
-        embeddings = self.present(embeddings, mask)
-        own = []
-        if self.probed:
-            own = [probe(values) for probe, values in zip(self.probes, embeddings)]
-        logits = self.classifier(torch.cat(embeddings, 1)) / self.log_temperature.exp()
-        return HeadOutput(logits, None, None, tuple(fill_missing(own, mask)))
-
-    def losses(self, embeddings: list[Tensor], targets: Tensor, mask: Tensor | None) -> HeadOutput:
-        """The cross-entropy of the one classifier."""
-        logits = self.classifier(torch.cat(embeddings, 1))
-        loss = F.cross_entropy(logits.float(), targets)
-        return HeadOutput(logits, None, None, (), loss, embeddings=tuple(embeddings))
+    def probe(self, embeddings: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, ...]:
+        """The probes' logits, M of [B, K], rows of missing modalities 0; none before they fit."""
+        if not self.probed:
+            return ()
+        own = [probe(values) for probe, values in zip(self.probes, embeddings)]
+        return tuple(fill_missing(own, mask))
 
     def fit_probes(self, embeddings: Sequence[Tensor], targets: Tensor, mask: Tensor) -> None:
         """Logistic regression on each branch's training embeddings, M of [N, D_m].
@@ -130,6 +114,36 @@ class ConcatHead(TemperedHead):
             probe.bias.copy_(full)
             probe.weight.zero_()
             probe.weight[model.classes_] = weight.to(probe.weight)
+
+
+class ConcatHead(ProbedHead):
+    """Linear classifier on concatenated embeddings; a missing modality's part is zero.
+
+    >>> head = ConcatHead({"audio": 4, "visual": 2}, num_classes=3)
+    >>> head([torch.zeros(1, 4), torch.zeros(1, 2)], torch.tensor([1])).logits.shape
+    torch.Size([1, 3])
+    """
+
+    def __init__(self, embedding_dims: Mapping[str, int], num_classes: int):
+        super().__init__(embedding_dims, num_classes)
+        self.classifier = nn.Linear(sum(embedding_dims.values()), num_classes)
+        self.add_probes()
+
+    def slices(self) -> tuple[Tensor, ...]:
+        """The classifier's weight on each modality's embedding, M of [K, D_m] views."""
+        return self.classifier.weight.split(list(self.embedding_dims.values()), 1)
+
+    def fuse(self, embeddings: Embeddings, mask: Tensor | None = None) -> HeadOutput:
+        """Predict from embeddings (M of [B, D_m], mask [B, M] bool)."""
+        embeddings = self.present(embeddings, mask)
+        logits = self.classifier(torch.cat(embeddings, 1)) / self.log_temperature.exp()
+        return HeadOutput(logits, None, None, self.probe(embeddings, mask))
+
+    def losses(self, embeddings: list[Tensor], targets: Tensor, mask: Tensor | None) -> HeadOutput:
+        """The cross-entropy of the one classifier."""
+        logits = self.classifier(torch.cat(embeddings, 1))
+        loss = F.cross_entropy(logits.float(), targets)
+        return HeadOutput(logits, None, None, (), loss, embeddings=tuple(embeddings))
 
 
 class MultitaskHead(TemperedHead):

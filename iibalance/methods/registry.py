@@ -18,18 +18,26 @@ from iibalance.method_names import check_method
 from iibalance.methods.agm import AGM
 from iibalance.methods.base import Method
 from iibalance.methods.concat import Concat
+from iibalance.methods.d_and_r import DAndR
 from iibalance.methods.ensemble import Ensemble
 from iibalance.methods.ensemble_gated import GatedEnsemble
 from iibalance.methods.g_blend import GBlend
 from iibalance.methods.greedy import Greedy
 from iibalance.methods.iibalance import ABLATIONS, IIBalance
+from iibalance.methods.iibalance_drawn import IIBalanceDrawn
+from iibalance.methods.inforeg import InfoReg
+from iibalance.methods.lfm import LFM
 from iibalance.methods.mla import MLA
 from iibalance.methods.mmpareto import MMPareto
 from iibalance.methods.mslr import MSLR
 from iibalance.methods.ogm_ge import OGMGE
+from iibalance.methods.pdf import PDF
 from iibalance.methods.pmr import PMR
 from iibalance.methods.qmf import QMF
+from iibalance.methods.reconboost import ReconBoost
 from iibalance.methods.sum import Sum
+from iibalance.methods.tmc import TMC
+from iibalance.methods.transformer import Transformer
 from iibalance.methods.unimodal import Unimodal
 
 #: Every method that ``--method`` knows by name, in the order in which comparisons list them.
@@ -50,7 +58,15 @@ METHODS: dict[str, type[Method]] = {
         Greedy,
         MLA,
         QMF,
+        TMC,
+        PDF,
+        Transformer,
+        DAndR,
+        ReconBoost,
+        LFM,
+        InfoReg,
         IIBalance,
+        IIBalanceDrawn,
         *ABLATIONS,
     )
 }
@@ -59,13 +75,21 @@ METHODS: dict[str, type[Method]] = {
 #: dotted name is an option of the run.
 _SEARCH: dict[type[Method], Mapping[str, Sequence[float]]] = {
     AGM: {"alpha": (1.0, 0.3, 2.0)},
+    DAndR: {"strength": (3.0, 1.0, 6.0)},
     GBlend: {"share": (0.5, 0.25, 1.0)},
     Greedy: {"alpha": (0.01, 0.1, 0.5)},
-    IIBalance: {"objective.alpha": (1.0, 0.5, 2.0)},
+    IIBalance: {"objective.alpha": (1.0, 0.3, 0.0)},
+    IIBalanceDrawn: {"tau_b": (1.0, 0.3, 3.0)},
+    InfoReg: {"beta": (0.9, 0.3, 2.0)},
+    LFM: {"rate": (1.0, 0.5, 3.0)},
     MSLR: {"window": (5.0, 3.0, 2.0)},
     OGMGE: {"alpha": (0.3, 0.1, 0.8)},
+    PDF: {"unimodal": (1.0, 0.3, 3.0)},
     PMR: {"alpha": (1.0, 0.3, 3.0)},
     QMF: {"weight": (0.1, 0.03, 0.5)},
+    ReconBoost: {"reconcile": (0.2, 0.5, 1.0)},
+    TMC: {"annealing": (0.1, 0.5, 1.0)},
+    Transformer: {"layers": (2.0, 1.0, 4.0)},
 }
 
 #: The method that an ablation lacks a piece of. An ablation takes that method's settings, is set

@@ -5,12 +5,15 @@ Held-out samples and corrupted copies of them, and the MAP fit on both.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from iibalance.budgets import label_entropy
 from iibalance.config import CalibrationConfig
 from iibalance.data.corruption import random_corruptions
 from iibalance.data.dataset import Split
@@ -30,9 +33,32 @@ class HeldOut(NamedTuple):
     weight: Tensor  #: [N] how much a row counts
     clean: Tensor  #: [N] bool, not a corrupted copy
 
-    def temperatures(self) -> Tensor:
-        """[M]: what calibrates each modality's own prediction on the clean samples."""
-        return own_temperatures(self.logits, self.targets, self.mask, self.clean)
+    def temperatures(self, nats: Tensor | None = None) -> Tensor:
+        """[M]: what calibrates each modality's own prediction on the clean samples.
+
+        ``nats`` [M]: cross-entropies known from elsewhere, as
+        :func:`~iibalance.metrics.own_temperatures` takes them.
+        """
+        return own_temperatures(self.logits, self.targets, self.mask, self.clean, nats=nats)
+
+    def cross_entropies(self) -> Tensor:
+        """[M] nats: of each modality's own calibrated prediction on the clean samples.
+
+        NaN where it is not below the entropy of the labels by two standard errors: a training that
+        found nothing says little of a longer one.
+        """
+        entropy, found = label_entropy(self.targets[self.clean]), []
+        for index, temperature in enumerate(self.temperatures()):
+            rows = self.clean & self.mask[:, index]
+            found.append(math.nan)
+            if rows.sum() < 2:  # one sample has no standard error
+                continue
+            logits = self.logits[index][rows].double() / temperature
+            losses = F.cross_entropy(logits, self.targets[rows], reduction="none")
+            mean, error = float(losses.mean()), float(losses.std()) / len(losses) ** 0.5
+            if mean + 2 * error < entropy:
+                found[index] = mean
+        return torch.tensor(found, dtype=torch.float64)
 
     def select(self, rows: Tensor) -> HeldOut:
         """The rows [N] bool alone."""
@@ -108,7 +134,10 @@ def calibrate(
         "validation": [validation],
         "both": [out_of_fold, validation],
     }
-    gate, temperature = head.gate, validation.temperatures()
+    # What the budgets say: how good a modality's prediction is on samples of all training groups,
+    # which a small validation split may not tell.
+    nats = None if out_of_fold is None else out_of_fold.cross_entropies()
+    gate, temperature = head.gate, validation.temperatures(nats)
     head.prototypes.set_usual(
         validation.novelty[validation.clean], validation.mask[validation.clean]
     )
@@ -116,8 +145,8 @@ def calibrate(
     for held_out in sources[source]:
         # Each set by its own temperatures and its own idea of what is usual: models of different
         # folds are less sure than the joint one, and their embeddings lie elsewhere.
-        ratio = temperature / held_out.temperatures()
-        logits = [values * its for values, its in zip(held_out.logits, ratio)]
+        own = temperature if held_out is validation else held_out.temperatures()
+        logits = [values * its for values, its in zip(held_out.logits, temperature / own)]
         clean = held_out.clean
         usual = usual_novelty(held_out.novelty[clean], held_out.mask[clean])
         parts.append(held_out._replace(logits=logits))
@@ -126,13 +155,13 @@ def calibrate(
     gate.fit(
         whole.logits,
         whole.targets,
-        log_prior=head.log_prior,
         surprise=torch.cat(surprises) * surprise_scale,
         mask=whole.mask,
         sample_weight=whole.weight,
         clean=whole.clean,
         temperature=temperature,
         prior_scale=config.prior_scale,
+        tolerance=config.tolerance,
         **options,
     )
     if len(head.modalities) > 1:  # the joint model's own predictions decide the scale
@@ -141,7 +170,6 @@ def calibrate(
         gate.fit_scale(
             own.logits,
             own.targets,
-            log_prior=head.log_prior,
             surprise=surprise_scale * surprise(own.novelty, *usual),
             mask=own.mask,
         )

@@ -13,29 +13,28 @@ import iib_kernels
 from iibalance.errors import InputError, as_sequence, check_names
 from iibalance.metrics import fit_temperature, own_temperatures
 
-# Standard deviations of the MAP prior around the neutral gate.
-WIDTHS = {
-    "uncertainty_weight": 3.0,
-    "surprise_weight": 1.0,
-    "prior_strength": 0.5,
-    "log_scale": 0.3,
-}
+# Of a gate that has not been fitted: sigmoid(WHOLE) is 1, and what is left to doubt is exp(-10000).
+WHOLE = 1e4
+# The MAP prior of what is fitted: its mean, and standard deviations around it. A trust of 0.98
+# where nothing is unusual.
+OFFSET = 4.0
+WIDTHS = {"trust_offset": 1.5, "surprise_weight": 1.0, "log_scale": 0.3}
+# Shares of the corrupted copies' weight that a fit may choose from, the largest first.
+HEDGES = (1.0, 0.3, 0.1, 0.0)
 
 
 class Gate(nn.Module):
-    """Sample-wise fusion of the modalities' logits by budget, uncertainty and surprise.
+    """Product of the modalities' predictions, each as far as it can be trusted on this sample.
 
-    With t_m = l_m / T_m, T_m the temperature that calibrates modality m's own prediction, and
-    s_m = eta log pi_m - kappa_m u_m - xi_m d_m, the weights w are the softmax of s over the
-    available modalities. The fused logits are f = gamma sum_m w_m t_m with
-    gamma = scale / sum_m w_m^2: the scale times the effective number of modalities behind the
-    weights (Kish).
+    With p_m = softmax(l_m / T_m), T_m the temperature that calibrates modality m's own prediction,
+    and the trust r_m = sigmoid(a_m - xi_m d_m), which falls with the surprise d_m, the fused logits
+    are f = scale * sum_m log(r_m p_m + (1 - r_m) / K) over the modalities present.
 
-    With uniform weights that is the number available, and f the sum of their calibrated logits.
-    Where a single modality is left or trusted it is 1, and f that modality's own prediction.
+    So a modality tells of the sample with probability r_m and of nothing otherwise. One that is
+    sure and wrong can be outvoted, and one that knows nothing adds nothing, whatever its trust.
 
-    Every piece starts neutral (T = 1, kappa = xi = eta = 0, scale = 1) and stays so until
-    :meth:`fit`.
+    Every piece starts neutral (T = 1, r = 1, scale = 1), where f is the sum of log p_m, and stays
+    so until :meth:`fit`.
 
     Args:
         modalities: their names, in the order of the logits.
@@ -46,10 +45,10 @@ class Gate(nn.Module):
 
     >>> gate = Gate(["audio", "visual"])
     >>> audio, visual = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    >>> gate([audio, visual]).logits  # neutral: the sum
-    tensor([[2., 1.]])
-    >>> gate([audio, visual], mask=torch.tensor([[True, False]])).logits  # audio alone: audio
-    tensor([[2., 0.]])
+    >>> gate([audio, visual]).logits.softmax(1)  # neutral: that of the sum, [2, 1]
+    tensor([[0.7311, 0.2689]])
+    >>> gate([audio, visual], mask=torch.tensor([[True, False]])).trust.round(decimals=4)
+    tensor([[1., 0.]])
     """
 
     def __init__(self, modalities: Sequence[str], *, impl: str = "auto"):
@@ -57,10 +56,9 @@ class Gate(nn.Module):
         self.modalities, self.impl = check_names(modalities), impl
         count = len(self.modalities)
         self.log_temperature = _frozen(torch.zeros(count))
-        self.uncertainty_weight = _frozen(torch.zeros(count))  # kappa
+        self.trust_offset = _frozen(torch.full((count,), WHOLE))  # a
         self.surprise_weight = _frozen(torch.zeros(count))  # xi
-        self.prior_strength = _frozen(torch.zeros(()))  # eta
-        self.log_scale = _frozen(torch.zeros(()))  # log(gamma / effective number of modalities)
+        self.log_scale = _frozen(torch.zeros(()))
         self.register_buffer("own_temperature", torch.ones(count))
 
     @property
@@ -71,56 +69,49 @@ class Gate(nn.Module):
     def forward(
         self,
         logits: Mapping[str, Tensor] | Sequence[Tensor],
-        log_prior: Tensor | None = None,
         surprise: Tensor | None = None,
         mask: Tensor | None = None,
-    ) -> iib_kernels.FusionOutput:
+    ) -> iib_kernels.TrustOutput:
         """Fuse the modalities' logits.
 
         Args:
             logits: M of [B, K].
-            log_prior: log pi, [M].
             surprise: [B, M] >= 0, of :meth:`~iibalance.nn.prototypes.PrototypeBank.surprise`.
             mask: [B, M] bool, True = present.
 
-        Returns ``FusionOutput(logits [B, K], weights [B, M], uncertainty [B, M])``. Raises
-        ValueError for a row with no modality present.
+        Returns ``TrustOutput(logits [B, K], trust [B, M])``. The trust is that after all
+        predictions are known (:func:`iib_kernels.trusted_fusion`): it falls with the surprise, and
+        where a modality contradicts the others. Raises ValueError for a row with no modality
+        present.
         """
         logits = as_sequence(logits, self.modalities, "logits")
-        strength = self.prior_strength.clamp_min(0)
-        fused = iib_kernels.gated_fusion(
+        return iib_kernels.trusted_fusion(
             logits,
-            None if log_prior is None else strength * log_prior,
-            gate_logits=self._gate_logits(surprise, mask),
+            self._trust_logits(surprise, mask),
             temperature=self.temperature,
-            uncertainty_weight=self.uncertainty_weight,
+            scale=self.log_scale.exp(),
             mask=mask,
             impl=self.impl,
         )
-        # From 1 to the number of modalities available.
-        effective = 1 / fused.weights.square().sum(-1, keepdim=True)
-        gamma = (self.log_scale.exp() * effective).to(fused.logits.dtype)
-        return fused._replace(logits=fused.logits * gamma)
 
     def own(self, logits: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Each modality's logits (M of [B, K]) calibrated as its own prediction."""
         return tuple(values / its for values, its in zip(logits, self.own_temperature))
 
-    def _gate_logits(self, surprise: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    def _trust_logits(self, surprise: Tensor | None, mask: Tensor | None) -> Tensor:
         if surprise is None:
-            return None
+            return self.trust_offset
         if mask is not None:
             # Nobody's distance: not even NaN may reach a gradient.
             surprise = surprise.masked_fill(~mask, 0.0)
-        # What lies far from everything seen never gains weight by it.
-        return -self.surprise_weight.clamp_min(0) * surprise
+        # What lies far from everything seen never gains trust by it.
+        return self.trust_offset - self.surprise_weight.clamp_min(0) * surprise
 
     def fit(
         self,
         logits: Mapping[str, Tensor] | Sequence[Tensor],
         targets: Tensor,
         *,
-        log_prior: Tensor | None = None,
         surprise: Tensor | None = None,
         mask: Tensor | None = None,
         sample_weight: Tensor | None = None,
@@ -128,75 +119,90 @@ class Gate(nn.Module):
         temperature: Tensor | None = None,
         prior_scale: float = 1.0,
         fit_gating: bool = True,
-        prior_strength: float | None = None,
+        tolerance: float | None = None,
         max_iterations: int = 100,
     ) -> float:
         """Calibrate on held-out samples.
 
-        First each modality's temperature, on the clean samples that have it. Then scale, prior
-        strength, uncertainty and surprise weights by MAP: the NLL of the fused logits plus a
-        Gaussian prior around the neutral values.
+        First each modality's temperature, on the clean samples that have it. Then trust, surprise
+        weights and scale by MAP: the NLL of the fused logits plus a Gaussian prior around a trust
+        of 0.98 for everybody.
 
         Args:
             logits: M of [N, K], from samples that training has not seen, and corrupted or masked
                 copies of them.
             targets: [N] int64.
-            log_prior, surprise, mask: as in :meth:`forward`.
+            surprise, mask: as in :meth:`forward`.
             sample_weight: [N], how many samples each row counts for in the second step, beside the
                 one that the prior counts for; 1 by default.
             clean: [N] bool, which rows are no corrupted copies; all by default.
             temperature: [M], T_m to keep instead of fitting it.
             prior_scale: standard deviation of the prior in units of each parameter's own width
-                (``WIDTHS``): small values stay close to neutral.
-            fit_gating: False fits the temperatures and gamma only.
-            prior_strength: a value of eta to keep, instead of fitting it.
+                (``WIDTHS``): small values stay close to its mean.
+            fit_gating: False fits the temperatures and the scale only, and trusts wholly.
+            tolerance: what guarding against corruption may cost on the clean rows: this share of
+                their NLL plus a sixth of it in nats. The weight of the corrupted rows is lowered
+                (to 0.3, 0.1 or 0 of itself) until it costs no more. None leaves the weights.
 
-        Returns the final NLL in nats. Deterministic: float64, L-BFGS from the neutral values.
-        Raises ValueError, and nothing changes, if the fit is not finite or there are no values to
-        fit to (the meta device).
+        Returns the final NLL in nats. Deterministic: float64, L-BFGS. Raises ValueError, and
+        nothing changes, if the fit is not finite or there are no values to fit to (the meta
+        device).
         """
         device = self.log_temperature.device
         logits = as_sequence(logits, self.modalities, "logits")
         self._check_values(logits)
         logits = [values.detach().double().to(device) for values in logits]
         targets = targets.to(device)
-        surprise, log_prior = (_double(value, device) for value in (surprise, log_prior))
+        surprise = None if surprise is None else surprise.detach().double().to(device)
         mask = None if mask is None else mask.to(device)
         weight = torch.ones(len(targets)) if sample_weight is None else sample_weight
         weight = weight.double().to(device)
-        if clean is None:
-            clean = torch.ones_like(targets, dtype=torch.bool)
+        clean = torch.ones_like(targets, dtype=torch.bool) if clean is None else clean.to(device)
         if temperature is None:
-            temperature = own_temperatures(logits, targets, mask, clean.to(device))
+            temperature = own_temperatures(logits, targets, mask, clean)
+        several = len(self.modalities) > 1
+        kinds = () if not several else tuple(WIDTHS) if fit_gating else ("log_scale",)
 
-        work = Gate(self.modalities, impl=self.impl).to(device).double()
-        work.own_temperature.copy_(self.own_temperature)
-        work.log_temperature.copy_(temperature.double().log())
-        kinds = () if len(self.modalities) == 1 else tuple(WIDTHS) if fit_gating else ("log_scale",)
-        if prior_strength is not None:
-            work.prior_strength.fill_(prior_strength)
-            kinds = tuple(kind for kind in kinds if kind != "prior_strength")
-        parameters = {name: getattr(work, name) for name in kinds}
-        neutral = {name: value.detach().clone() for name, value in parameters.items()}
+        def fitted(hedge: float) -> tuple[Gate, Tensor]:
+            """A gate fitted with so much of the corrupted rows' weight, and all rows' losses."""
+            work = Gate(self.modalities, impl=self.impl).to(device).double()
+            work.own_temperature.copy_(self.own_temperature)
+            work.log_temperature.copy_(temperature.double().log())
+            if several and fit_gating:
+                work.trust_offset.fill_(OFFSET)
+            parameters = {name: getattr(work, name) for name in kinds}
+            start = {name: value.detach().clone() for name, value in parameters.items()}
+            count = torch.where(clean, weight, hedge * weight)
 
-        def nll() -> Tensor:
-            fused = work(logits, log_prior, surprise, mask).logits
-            losses = F.cross_entropy(fused, targets, reduction="none")
-            return (weight * losses).sum() / weight.sum()
+            def losses() -> Tensor:
+                fused = work(logits, surprise, mask).logits
+                return F.cross_entropy(fused, targets, reduction="none")
 
-        def objective() -> Tensor:
-            penalty = sum(
-                ((value - neutral[name]) / (WIDTHS[name] * prior_scale)).square().sum()
-                for name, value in parameters.items()
-            )
-            return nll() + penalty / (2 * weight.sum())
+            def objective() -> Tensor:
+                penalty = sum(
+                    ((value - start[name]) / (WIDTHS[name] * prior_scale)).square().sum()
+                    for name, value in parameters.items()
+                )
+                return ((count * losses()).sum() + penalty / 2) / count.sum()
 
-        if parameters:
-            _minimise(objective, list(parameters.values()), max_iterations)
-        with torch.no_grad():
-            final = float(nll())
-        sums = torch.stack([value.detach().abs().sum() for value in work.parameters()])
-        if not torch.isfinite(sums).all() or not math.isfinite(final):
+            if parameters:
+                _minimise(objective, list(parameters.values()), max_iterations)
+            with torch.no_grad():
+                return work, losses()
+
+        hedges = HEDGES
+        if tolerance is None or not (several and fit_gating) or not clean.any() or clean.all():
+            hedges = HEDGES[:1]
+        found = [fitted(hedge) for hedge in hedges]
+        cost = [float((weight * rows)[clean].sum() / weight[clean].sum()) for _, rows in found]
+        least = min(cost)
+        allowed = least + (tolerance or 0.0) * (least + 1 / 6)
+        # The most that is not too dear; the least clean loss always qualifies.
+        work, rows = next(pair for pair, its in zip(found, cost) if its <= allowed or its != its)
+        final = float((weight * rows).sum() / weight.sum())
+        values = [value.detach() for name, value in work.named_parameters()]
+        finite = all(bool(torch.isfinite(value).all()) for value in values)
+        if not finite or not math.isfinite(final):
             raise ValueError(
                 "logits: the calibration did not converge to finite values; "
                 "are there infinite or NaN logits among the held-out samples?"
@@ -212,7 +218,6 @@ class Gate(nn.Module):
         logits: Mapping[str, Tensor] | Sequence[Tensor],
         targets: Tensor,
         *,
-        log_prior: Tensor | None = None,
         surprise: Tensor | None = None,
         mask: Tensor | None = None,
         weight: float = 30.0,
@@ -226,11 +231,8 @@ class Gate(nn.Module):
         logits = as_sequence(logits, self.modalities, "logits")
         self._check_values(logits)
         logits = [values.to(device, torch.float32) for values in logits]
-        surprise, log_prior = (
-            None if value is None else value.to(device, torch.float32)
-            for value in (surprise, log_prior)
-        )
-        fused = self(logits, log_prior, surprise, None if mask is None else mask.to(device)).logits
+        surprise = None if surprise is None else surprise.to(device, torch.float32)
+        fused = self(logits, surprise, None if mask is None else mask.to(device)).logits
         temperature = fit_temperature(fused.cpu(), targets.cpu(), weight=weight)
         self.log_scale.sub_(math.log(temperature))
 
@@ -249,9 +251,10 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Back to neutral: T = 1, kappa = xi = eta = 0, gamma = the number of modalities."""
+        """Back to neutral: T = 1, r = 1, scale = 1."""
         for value in self.parameters():
             value.zero_()
+        self.trust_offset.fill_(WHOLE)
 
 
 def _minimise(objective, parameters: list[nn.Parameter], max_iterations: int) -> None:
@@ -273,10 +276,6 @@ def _minimise(objective, parameters: list[nn.Parameter], max_iterations: int) ->
         return loss
 
     optimizer.step(closure)
-
-
-def _double(value: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if value is None else value.detach().double().to(device)
 
 
 def _frozen(value: Tensor) -> nn.Parameter:

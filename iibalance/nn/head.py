@@ -1,4 +1,4 @@
-"""IIBalanceHead: embeddings in; fused logits, weights, uncertainty and loss out."""
+"""IIBalanceHead: embeddings in; fused logits, trust, uncertainty and loss out."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ class HeadOutput(NamedTuple):
     """What a head returns. Rows are samples; columns of [B, M] follow the modalities' order."""
 
     logits: Tensor  #: [B, K] fused, calibrated logits
-    weights: Tensor | None  #: [B, M] fusion weights, sum to 1
+    weights: Tensor | None  #: [B, M] shares in a weighted sum, where a method has such
     uncertainty: Tensor | None  #: [B, M] normalised entropy of each own prediction, in [0, 1]
     modality_logits: tuple[Tensor, ...]  #: M of [B, K], each own prediction at its temperature
     loss: Tensor | None = None  #: [] with targets
     parts: LossOutput | None = None  #: the loss's parts, with targets
     embeddings: tuple[Tensor, ...] = ()  #: M of [B, D_m], missing rows 0: for methods, in training
+    trust: Tensor | None = None  #: [B, M] in [0, 1], 0 where missing; None without a gate
 
 
 class IIBalanceHead(nn.Module):
@@ -66,9 +67,9 @@ class IIBalanceHead(nn.Module):
     >>> head = IIBalanceHead({"audio": 8, "visual": 16}, 3, budgets={"audio": 0.8, "visual": 0.3})
     >>> batch = {"audio": torch.randn(4, 8), "visual": torch.randn(4, 16)}
     >>> head(batch, torch.tensor([0, 1, 2, 0])).loss.backward()
-    >>> weights = head.eval()(batch).weights
-    >>> torch.allclose(weights.sum(1), torch.ones(4))
-    True
+    >>> trust = head.eval()(batch).trust
+    >>> trust.shape, bool((trust <= 1).all())
+    (torch.Size([4, 2]), True)
     """
 
     def __init__(
@@ -110,23 +111,17 @@ class IIBalanceHead(nn.Module):
         self.objective = objective
         count = len(self.modalities)
         self.register_buffer("budgets", torch.ones(count))
-        self.register_buffer("log_prior", torch.full((count,), 1 / count).log())
         if budgets is not None:
             self.set_budgets(budgets)
 
     @torch.no_grad()
     def set_budgets(self, budgets: Budgets | Mapping[str, float] | Sequence[float]) -> None:
-        """Use these budgets from now on.
-
-        They set the anchor and the relative budgets of the alignment, and the gate's prior.
-        """
+        """Use these budgets from now on: they set the alignment's anchor and relative budgets."""
         if not isinstance(budgets, Budgets):
             given = as_sequence(budgets, self.modalities, "budgets")
             budgets = Budgets.given(dict(zip(self.modalities, given)))
-        for buffer, values in ((self.budgets, budgets.values), (self.log_prior, budgets.prior)):
-            by_name = dict(zip(budgets.modalities, values))
-            buffer.copy_(torch.tensor(as_sequence(by_name, self.modalities, "budgets")))
-        self.log_prior.log_()
+        by_name = dict(zip(budgets.modalities, budgets.values))
+        self.budgets.copy_(torch.tensor(as_sequence(by_name, self.modalities, "budgets")))
 
     def heads(self, embeddings: Embeddings, mask: Tensor | None = None) -> list[Tensor]:
         """Each modality's own logits l_m before any temperature, M of [B, K].
@@ -175,8 +170,10 @@ class IIBalanceHead(nn.Module):
         self, logits: list[Tensor], embeddings: list[Tensor], mask: Tensor | None
     ) -> HeadOutput:
         surprise = self.prototypes.surprise(embeddings)
-        fused = self.gate(logits, self.log_prior, surprise, mask)
-        return HeadOutput(fused.logits, fused.weights, fused.uncertainty, self.gate.own(logits))
+        fused = self.gate(logits, surprise, mask)
+        own = self.gate.own(logits)
+        doubt = uncertainties(own)
+        return HeadOutput(fused.logits, None, doubt, own, trust=fused.trust)
 
     def forward(
         self,
@@ -188,9 +185,8 @@ class IIBalanceHead(nn.Module):
     ) -> HeadOutput:
         """Predict, and with ``targets`` compute the loss.
 
-        The loss always takes the neutral gate: calibration comes after training, and weights that
-        no gradient passes cannot starve a modality. In training mode with targets ``logits`` is the
-        neutral sum too, and ``weights`` and ``uncertainty`` are None.
+        The loss always takes the neutral gate: calibration comes after training. In training mode
+        with targets ``logits`` is the neutral sum too, and ``trust`` and ``uncertainty`` are None.
 
         Args:
             embeddings: M of [B, D_m].
@@ -282,6 +278,15 @@ class IIBalanceHead(nn.Module):
         self.prototypes.update_rows(out.rows, targets)
         parts = LossOutput(*out[:5])
         return HeadOutput(out.summed, None, None, out.logits.unbind(), out.total, parts)
+
+
+def uncertainties(logits: Sequence[Tensor]) -> Tensor:
+    """[B, M] in [0, 1]: entropy over log K of the predictions with ``logits`` M of [B, K].
+
+    1 for a modality that is missing, whose logits are 0; 0 where there is one class.
+    """
+    p = torch.stack(list(logits), 1).softmax(-1)
+    return torch.special.entr(p).sum(-1) / math.log(max(p.shape[-1], 2))
 
 
 def _hooked(part: nn.Module) -> bool:

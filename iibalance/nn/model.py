@@ -15,6 +15,8 @@ from iibalance.data.lazy import ArrayReader
 from iibalance.data.samples import Samples, as_array
 from iibalance.data.values import Values, each, is_numeric, shapes_of
 from iibalance.errors import InputError, as_sequence, check_names
+from iibalance.metrics import MAX_PLAYERS
+from iibalance.nn.contributions import contributions
 from iibalance.nn.encoding import embedding_dims_of, encode, encoder_size, evaluating
 from iibalance.nn.head import HeadOutput, IIBalanceHead
 
@@ -25,7 +27,12 @@ class Prediction(NamedTuple):
     """What :meth:`MultimodalClassifier.predict` returns, on the CPU."""
 
     probabilities: Tensor  #: [B, K] float32
-    weights: Tensor | None  #: [B, M] float32, shares in the fused prediction; None without a gate
+    #: [B, M] float32 in [0, 1], how far each modality was trusted; 0 where missing, None without a
+    #: gate.
+    trust: Tensor | None
+    #: [B, M] float64 nats, what each modality adds to the log-odds of the class that is predicted
+    #: (:func:`~iibalance.nn.contributions.contributions`); None for more than six modalities.
+    contributions: Tensor | None
     uncertainty: Tensor | None  #: [B, M] float32 in [0, 1], normalised entropies of own predictions
 
 
@@ -42,6 +49,8 @@ class MultimodalClassifier(nn.Module):
         standardizer: applied by :meth:`predict` to raw inputs (:meth:`forward` takes standardised
             ones); None = inputs are used as they are.
         class_names: names of the K classes, for reports.
+        base_rate: [K] each class's share of the training samples, which is what is predicted where
+            nothing is known; equal shares by default.
 
     >>> image = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
     >>> model = MultimodalClassifier({"text": nn.Linear(5, 8), "image": image}, num_classes=3)
@@ -61,6 +70,7 @@ class MultimodalClassifier(nn.Module):
         head: nn.Module | None = None,
         standardizer: nn.Module | None = None,
         class_names: list[str] | None = None,
+        base_rate: Tensor | None = None,
         **head_options,
     ):
         super().__init__()
@@ -96,6 +106,9 @@ class MultimodalClassifier(nn.Module):
         self.head, self.standardizer = head, standardizer
         self.num_classes = head.num_classes
         self.class_names = class_names or [str(index) for index in range(self.num_classes)]
+        if base_rate is None:
+            base_rate = torch.full((self.num_classes,), 1 / self.num_classes)
+        self.register_buffer("base_rate", base_rate.float())
 
     def embed(self, inputs: Mapping[str, Values], mask: Tensor | None = None) -> list[Tensor]:
         """Embeddings of standardised inputs, M of [B, D_m].
@@ -150,7 +163,7 @@ class MultimodalClassifier(nn.Module):
         *,
         batch_size: int = BATCH_SIZE,
     ) -> Prediction:
-        """Probabilities, fusion weights and uncertainty of raw inputs, as they stand in the data.
+        """Probabilities, and what they rest on, of raw inputs as they stand in the data.
 
         Standardisation is part of the model. The model is put in evaluation mode for the call and
         back afterwards.
@@ -177,10 +190,11 @@ class MultimodalClassifier(nn.Module):
         try:
             for _, embeddings, present in in_batches(self, samples.batches(batch_size), raw=True):
                 out = self.head.fuse(embeddings, present)
-                columns = (out.logits.float().softmax(-1), out.weights, out.uncertainty)
-                outputs.append(
-                    [None if value is None else value.float().cpu() for value in columns]
-                )
+                shares = None
+                if len(self.modalities) <= MAX_PLAYERS:
+                    shares = contributions(self.head, embeddings, present, self.base_rate)
+                columns = (out.logits.float().softmax(-1), out.trust, shares, out.uncertainty)
+                outputs.append([None if value is None else value.cpu() for value in columns])
         except InputError:
             raise
         except Exception:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from iibalance.config import TrainingConfig
 from iibalance.errors import InputError
 
 Factory = Callable[[], nn.Module]
@@ -109,6 +110,34 @@ def with_own_groups(
                     )
                 left -= {id(value) for value in values}
                 groups = _moved(groups, [value for value in values if value.requires_grad], group)
+    return groups
+
+
+def with_own_rates(groups: list[dict], model: nn.Module, training: TrainingConfig) -> list[dict]:
+    """``groups`` with the modalities that ``training`` names at rates and decays of their own.
+
+    Those of a modality are its encoder's parameters and its own classifier's.
+
+    >>> from iibalance.nn.model import MultimodalClassifier
+    >>> model = MultimodalClassifier({"a": nn.Linear(3, 4), "b": nn.Linear(5, 4)}, num_classes=2)
+    >>> groups = [{"params": list(model.parameters()), "scale": 1.0}]
+    >>> training = TrainingConfig(learning_rate=1e-2, learning_rates={"b": 1e-3})
+    >>> [(len(g["params"]), round(g["scale"], 3)) for g in with_own_rates(groups, model, training)]
+    [(..., 1.0), (4, 0.1)]
+    """
+    for name in dict.fromkeys([*training.learning_rates, *training.weight_decays]):
+        if name not in model.modalities:
+            continue  # a training of another modality alone
+        index, options = model.modalities.index(name), {}
+        parts = [model.encoders[index]]
+        if hasattr(model.head, "classifiers"):
+            parts.append(model.head.classifiers[index])
+        if name in training.learning_rates:
+            options["scale"] = training.learning_rates[name] / training.learning_rate
+        if name in training.weight_decays:
+            options["weight_decay"] = training.weight_decays[name]
+        values = [value for part in parts for value in part.parameters() if value.requires_grad]
+        groups = _moved(groups, values, options)
     return groups
 
 

@@ -7,7 +7,7 @@ for the same samples, options and seed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -46,6 +46,7 @@ def budget_stage(
     epochs: int,
     alpha: float,
     impl: str = "auto",
+    measure: Callable[..., Budgets] = budgets_from_logits,
 ) -> tuple[Budgets, list[MultimodalClassifier]]:
     """Budgets from held-out predictions, and the fold models that made them (none for probes).
 
@@ -55,6 +56,7 @@ def budget_stage(
         folds: row numbers of each held-out fold, of :func:`folds_of`.
         source: ``"unimodal"`` or ``"probe"``.
         epochs, alpha: of the unimodal trainings; alpha weighs the prototype contrastive loss.
+        measure: makes budgets of the predictions, as ``Method.measure_budgets``.
     """
     models: list[MultimodalClassifier] = []
     if source == "probe":
@@ -83,9 +85,7 @@ def budget_stage(
         )
         logits = out_of_fold_logits(models, train, folds)
     entropy = label_entropy(train.targets)
-    budgets = budgets_from_logits(
-        logits, train.targets, mask=train.mask, entropy=entropy, source=source
-    )
+    budgets = measure(logits, train.targets, mask=train.mask, entropy=entropy, source=source)
     return budgets, models
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from iibalance.metrics import (
     reliability_curve,
     scaled,
 )
+from iibalance.nn.contributions import contributions
 from iibalance.nn.model import BATCH_SIZE, MultimodalClassifier, embed_split, in_batches
 
 
@@ -27,7 +28,6 @@ class Outputs(NamedTuple):
 
     logits: Tensor  #: [N, K] fused
     modality_logits: Tensor  #: [N, M, K]; [N, 0, K] for a head without any
-    weights: Tensor | None  #: [N, M]
     targets: Tensor  #: [N]
 
 
@@ -45,7 +45,6 @@ def evaluate(
     split: Split,
     *,
     alone: Mapping[str, float] | None = None,
-    majority: int | None = None,
     shapley: bool = True,
 ) -> Evaluation:
     """Metrics of the fused prediction and of each modality's, on standardised samples.
@@ -54,18 +53,19 @@ def evaluate(
         model: in any mode; evaluated in evaluation mode.
         alone: test accuracy of each modality's encoder trained alone, for ``utilisation`` (None
             where it was not trained).
-        majority: the class predicted where nothing is known (the most frequent one in training):
-            what Shapley counts for the empty set.
-        shapley: whether contributions are wanted; they take 2**M predictions.
+        shapley: whether shapley and contributions are wanted; each takes 2**M predictions.
 
-    The metrics are accuracy, macro_f1, nll, ece, brier, weights (mean over the samples; None
-    without a gate), shapley (None for more than 6 modalities) and, for each modality,
+    The metrics are accuracy, macro_f1, nll, ece, brier, trust and contributions (means over the
+    samples that have the modality; trust is None without a gate), shapley (each modality's share of
+    the accuracy, where the most frequent class in training is what is predicted from nothing; it
+    and contributions are None for more than 6 modalities) and, for each modality,
     modalities.<name>.{accuracy, macro_f1, nll, ece, brier, alone_accuracy, utilisation}. A
     modality's own numbers are over the samples in which it is present; None where there are none,
     or where the head has no predictions of single modalities.
     """
     embeddings = embed_split(model, split)
     mask, targets = split.mask.to(embeddings[0].device), split.targets
+    majority = int(model.base_rate.argmax())
 
     def fuse(present: Tensor):
         """Fused predictions where at least one modality is present, and which rows they are."""
@@ -74,7 +74,7 @@ def evaluate(
 
     def accuracy(subset: tuple[bool, ...]) -> float:
         present = mask & torch.tensor(subset, device=mask.device)
-        right = torch.full_like(targets, -1 if majority is None else majority) == targets
+        right = torch.full_like(targets, majority) == targets
         if any(subset):
             rows, part = fuse(present)
             right[rows] = part.logits.argmax(-1).cpu() == targets[rows]
@@ -84,10 +84,12 @@ def evaluate(
     log_p = _log_probabilities(out.logits)
     metrics = classification_metrics(log_p, targets)
     reliability = {"fused": reliability_curve(log_p, targets)}
-    metrics["weights"] = metrics["shapley"] = None
-    if out.weights is not None:
-        metrics["weights"] = dict(zip(model.modalities, out.weights.double().mean(0).tolist()))
+    metrics |= dict.fromkeys(("trust", "contributions", "shapley"))
+    if out.trust is not None:
+        metrics["trust"] = _means(model.modalities, out.trust.cpu(), split.mask)
     if shapley and len(model.modalities) <= MAX_PLAYERS:
+        added = contributions(model.head, embeddings, mask, model.base_rate).cpu()
+        metrics["contributions"] = _means(model.modalities, added, split.mask)
         shares = exact_shapley(accuracy, len(model.modalities))
         metrics["shapley"] = dict(zip(model.modalities, shares))
     metrics["modalities"] = dict.fromkeys(model.modalities)
@@ -102,6 +104,12 @@ def evaluate(
         share = own["accuracy"] / reference if reference else None
         metrics["modalities"][name] = own | {"alone_accuracy": reference, "utilisation": share}
     return Evaluation(metrics, reliability, log_p)
+
+
+def _means(names: Sequence[str], values: Tensor, mask: Tensor) -> dict[str, float | None]:
+    """The mean of each column of ``values`` [N, M] over the samples that have the modality."""
+    rows = zip(names, values.double().unbind(1), mask.unbind(1))
+    return {name: float(its[own].mean()) if own.any() else None for name, its, own in rows}
 
 
 @torch.no_grad()
@@ -124,12 +132,8 @@ def predict_split(model: nn.Module, split: Split, accelerator: Accelerator) -> O
         own = out.logits.new_zeros(len(mask), 0, out.logits.shape[1])
         if out.modality_logits:
             own = torch.stack(out.modality_logits, 1)
-        weights = None if out.weights is None else out.weights.float()
-        rows.append((out.logits.float(), own.float(), weights))
-    columns = [
-        None if column[0] is None else accelerator.gather(torch.cat(column))[: len(split)].cpu()
-        for column in zip(*rows)
-    ]
+        rows.append((out.logits.float(), own.float()))
+    columns = [accelerator.gather(torch.cat(column))[: len(split)].cpu() for column in zip(*rows)]
     return Outputs(*columns, split.targets)
 
 
@@ -168,11 +172,21 @@ def degrade(
     fraction: float = 0.5,
     strength: float = 3.0,
     seed: int = 0,
+    layout: str | None = None,
 ) -> Split:
-    """``split`` with ``modality`` degraded in a random ``fraction`` of samples.
+    """``split`` with ``modality`` degraded in a random ``fraction`` of the samples that have it.
 
-    ``kind`` is ``noise`` of ``strength`` standard deviations, ``missing`` or ``shuffled``. The rows
-    and the noise depend on ``seed`` alone, so every model and method meets the same ones.
+    ``kind`` is one of ``iibalance.data.degrade.KINDS``: ``noise``, ``missing`` and ``shuffled``,
+    which the gate is calibrated on, or ``blur``, ``dropped`` and ``gain``, which it has never seen.
+    What ``strength`` means for each is told by :func:`~iibalance.data.corruption.corrupt`: standard
+    deviations of noise, positions of blur. The rows and the draws depend on ``seed`` alone, so
+    every model and method meets the same ones.
+
+    ``layout`` says how a sample of the modality is read (``MultimodalData.layouts``), which decides
+    along which axes it is blurred or loses a segment; inferred from its shape where not given.
+
+    Raises InputError for an unknown modality or kind, an impossible amount, and a kind that is not
+    defined for what the modality holds, such as the blur of token ids.
     """
     generator = torch.Generator().manual_seed(seed)
     batch = corrupt(
@@ -183,6 +197,7 @@ def degrade(
         strength=strength,
         generator=generator,
         scale=split.scale,
+        layout=layout,
     )
     return Split(*batch[:3], groups=split.groups, scale=split.scale)
 

@@ -25,7 +25,7 @@ from iibalance.data.dataset import Split, identity
 from iibalance.methods import Method
 from iibalance.methods.step import training_step
 from iibalance.nn.encoding import train_mode
-from iibalance.nn.own_encoders import GroupMaker, with_own_groups
+from iibalance.nn.own_encoders import GroupMaker, with_own_groups, with_own_rates
 from iibalance.training.checkpoint import Progress, write_checkpoint
 from iibalance.training.evaluation import Outputs, predict_split, score
 from iibalance.training.folder import RunFolder
@@ -82,6 +82,7 @@ def fit(
         class_names: by which ``training.class_weight`` calls classes; their numbers by default.
     """
     method = Method() if method is None else method
+    method.validation = validation
     progress = Progress(_kept_by(model, method), method)
     loop = _Loop(train, epochs, training, derive_seed(seed, name), accelerator, method)
     loop.parameter_groups, loop.class_names = parameter_groups or {}, class_names
@@ -196,7 +197,7 @@ class _Loop:
             # number changes no result.
             num_workers=training.workers,
         )
-        groups = self.method.parameter_groups(model)
+        groups = with_own_rates(self.method.parameter_groups(model), model, training)
         optimizer = torch.optim.AdamW(
             with_own_groups(groups, model, self.parameter_groups),
             lr=training.learning_rate,

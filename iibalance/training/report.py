@@ -204,7 +204,7 @@ def report_figure(
         )
         draw_accuracy(accuracy, test, colours)
         if budgets is not None:
-            draw_budgets(contribution, budgets, test.get("weights") or {}, colours)
+            draw_budgets(contribution, budgets, test, colours)
         else:
             draw_shapley(contribution, test.get("shapley") or {}, colours)
         draw_reliability(calibration, reliability, colours)
@@ -216,7 +216,7 @@ def _modalities(
 ) -> list[str]:
     sources = [
         budgets["modalities"] if budgets else [],
-        *(test.get(key) or [] for key in ("modalities", "weights", "shapley")),
+        *(test.get(key) or [] for key in ("modalities", "trust", "shapley")),
         reliability,
     ]
     return [

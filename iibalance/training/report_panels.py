@@ -30,7 +30,6 @@ BAR = 0.84  # the height of a bar; its lane is 1 high
 LEAST_SAMPLES = 30
 # A point that is a white ring; its edge has the colour of what it belongs to.
 RING = {"marker": "o", "linestyle": "", "color": "white", "markeredgewidth": 1.3, "zorder": 4}
-DIAMOND = RING | {"marker": "D", "markeredgewidth": 1.1, "markersize": 5.5, "zorder": 3}
 DOT = {"marker": "o", "linestyle": "", "markersize": 3.6}
 
 
@@ -143,24 +142,22 @@ def draw_accuracy(cell: SubFigure, test: Mapping[str, Any], colours: Mapping[str
 def draw_budgets(
     cell: SubFigure,
     budgets: Mapping[str, Any],
-    weights: Mapping[str, float],
+    test: Mapping[str, Any],
     colours: Mapping[str, str],
 ) -> None:
-    """Each modality's budget, and how the prior made of it became the mean fusion weight."""
+    """Each modality's budget, the mean trust in it, and what it adds to the prediction."""
+    trust, added = (test.get(key) or {} for key in ("trust", "contributions"))
     axes = cell.subplots()
-    title = "(c) Budget, prior and weight" if weights else "(c) Budget and prior"
+    title = "(c) Budget, trust and contribution" if trust else "(c) Budget"
     names = list(budgets["modalities"])
-    nothing = [None] * len(names)
     values = [finite(value) or 0.0 for value in budgets["values"]]
     # A standard error of 0 is that of a budget which was given, not estimated.
-    errors = [finite(error) or None for error in budgets.get("standard_errors") or nothing]
-    prior = [finite(value) for value in budgets.get("prior") or nothing]
-    lanes = _lanes(axes, [(_wrapped(name), 2) for name in names])
+    given = budgets.get("standard_errors") or [None] * len(names)
+    errors = [finite(error) or None for error in given]
+    lanes = _lanes(axes, [(_wrapped(name), 2 if trust else 1) for name in names])
     ends = []
-    rows = zip(names, values, errors, prior, lanes, strict=True)
-    for name, value, error, before, (upper, lower) in rows:
-        colour, after = colours[name], finite(weights.get(name))
-        axes.barh(upper, value, height=BAR, color=colour)
+    for name, value, error, (upper, *lower) in zip(names, values, errors, lanes, strict=True):
+        axes.barh(upper, value, height=BAR, color=colours[name])
         label = f"{value:.2f}"
         if error is not None:
             whisker = {"color": INK, "elinewidth": 0.9, "capsize": 2, "capthick": 0.9}
@@ -169,31 +166,23 @@ def draw_budgets(
         if name == budgets.get("anchor"):
             label += " ★"
         ends.append(_value(axes, value + (error or 0), upper, label))
-        shown = [share for share in (before, after) if share is not None]
-        if len(shown) == 2:
-            axes.plot(shown, [lower, lower], color=_tint(colour, 0.5), linewidth=1.6, zorder=2)
-        if before is not None:
-            axes.plot(before, lower, **DIAMOND, markeredgecolor=colour, clip_on=False)
-        if after is not None:
-            axes.plot(after, lower, **DOT, color=colour, zorder=4, clip_on=False)
-        if shown:
-            label = " → ".join(f"{share:.2f}" for share in shown)
-            ends.append(_value(axes, max(shown), lower, label, gap=6))
+        its, nats = finite(trust.get(name)), finite(added.get(name))
+        if lower and its is not None:
+            axes.plot(its, lower[0], **DOT, color=colours[name], zorder=4, clip_on=False)
+            label = f"{its:.2f}"
+            if nats is not None:
+                label += f", adds {nats:+.2f} nats".replace("-", "−")
+            ends.append(_value(axes, its, lower[0], label, gap=6))
     _value_axis(axes, 0, max(ends))
-    axes.set_xlabel("share of label information / of fusion")
-    # Symbols and arrow as they stand in the panel: what the arrow leads from, and what to.
-    diamond, dot = (
-        Line2D([], [], **DIAMOND, markeredgecolor=GREY),
-        Line2D([], [], **DOT, color=GREY),
-    )
-    handles = [Patch(color=GREY), (diamond, dot) if weights else diamond]
-    labels = [
-        "budget ± s.e." if any(errors) else "budget",
-        "prior → mean fusion weight" if weights else "prior",
-    ]
+    axes.set_xlabel("share of label information; trust")
+    handles: list[Any] = [Patch(color=GREY)]
+    labels = ["budget ± s.e." if any(errors) else "budget"]
+    if trust:
+        handles.append(Line2D([], [], **DOT, color=GREY))
+        labels.append("mean trust, and what it adds to the log-odds")
     if budgets.get("anchor") in names:
         handles.append(Line2D([], [], marker="*", linestyle="", color=INK, markersize=5))
-        labels.append("anchor (largest)")
+        labels.append("largest")
     _header(cell, title, handles, labels)
 
 

@@ -37,6 +37,7 @@ from iibalance.training.run_checks import (
     check_kernels,
     check_overwrite,
     check_processes,
+    check_rates,
     given_budgets,
 )
 from iibalance.training.sampling import class_weights
@@ -203,7 +204,7 @@ def estimate_run_budgets(
     if config.training.progress and accelerator.is_main_process:
         logger.info("budgets: %s", _budget_stage(config, data, folds))
     with surroundings(data.layouts, accelerator.device):
-        return Run(config, data, method, None, accelerator, factories, None, folds).budgets()
+        return Run(config, data, method, None, accelerator, factories, None, folds).budgets()[0]
 
 
 def default_output(config: RunConfig, data: str | None = None) -> str:
@@ -230,7 +231,7 @@ def _say_stages(
     count, stages = len(data.modalities), []
     if folds is not None:
         stages.append(f"budgets: {_budget_stage(config, data, folds)}")
-    if config.training.alone or not method.joint:
+    if config.training.alone or not method.joint or method.starts_alone:
         stages.append(f"{count} encoders alone")
     if method.joint:
         stages.append(f"{method.name} on all {count} together")
@@ -253,6 +254,7 @@ def prepare(
     ``parts``: the splits that are needed.
     """
     data = load_data(config.data, data, own=tuple(encoders or ()), parts=parts)
+    check_rates(config.training, data.modalities)
     factories = as_factories(encoders, data.modalities)
     for name, make in factories.items():  # refused before a folder is made
         encoder_size(make(), data.train.head(name), name)

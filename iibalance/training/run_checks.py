@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 import iib_kernels
 from iibalance.budgets import Budgets
-from iibalance.config import RunConfig
+from iibalance.config import RunConfig, TrainingConfig
 from iibalance.data.dataset import MultimodalData
 from iibalance.errors import InputError
 from iibalance.methods import Method
@@ -63,6 +63,17 @@ def check_processes(config: RunConfig, method: Method, count: int) -> None:
         raise InputError(
             f"method: {config.method} trains in one process only, there are {count}; start one"
         )
+
+
+def check_rates(training: TrainingConfig, modalities: Sequence[str]) -> None:
+    """InputError where a modality is given a rate or decay of its own that the data has not."""
+    for option in ("learning_rates", "weight_decays"):
+        for name in getattr(training, option):
+            if name not in modalities:
+                raise InputError(
+                    f"training.{option}: {name!r} is none of the data's modalities "
+                    f"({', '.join(modalities)})"
+                )
 
 
 def check_kernels(impl: str, device: torch.device) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from iibalance.budgets import Budgets, budgets_from_logits, label_entropy, smooth_budgets
+from iibalance.budgets import Budgets, label_entropy, smooth_budgets
 from iibalance.config import RunConfig
 from iibalance.data.dataset import MultimodalData, Split
 from iibalance.files import write_bytes, write_json
@@ -64,8 +64,6 @@ class Run:
         self.config, self.data, self.method = config, data, method
         self.folder, self.accelerator = folder, accelerator
         self.given, self.folds = given, folds
-        #: What the budget stage trained, for the joint training to start from.
-        self.fold_models: list[MultimodalClassifier] = []
         self.trainer = trainer or Trainer(
             config.training,
             seed=config.seed,
@@ -112,10 +110,11 @@ class Run:
         if self.method.needs_budgets:
             budgets, out_of_fold = self.estimate()
         alone, alone_history = {}, []
-        if self.config.training.alone or not self.method.joint:
+        method = self.method
+        if self.config.training.alone or not method.joint or method.starts_alone:
             alone, alone_history = self.train_alone()
-        if self.method.joint:
-            model, history, budgets = self.train_joint(budgets)
+        if method.joint:
+            model, history, budgets = self.train_joint(budgets, alone)
         else:
             model, history = self.build(), alone_history
             if budgets is not None:
@@ -140,12 +139,13 @@ class Run:
             head=self.method.head(sizes, self.data.num_classes),
             standardizer=self.data.standardizer,
             class_names=self.data.class_names,
+            base_rate=base_rate_of(train.targets, self.data.num_classes),
         )
         return model.to(self.accelerator.device)
 
-    def budgets(self) -> Budgets:
-        """Stage 1 alone: budgets that are not given and not online."""
-        budgets, self.fold_models = budget_stage(
+    def budgets(self) -> tuple[Budgets, list[MultimodalClassifier]]:
+        """Budgets that are not given and not online, and the fold models that made them."""
+        return budget_stage(
             self.trainer,
             self.encoders,
             self.data.train,
@@ -155,8 +155,8 @@ class Run:
             epochs=self.config.budgets.epochs_of(self.config.epochs),
             alpha=self.method.budget_alpha,
             impl=self.config.kernels,
+            measure=self.method.measure_budgets,
         )
-        return budgets
 
     def estimate(self) -> tuple[Budgets | None, HeldOut | None]:
         """Stage 1: budgets, and the held-out predictions that calibration can use.
@@ -166,9 +166,12 @@ class Run:
         budgets, out_of_fold = self.given, None
         if budgets is None and self.config.budgets.source == "online":
             return None, None
-        if budgets is None:
-            budgets, train = self.budgets(), self.data.train
-            if self.fold_models:
+        if budgets is not None:
+            # What makes a prior of them is the method's, whichever method they were written by
+            budgets = replace(budgets, prior_softmax=self.method.prior_softmax)
+        else:
+            (budgets, models), train = self.budgets(), self.data.train
+            if models:
                 out_of_fold = merge(
                     collect(
                         model,
@@ -176,7 +179,7 @@ class Run:
                         self.config.calibration,
                         seed=derive_seed(self.config.seed, "copies", index),
                     )
-                    for index, (model, held) in enumerate(zip(self.fold_models, self.folds))
+                    for index, (model, held) in enumerate(zip(models, self.folds))
                 )
         self._save(budgets)
         return budgets, out_of_fold
@@ -206,18 +209,17 @@ class Run:
         return models, rows
 
     def train_joint(
-        self, budgets: Budgets | None
+        self, budgets: Budgets | None, alone: Mapping[str, MultimodalClassifier]
     ) -> tuple[MultimodalClassifier, list[dict], Budgets | None]:
-        """Stage 2."""
+        """Stage 2, from the models of encoders trained ``alone`` where the method wants it."""
         online = self.method.needs_budgets and budgets is None
 
         def build() -> MultimodalClassifier:
             model = self.build()
             if budgets is not None:
                 self.method.set_budgets(model, budgets)
-            folds, self.fold_models = self.fold_models, []  # not kept through the training
-            if folds:
-                self.method.initialise(model, folds)
+            if self.method.starts_alone:
+                self.method.initialise(model, alone)
             return model
 
         def on_epoch(
@@ -281,8 +283,7 @@ class Run:
         ``metrics.json`` is written last.
         """
         config, data, path = self.config, self.data, self.folder.path
-        majority = int(torch.bincount(data.train.targets).argmax())
-        test = evaluate(model, data.test, alone=self._alone_accuracy(alone), majority=majority)
+        test = evaluate(model, data.test, alone=self._alone_accuracy(alone))
         metrics = {
             "method": self.method.name,
             "seed": config.seed,
@@ -293,7 +294,7 @@ class Run:
             **self._chosen(history),
             "parameters": sum(value.numel() for value in model.parameters()),
             "budgets": None if budgets is None else dict(zip(budgets.modalities, budgets.values)),
-            "validation": evaluate(model, data.validation, majority=majority).metrics,
+            "validation": evaluate(model, data.validation).metrics,
             "test": test.metrics,
         }
         write_bytes(path / "history.csv", _as_csv(history).encode())
@@ -322,7 +323,7 @@ class Run:
     ) -> dict[str, float]:
         """Move the online budgets by an epoch's validation outputs; their columns of its row."""
         names = self.data.modalities
-        fresh = budgets_from_logits(
+        fresh = self.method.measure_budgets(
             {name: outputs.modality_logits[:, index] for index, name in enumerate(names)},
             outputs.targets,
             mask=self.data.validation.mask,
@@ -344,6 +345,7 @@ class Run:
             tuple(row[f"budget_error.{name}"] for name in names),
             label_entropy(self.data.train.targets),
             "online",
+            self.method.prior_softmax,
         )
 
     def _chosen(self, history: list[dict]) -> dict:
@@ -370,6 +372,15 @@ class Run:
                 own = evaluate(model, split, shapley=False).metrics["modalities"][name]
                 found[name] = own["accuracy"]
         return found
+
+
+def base_rate_of(targets: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """[K]: each class's share of the training samples.
+
+    >>> base_rate_of(torch.tensor([0, 1, 1, 1]), 3).tolist()
+    [0.25, 0.75, 0.0]
+    """
+    return torch.bincount(targets, minlength=num_classes).float() / len(targets)
 
 
 def _as_csv(history: list[dict]) -> str:

@@ -78,7 +78,7 @@ def config(npz, folder, **options):
 def done(npz, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare") / "out"
     return folder, compare(
-        config(npz, folder, methods="concat,iibalance,iibalance_no_prior,ensemble,ogm_ge")
+        config(npz, folder, methods="concat,iibalance,iibalance_fixed_gate,ensemble,ogm_ge")
     )
 
 
@@ -89,7 +89,9 @@ def test_what_is_written(done):
     }
     assert not result["failures"]
     table = by_method(read_table(folder / "comparison.csv"))
-    whole = {name: entry for name, entry in table["two"].items() if "_no_" not in name}
+    whole = {
+        name: entry for name, entry in table["two"].items() if not name.startswith("iibalance_")
+    }
     assert ranks({"two": whole}) == result["ranks"]
     for method, entry in result["results"]["two"].items():
         assert table["two"][method] == {key: entry[key] for key in table["two"][method]}
@@ -97,7 +99,7 @@ def test_what_is_written(done):
         "unimodal",
         "concat",
         "iibalance",
-        "iibalance_no_prior",
+        "iibalance_fixed_gate",
         "ensemble",
         "ogm_ge",
     }
@@ -214,7 +216,7 @@ def test_heads_are_set_beside_those_alone_seed_by_seed(done):
 def test_the_lowest_validation_nll_is_chosen_and_ablations_take_their_methods_settings(done):
     folder, result = done
     tried = {row["method"]: row["tried"] for row in result["trials"]}
-    assert "iibalance_no_prior" not in tried and set(tried) == {
+    assert "iibalance_fixed_gate" not in tried and set(tried) == {
         "unimodal",
         "concat",
         "iibalance",
@@ -226,7 +228,7 @@ def test_the_lowest_validation_nll_is_chosen_and_ablations_take_their_methods_se
         best = min(rows, key=lambda trial: rows[trial]["validation_nll"])
         assert result["results"]["two"][method]["trial"] == best
     assert (
-        result["results"]["two"]["iibalance_no_prior"]["setting"]
+        result["results"]["two"]["iibalance_fixed_gate"]["setting"]
         == result["results"]["two"]["iibalance"]["setting"]
     )
 
@@ -293,7 +295,7 @@ def test_going_on_trains_nothing_again(done, npz):
     folder, first = done
     stamps = {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
     result = compare(
-        config(npz, folder, methods="concat,iibalance,iibalance_no_prior,ensemble,ogm_ge")
+        config(npz, folder, methods="concat,iibalance,iibalance_fixed_gate,ensemble,ogm_ge")
     )
     assert stamps == {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
     assert (
@@ -393,10 +395,11 @@ def test_a_cell_that_was_lost_comes_back_the_same(done, npz):
     predictions.unlink()
     for path in (folder / "stages").glob("joint-*"):
         path.unlink()
-    compare(config(npz, folder, methods="concat,iibalance,iibalance_no_prior,ensemble,ogm_ge"))
+    compare(config(npz, folder, methods="concat,iibalance,iibalance_fixed_gate,ensemble,ogm_ge"))
     after = json.loads(numbers.read_text())
-    assert {key: value for key, value in after.items() if key != "seconds"} == {
-        key: value for key, value in before.items() if key != "seconds"
+    times = ("seconds", "train_seconds")
+    assert {key: value for key, value in after.items() if key not in times} == {
+        key: value for key, value in before.items() if key not in times
     }
     assert predictions.read_bytes() == kept
 
@@ -417,14 +420,14 @@ def test_shared_trainings_are_made_once(npz, tmp_path):
         )
         for method in methods
     ]
-    run("unimodal", "ensemble", "mla", "iibalance", "iibalance_no_gate", "iibalance_no_prior")
+    run("unimodal", "ensemble", "mla", "iibalance", "iibalance_no_gate", "iibalance_fixed_gate")
     alone, folds = (
         ["alone-0", "alone-1"],
         [f"fold-{fold}-{m}" for fold in range(3) for m in range(2)],
     )
     assert made() == sorted([*alone, *folds, "joint"])
     run(
-        "iibalance_no_warm_start", "iibalance_no_alignment"
+        "iibalance_no_warm_start", "iibalance_with_alignment"
     )  # trainings of their own, after the same budgets
     assert made() == sorted([*alone, *folds, *3 * ["joint"]])
     run("ensemble_gated")  # its budget stage has no prototype terms, as its training has none
@@ -633,7 +636,7 @@ def test_it_says_which_versions_made_it(done, npz):
     path = cell_files(folder, Cell("two", "concat", 1, 0, "test"))[0]
     kept = path.read_text()
     path.write_text(json.dumps(json.loads(kept) | {"code": "0123456789ab"}))
-    compare(config(npz, folder, methods="concat,iibalance,iibalance_no_prior,ensemble,ogm_ge"))
+    compare(config(npz, folder, methods="concat,iibalance,iibalance_fixed_gate,ensemble,ogm_ge"))
     assert "1 cells by code 0123456789ab" in (folder / "comparison.md").read_text()
     path.write_text(kept)
 
@@ -928,14 +931,14 @@ def test_ablations_are_set_beside_the_whole_and_take_no_rank(done):
         "ensemble",
         "ogm_ge",
     }
-    assert set(result["ablations"]["noise"]["accuracy"]) == {"iibalance_no_prior"}
+    assert set(result["ablations"]["noise"]["accuracy"]) == {"iibalance_fixed_gate"}
     conditions = {
         name: result["results"]["two"][name]["conditions"]
-        for name in ("iibalance", "iibalance_no_prior")
+        for name in ("iibalance", "iibalance_fixed_gate")
     }
     expected = [
         sum(
-            conditions["iibalance_no_prior"][f"{m} noise"]["nll"]["values"][seed]
+            conditions["iibalance_fixed_gate"][f"{m} noise"]["nll"]["values"][seed]
             - conditions["iibalance"][f"{m} noise"]["nll"]["values"][seed]
             for m in ("weak", "strong")
         )
@@ -943,14 +946,14 @@ def test_ablations_are_set_beside_the_whole_and_take_no_rank(done):
         for seed in (0, 1)
     ]
     assert list(
-        result["ablations"]["noise"]["nll"]["iibalance_no_prior"]["values"].values()
+        result["ablations"]["noise"]["nll"]["iibalance_fixed_gate"]["values"].values()
     ) == pytest.approx(expected)
     assert "## Ablations of iibalance" in (folder / "comparison.md").read_text()
 
 
 def test_what_an_ablation_is():
     names = [method.name for method in ABLATIONS]
-    assert ablation_names(METHODS) == dict.fromkeys(names, "iibalance") and len(names) == 6
+    assert ablation_names(METHODS) == dict.fromkeys(names, "iibalance") and len(names) == 5
     assert ablation_names([*names, "ensemble", "ensemble_gated"]) == {}  # no whole; a longer name
 
 

@@ -1090,7 +1090,9 @@ def test_a_missing_modalitys_embedding_may_be_nan(name, count):
                     if value.grad is not None
                 }
             )
-            assert sum(key.startswith("encoders") for key in gradients[-1]) == 2 * count
+            first = len(gradients) == 1  # of ReconBoost's epochs: one modality alone learns
+            learns = 1 if name == "reconboost" and first else count
+            assert sum(key.startswith("encoders") for key in gradients[-1]) == 2 * learns
             assert all(value.isfinite().all() for value in gradients[-1].values())
             optimizer.step()
             optimizer.zero_grad()

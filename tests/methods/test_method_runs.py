@@ -23,6 +23,10 @@ STATEFUL = (
     "greedy",
     "mslr",
     "g_blend",
+    "d_and_r",
+    "reconboost",
+    "lfm",
+    "inforeg",
 )
 
 
@@ -87,8 +91,15 @@ def test_trained_loaded_and_asked(npz, tmp_path, name):
     )
     if name != "unimodal":
         assert not torch.equal(both.probabilities, only.probabilities)
-    if both.weights is not None:
-        assert (only.weights[:, 0] == 0).all()
+    if both.trust is not None:
+        assert (only.trust[:, 0] == 0).all() and (both.trust <= 1).all()
+    rate = model.base_rate.double()
+    best = both.probabilities.double().max(1)
+    gained = best.values.logit() - rate[best.indices].logit()
+    told = best.values < 0.999  # beyond it float32 rounds 1 - p
+    added = both.contributions.sum(1)
+    torch.testing.assert_close(added[told], gained[told], atol=1e-3, rtol=1e-3)
+    assert not only.contributions[:, 0].any() and only.contributions[:, 1].abs().min() > 0
     assert metrics["test"]["nll"] < 1.3 and metrics["test"]["modalities"]["b"]["accuracy"] > 0.4
 
 
@@ -112,22 +123,22 @@ def test_stopped_in_the_middle_it_ends_with_the_same_numbers(npz, tmp_path, name
 
 
 @pytest.mark.slow
-def test_training_starts_from_the_models_of_the_budget_stage(npz, tmp_path, monkeypatch):
-    """From that stage's own first model, only where it trained one, and again after a stop."""
+def test_training_starts_from_the_encoders_trained_alone(npz, tmp_path, monkeypatch):
+    """Whatever the budgets come from, and again after a stop; not where the start is new."""
     seen = []
     original = METHODS["iibalance"].initialise
     monkeypatch.setattr(
         METHODS["iibalance"],
         "initialise",
-        lambda self, model, folds: (seen.append((model, folds)), original(self, model, folds))[1],
+        lambda self, model, alone: (seen.append(alone), original(self, model, alone))[1],
     )
 
-    def run(name, resume=False, source="unimodal"):
+    def run(name, resume=False, source="unimodal", warm_start=1.0):
         options = config(
             npz,
             tmp_path / name,
             "iibalance",
-            method_options={"warm_start": 1.0},
+            method_options={"warm_start": warm_start},
             budgets=BudgetConfig(source=source, epochs=2),
         )
         # what it starts from is what it ends with
@@ -136,19 +147,18 @@ def test_training_starts_from_the_models_of_the_budget_stage(npz, tmp_path, monk
         return iibalance.load(tmp_path / name)
 
     model = run("whole")
-    ((_, folds),) = seen
-    assert len(folds) == 3 and folds[0].modalities == ("a", "b")
-    for m in range(2):
-        assert torch.equal(
-            next(model.encoders[m].parameters()), next(folds[0].encoders[m].parameters())
-        )
-        assert not torch.equal(
-            next(model.encoders[m].parameters()), next(folds[1].encoders[m].parameters())
-        )
+    (alone,) = seen
+    assert list(alone) == ["a", "b"] and alone["b"].modalities == ("b",)
+    for m, part in enumerate(alone.values()):
+        for ours, its in zip(model.encoders[m].parameters(), part.encoders[0].parameters()):
+            torch.testing.assert_close(ours, its)
     run("probe", source="probe")
-    assert len(seen) == 1
+    assert len(seen) == 2
+    new = run("new", warm_start=0)
+    assert len(seen) == 2
+    assert not torch.equal(next(new.encoders[0].parameters()), next(model.encoders[0].parameters()))
     monkeypatch.setattr(
-        stages.Run, "train_joint", lambda self, budgets: (_ for _ in ()).throw(KeyboardInterrupt)
+        stages.Run, "train_joint", lambda self, *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         run("stopped")

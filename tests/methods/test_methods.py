@@ -91,6 +91,11 @@ def nll(logits, split):
     return F.cross_entropy(logits, split.targets).item()
 
 
+def assert_same_prediction(logits, expected):
+    """Up to a number a row, which no softmax sees."""
+    torch.testing.assert_close(logits.log_softmax(1), expected.log_softmax(1), atol=1e-5, rtol=1e-4)
+
+
 def test_the_registry():
     assert set(METHODS) >= {"iibalance", "concat", "sum", "unimodal", "ensemble"}
     for name, method in METHODS.items():
@@ -127,12 +132,14 @@ def test_every_joint_method_learns_and_every_head_fuses(name):
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_calibration_lowers_the_nll_of_new_samples_and_leaves_encoders_and_classifiers_alone(name):
-    method, model, _ = ready(name, (8.0, 8.0) if name in ("greedy", "qmf") else (3.0, 0.5))
+    method, model, _ = ready(name, (8.0, 8.0) if name in ("greedy", "qmf", "pdf") else (3.0, 0.5))
     if hasattr(model.head, "classifier"):
         model.head.classifier.weight.data.copy_(
             3.0 * torch.cat([torch.eye(5)[:4], 2 * torch.eye(5)[:4]], 1)
         )
         nn.init.zeros_(model.head.classifier.bias)
+    if hasattr(model.head, "fused_classifier"):  # of the weighted mean of the features
+        model.head.fused_classifier.load_state_dict(classifier_for(2.0, 4.0).state_dict())
     weights = {
         key: value.clone()
         for key, value in model.state_dict().items()
@@ -163,14 +170,12 @@ def test_sum_trains_the_summed_logits_alone_and_has_one_temperature():
         nll(total, split), rel=1e-5
     )
     before = fused(model, test).logits
-    torch.testing.assert_close(
+    assert_same_prediction(
         before, sum(c(test.inputs[m]) for m, c in zip(DIMS, model.head.classifiers))
     )
     temperature = fit_temperature(fused(model, validation).logits, validation.targets)
     method.calibrate(model, split, validation, None, 0)
-    torch.testing.assert_close(
-        fused(model, test).logits, before / temperature, atol=1e-5, rtol=1e-5
-    )
+    assert_same_prediction(fused(model, test).logits, before / temperature)
     assert abs(math.log(temperature)) > 0.1
 
 
@@ -188,7 +193,7 @@ def test_ensemble_is_the_sum_of_separately_calibrated_models():
             part.eval()({m: validation.inputs[m]}).logits.detach(), validation.targets
         )
         expected = expected + part({m: test.inputs[m]}).logits / temperature
-    torch.testing.assert_close(fused(model, test).logits, expected, atol=1e-5, rtol=1e-5)
+    assert_same_prediction(fused(model, test).logits, expected)
     # What they had been made too sure by
     assert model.head.gate.temperature.tolist() == pytest.approx([3.0, 0.5], rel=0.2)
 
@@ -218,8 +223,8 @@ def test_unimodal_predicts_what_its_best_modality_predicts(scales):
     temperature = fit_temperature(
         alone["strong"]({"strong": validation.inputs["strong"]}).logits.detach(), validation.targets
     )
-    torch.testing.assert_close(out.logits, strong / temperature, atol=1e-5, rtol=1e-5)
-    assert out.weights.tolist() == [[pytest.approx(0, abs=1e-20), 1.0]] * 600
+    assert_same_prediction(out.logits, strong / temperature)
+    assert out.trust.tolist() == [[0.0, 1.0]] * 600
     assert torch.equal(out.logits.argmax(1), strong.argmax(1))
 
 
@@ -233,8 +238,8 @@ def test_unimodal_falls_back_where_its_best_modality_is_missing():
     temperature = fit_temperature(
         alone["weak"]({"weak": validation.inputs["weak"]}).logits.detach(), validation.targets
     )
-    torch.testing.assert_close(out.logits[:100], (weak / temperature)[:100], atol=1e-5, rtol=1e-5)
-    assert out.weights[:100].tolist() == [[1.0, 0.0]] * 100 and (out.weights[100:, 1] == 1).all()
+    assert_same_prediction(out.logits[:100], (weak / temperature)[:100])
+    assert out.trust.tolist() == [[1.0, 0.0]] * 100 + [[0.0, 1.0]] * 500
 
 
 def test_unimodal_ranks_three():
@@ -261,7 +266,9 @@ def test_unimodal_ranks_three():
     for missing, chosen in (([], 2), ([2], 1), ([1, 2], 0), ([0], 2)):
         test.mask[:] = True
         test.mask[:, missing] = False
-        assert (fused(model, test).weights[:, chosen] > 1 - 1e-6).all()
+        out = fused(model, test)
+        assert (out.trust == F.one_hot(torch.tensor(chosen), 3)).all()
+        torch.testing.assert_close(out.logits, out.modality_logits[chosen])
 
 
 # -- concat
@@ -276,7 +283,7 @@ def test_concat_is_one_linear_layer_on_what_is_there():
     expected = rows @ head.classifier.weight.T + head.classifier.bias
     torch.testing.assert_close(out.logits, expected)
     assert out.loss.item() == pytest.approx(nll(expected, split), rel=1e-6)
-    assert not split.mask.all() and head.fuse(z, split.mask).weights is None
+    assert not split.mask.all() and head.fuse(z, split.mask).trust is None
 
 
 @pytest.mark.parametrize(
@@ -347,46 +354,59 @@ def test_iibalance_passes_budgets_on():
     method, model, _ = ready("iibalance")
     assert method.needs_budgets and method.joint
     method.set_budgets(model, Budgets.given({"weak": 0.2, "strong": 0.6}))
-    assert model.head.budgets.tolist() == pytest.approx(
-        [0.2, 0.6]
-    ) and model.head.log_prior.exp().tolist() == pytest.approx([0.25, 0.75])
+    assert model.head.budgets.tolist() == pytest.approx([0.2, 0.6])
 
 
 def trained_and_new(name="iibalance", **options):
-    """A method, two "trained" fold models, a new model and a copy of its weights.
+    """A method, models "trained" alone by modality, a new model and a copy of its weights.
 
     Their encoders have batch statistics.
     """
 
-    def model():
-        encoders = {m: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)) for m in DIMS}
-        return MultimodalClassifier(encoders, head=method.head(dict.fromkeys(DIMS, 6), 4))
+    def model(*names):
+        encoders = {m: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)) for m in names}
+        return MultimodalClassifier(encoders, head=method.head(dict.fromkeys(names, 6), 4))
 
     method = make_method(name, RunConfig(method_options=options))
     torch.manual_seed(0)
-    folds, new = [model(), model()], model()
-    for fold in folds:
-        fold.train()
-        fold(draw(100).inputs, draw(100).targets)  # prototypes and batch statistics
+    alone, new = {m: model(m) for m in DIMS}, model(*DIMS)
+    for m, part in alone.items():
+        part.train()
+        part({m: draw(100).inputs[m]}, draw(100).targets)  # prototypes and batch statistics
         with torch.no_grad():
-            for value in fold.parameters():
+            for value in part.parameters():
                 value.add_(torch.randn_like(value))
-    return method, folds, new, {key: value.clone() for key, value in new.state_dict().items()}
+    return method, alone, new, {key: value.clone() for key, value in new.state_dict().items()}
+
+
+def values_alone(alone):
+    """By their names in the joint model."""
+    found = {}
+    for index, part in enumerate(alone.values()):
+        for key, value in part.state_dict().items():
+            for prefix in ("encoders", "head.classifiers"):
+                if key.startswith(f"{prefix}.0."):
+                    key = key.replace(f"{prefix}.0.", f"{prefix}.{index}.")
+            if key.endswith(("prototypes_0", "counts_0")):
+                key = f"{key[:-1]}{index}"
+            found[key] = value
+    return found
 
 
 @pytest.mark.parametrize(
     ("name", "options", "share"),
     [
-        ("iibalance", {}, 0.5),
+        ("iibalance", {}, 1.0),
+        ("iibalance", {"warm_start": 0.5}, 0.5),
         ("iibalance", {"warm_start": 0.25}, 0.25),
-        ("iibalance", {"warm_start": 1}, 1.0),
     ],
 )
-def test_the_warm_start_is_between_the_first_folds_weights_and_new_ones(name, options, share):
-    method, folds, model, new = trained_and_new(name, **options)
+def test_the_warm_start_is_between_the_weights_trained_alone_and_new_ones(name, options, share):
+    method, alone, model, new = trained_and_new(name, **options)
     method.set_budgets(model, Budgets.given({"weak": 0.2, "strong": 0.6}))
-    method.initialise(model, folds)
-    now, trained = model.state_dict(), folds[0].state_dict()
+    assert method.starts_alone
+    method.initialise(model, alone)
+    now, trained = model.state_dict(), values_alone(alone)
     blended = [f"encoders.{m}.0.weight" for m in range(2)] + [
         f"head.classifiers.{m}.weight" for m in range(2)
     ]
@@ -417,8 +437,8 @@ def test_the_warm_start_is_between_the_first_folds_weights_and_new_ones(name, op
         assert torch.equal(now[key], trained[key]) and (
             share == 1 or not torch.equal(now[key], new[key])
         ), key
-    assert model.head.budgets.tolist() == pytest.approx([0.2, 0.6])  # not the fold's
-    rest = set(now) - {*blended, *taken, "head.budgets", "head.log_prior"}
+    assert model.head.budgets.tolist() == pytest.approx([0.2, 0.6])  # not theirs
+    rest = set(now) - {*blended, *taken, "head.budgets", "base_rate"}
     assert all(torch.equal(now[key], new[key]) for key in rest) and all(
         key.startswith(("head.gate", "head.prototypes.usual", "head.prototypes.spread"))
         for key in rest
@@ -431,9 +451,10 @@ def test_without_warm_start_all_weights_are_new():
         ("iibalance", {"warm_start": 0}),
         ("ensemble", {}),
     ):
-        method, folds, model, new = trained_and_new(name, **options)
-        method.initialise(model, folds)
-        assert all(torch.equal(value, new[key]) for key, value in model.state_dict().items())
+        assert not make_method(name, RunConfig(method_options=options)).starts_alone
+    method, alone, model, new = trained_and_new("ensemble")
+    method.initialise(model, alone)
+    assert all(torch.equal(value, new[key]) for key, value in model.state_dict().items())
 
 
 def test_a_warm_start_is_a_share():
@@ -449,7 +470,7 @@ def test_no_prototypes_means_none_in_the_budget_stage_either():
     config.objective.alpha = 0.7
     assert (
         make_method("iibalance", config).budget_alpha
-        == make_method("iibalance_no_alignment", config).budget_alpha
+        == make_method("iibalance_with_alignment", config).budget_alpha
         == 0.7
     )
     assert (
@@ -483,16 +504,13 @@ def test_the_warm_start_blends_what_is_learned_once_and_takes_the_rest():
             return head
 
     for kind in (METHODS["iibalance"], Deep):
-        plain, method = make_method("iibalance"), kind(RunConfig())
-        fold, model = (
-            MultimodalClassifier(
-                {m: Tied() for m in DIMS}, head=part.head(dict.fromkeys(DIMS, 6), 4)
-            )
-            for part in (plain, method)
-        )
+        plain, method = make_method("iibalance"), kind(RunConfig(), warm_start=0.5)
+        sizes = dict.fromkeys(DIMS, 6)
+        alone = {m: MultimodalClassifier({m: Tied()}, head=plain.head({m: 6}, 4)) for m in DIMS}
+        model = MultimodalClassifier({m: Tied() for m in DIMS}, head=method.head(sizes, 4))
         new = {key: value.clone() for key, value in model.state_dict().items()}
-        method.initialise(model, [fold])
-        encoder, trained = model.encoders[1], fold.encoders[1]
+        method.initialise(model, alone)
+        encoder, trained = model.encoders[1], alone["strong"].encoders[0]
         torch.testing.assert_close(
             encoder.first.weight, (trained.first.weight + new["encoders.1.first.weight"]) / 2
         )
@@ -564,7 +582,7 @@ def terms(model, split):
     ("name", "alpha", "beta"),
     [
         ("iibalance", 0.7, 1.5),
-        ("iibalance_no_alignment", 0.7, 0.0),
+        ("iibalance_with_alignment", 0.7, 1.0),
         ("iibalance_no_prototypes", 0.0, 0.0),
         ("iibalance_no_gate", 0.7, 1.5),
     ],
@@ -606,7 +624,6 @@ def gates():
     found = {}
     for name in (
         "iibalance",
-        "iibalance_no_prior",
         "iibalance_no_prototypes",
         "iibalance_no_gate",
         "iibalance_fixed_gate",
@@ -620,57 +637,44 @@ def gates():
     return noisy, found
 
 
-def test_no_gate_weighs_all_that_is_present_alike(gates):
+def test_no_gate_trusts_all_that_is_present_wholly(gates):
     noisy, found = gates
     model, out = found["iibalance_no_gate"]
-    torch.testing.assert_close(out.weights, noisy.mask / noisy.mask.sum(1, keepdim=True).float())
+    torch.testing.assert_close(out.trust, noisy.mask.float())
     # What the heads had been made too sure by
     assert model.head.gate.temperature.tolist() == pytest.approx([3.0, 0.5], rel=0.25)
 
 
-def test_a_fixed_gates_weights_are_the_prior_over_what_is_present(gates):
+def test_a_fixed_gate_trusts_a_modality_alike_in_all_samples(gates):
     noisy, found = gates
-    prior = torch.tensor([0.25, 0.75]) * noisy.mask
-    torch.testing.assert_close(
-        found["iibalance_fixed_gate"][1].weights, prior / prior.sum(1, keepdim=True)
-    )
-
-
-def test_without_prior_its_strength_is_not_fitted_but_0(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        "iibalance.methods.iibalance.calibrate", lambda *arguments, **fixed: asked.append(fixed)
-    )
-    for name in ("iibalance", "iibalance_no_prior"):
-        method, model, _ = ready(name)
-        method.calibrate(model, draw(), draw(50), None, 0)
-    assert asked == [{}, {"prior_strength": 0.0}]
+    model, out = found["iibalance_fixed_gate"]
+    assert not model.head.gate.surprise_weight.any()
+    trust = model.head.gate.trust_offset.sigmoid()
+    assert (trust > 0.5).all() and (trust < 1).all()
+    gate, said = model.head.gate, 0.0
+    for m, logits in enumerate(model.head.heads(model.embed(noisy.inputs), noisy.mask)):
+        p = (logits / gate.temperature[m]).softmax(1)
+        mixed = (trust[m] * p + (1 - trust[m]) / 4).log()
+        said = said + noisy.mask[:, m, None] * mixed
+    torch.testing.assert_close(out.logits, gate.log_scale.exp() * said, atol=1e-4, rtol=1e-4)
 
 
 def moved(gates, name, change):
-    """How far the fusion weights of a fitted gate move where ``change(head)`` is made."""
+    """How far the trust of a fitted gate moves where ``change(head)`` is made."""
     noisy, found = gates
     model, out = found[name]
     other = copy.deepcopy(model)
     change(other.head)
-    return (fused(other, noisy).weights - out.weights).abs().max()
+    return (fused(other, noisy).trust - out.trust).abs().max()
 
 
-def test_without_prior_the_budgets_do_not_enter_and_with_it_they_may(gates):
-    def others(head):
-        head.set_budgets({"weak": 0.6, "strong": 0.2})
-
-    def others_that_count(head):
-        others(head)
-        head.gate.prior_strength.fill_(1.0)
-
-    assert (
-        moved(gates, "iibalance_no_prior", others) == 0
-        and moved(gates, "iibalance", others_that_count) > 0.1
-    )
+def test_budgets_do_not_enter_the_fusion(gates):
+    for name in gates[1]:
+        assert moved(gates, name, lambda head: head.set_budgets({"weak": 0.6, "strong": 0.2})) == 0
 
 
-def test_without_prototypes_the_gate_does_not_look_at_them(gates):
+@pytest.mark.parametrize("name", ["iibalance_no_prototypes", "iibalance_fixed_gate"])
+def test_a_gate_without_surprise_does_not_look_at_prototypes(gates, name):
     noisy, found = gates
 
     def others(head):
@@ -678,13 +682,9 @@ def test_without_prototypes_the_gate_does_not_look_at_them(gates):
             values.copy_(torch.randn(values.shape, generator=torch.Generator().manual_seed(1)))
         head.prototypes.usual.sub_(3.0)  # everything is unusual
 
-    for name in ("iibalance", "iibalance_no_prototypes"):
-        # Each sample has weights of its own
-        assert (found[name][1].weights[noisy.mask.all(1)].std(0) > 0.01).all()
-    assert (
-        moved(gates, "iibalance_no_prototypes", others) == 0
-        and moved(gates, "iibalance", others) > 0.1
-    )
+    for which in ("iibalance", name):  # each sample has a trust of its own: modalities contradict
+        assert (found[which][1].trust[noisy.mask.all(1)].std(0) > 0.01).all()
+    assert moved(gates, name, others) == 0 and moved(gates, "iibalance", others) > 0.1
 
 
 def test_after_calibration_a_noisy_modality_loses_its_say():

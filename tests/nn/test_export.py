@@ -47,9 +47,9 @@ def make_head(impl="auto"):
     head = IIBalanceHead(DIMS, CLASSES, budgets=(0.8, 0.3), impl=impl)
     head(embeddings(30), torch.arange(30) % CLASSES)
     head.gate.log_temperature.copy_(torch.tensor([0.3, -0.4]))
-    head.gate.uncertainty_weight.copy_(torch.tensor([1.5, 0.5]))
+    head.gate.trust_offset.copy_(torch.tensor([1.0, 2.5]))
     head.gate.surprise_weight.copy_(torch.tensor([2.0, 3.0]))
-    head.gate.prior_strength.fill_(0.5)
+    head.gate.log_scale.fill_(0.3)
     head.gate.own_temperature.copy_(torch.tensor([2.0, 0.8]))
     head.prototypes.set_usual(head.prototypes.novelty(embeddings(40)).detach())
     return head.eval()
@@ -57,7 +57,7 @@ def make_head(impl="auto"):
 
 def assert_same(found, expected):
     assert type(found) is type(expected) is HeadOutput
-    for name in ("logits", "weights", "uncertainty", "loss"):
+    for name in ("logits", "trust", "uncertainty", "loss"):
         a, b = getattr(found, name), getattr(expected, name)
         assert (a is None) == (b is None)
         if a is not None:
@@ -98,8 +98,8 @@ def test_a_head_of_any_batch(kind, masked, strict, traced, chunks_of_100):
         found = program.module()(values, **({"mask": mask} if masked else {}))
         expected = head(values, mask=mask)
         assert_same(found, expected)
-        plain = head.gate(head.heads(values, mask), head.log_prior, None, mask)
-        surprised |= not torch.allclose(plain.weights, expected.weights)
+        plain = head.gate(head.heads(values, mask), None, mask)
+        surprised |= not torch.allclose(plain.trust, expected.trust)
     assert surprised  # or the search for the nearest prototype would not be tested
 
 
@@ -207,7 +207,7 @@ class Tensors(nn.Module):
 
     def forward(self, audio, visual):
         out = self.head([audio, visual])
-        return out.logits, out.weights
+        return out.logits, out.trust
 
 
 LOADED = """

@@ -42,9 +42,9 @@ def trained_head(**options):
     head(embeddings(30, seed=7), torch.arange(30) % 3)
     gate = head.gate
     gate.log_temperature.copy_(torch.tensor([0.3, -0.4]))
-    gate.uncertainty_weight.copy_(torch.tensor([1.5, 0.5]))
+    gate.trust_offset.copy_(torch.tensor([1.0, 2.5]))
     gate.surprise_weight.copy_(torch.tensor([2.0, 3.0]))
-    gate.prior_strength.fill_(0.5)
+    gate.log_scale.fill_(0.3)
     gate.own_temperature.copy_(torch.tensor([2.0, 0.8]))
     return head
 
@@ -118,23 +118,27 @@ def test_outputs_are_what_they_are_called():
     for got, values, temperature in zip(out.modality_logits, l, head.gate.own_temperature):
         torch.testing.assert_close(got, values / temperature)
     t = [values / temperature for values, temperature in zip(l, head.gate.temperature)]
-    p = [values.softmax(-1) for values in t]
+    p = [values.softmax(-1) for values in out.modality_logits]
     torch.testing.assert_close(
         out.uncertainty, torch.stack([-(q * q.log()).sum(-1) / math.log(3) for q in p], 1)
     )
-    torch.testing.assert_close(out.weights.sum(1), torch.ones(8))
-    # The fused logits are the weighted sum, up to the gate's scale
-    direction = sum(w[:, None] * values for w, values in zip(out.weights.T, t))
-    torch.testing.assert_close(torch.cosine_similarity(out.logits, direction), torch.ones(8))
-    assert out.loss is None and out.parts is None
+    # The fused logits are the sum of what each says as far as it is trusted, times the scale
+    p, surprise = [values.softmax(-1) for values in t], head.prototypes.surprise(z)
+    assert (surprise > 0).any()
+    r = (head.gate.trust_offset - head.gate.surprise_weight * surprise).sigmoid()
+    said = [r[:, m, None] * q + (1 - r[:, m, None]) / 3 for m, q in enumerate(p)]
+    torch.testing.assert_close(out.logits, math.exp(0.3) * (said[0].log() + said[1].log()))
+    belief = out.logits.softmax(-1)
+    trust = [(belief * r[:, m, None] * q / said[m]).sum(-1) for m, q in enumerate(p)]
+    torch.testing.assert_close(out.trust, torch.stack(trust, 1))
+    assert out.weights is None and out.loss is None and out.parts is None
 
 
 def test_a_new_head_sums_its_modalities_logits():
     head, z = make_head(budgets=[0.9, 0.1]), embeddings()
-    torch.testing.assert_close(
-        head(z).logits, sum(c(v) for c, v in zip(head.classifiers, z.values()))
-    )
-    assert head(z).weights.tolist() == [[0.5, 0.5]] * 8
+    total = sum(c(v) for c, v in zip(head.classifiers, z.values()))
+    torch.testing.assert_close(head(z).logits.softmax(-1), total.softmax(-1))
+    torch.testing.assert_close(head(z).trust, torch.ones(8, 2))
 
 
 def test_dict_or_list_in_any_order():
@@ -147,8 +151,8 @@ def test_dict_or_list_in_any_order():
         head(dict(reversed(z.items())), targets, mask=mask),
     ):
         for a, b in zip(
-            (one.logits, one.weights, one.uncertainty, one.loss),
-            (other.logits, other.weights, other.uncertainty, other.loss),
+            (one.logits, one.trust, one.uncertainty, one.loss),
+            (other.logits, other.trust, other.uncertainty, other.loss),
         ):
             assert torch.equal(a, b)
 
@@ -242,7 +246,7 @@ def test_what_stands_in_a_masked_row_changes_nothing(make, garbage):
                 out.loss,
                 out.logits,
                 fused.logits,
-                *([] if out.weights is None else [out.weights, out.uncertainty]),
+                *([] if fused.trust is None else [fused.trust, fused.uncertainty]),
                 *gradients,
                 *buffers,
             ]
@@ -258,7 +262,7 @@ def test_a_modality_missing_everywhere_takes_no_gradient():
     mask = torch.tensor([[True, False]] * 8)
     out = head(z, torch.arange(8) % 3, mask=mask)
     out.loss.backward()
-    assert head.fuse(z, mask).weights.tolist() == [[1.0, 0.0]] * 8
+    torch.testing.assert_close(head.fuse(z, mask).trust, mask.float())
     assert not head.classifiers[1].weight.grad.any() and head.classifiers[0].weight.grad.any()
     torch.testing.assert_close(out.logits, head.classifiers[0](z["audio"]))
     assert not head.prototypes.seen[1].any() and head.prototypes.seen[0].all()
@@ -283,16 +287,10 @@ def test_budgets_by_name_in_order_or_as_budgets():
     ):
         head = make_head(budgets=given)
         torch.testing.assert_close(head.budgets, torch.tensor([0.8, 0.2]))
-        torch.testing.assert_close(
-            head.log_prior, torch.tensor([0.8, 0.2]).log(), atol=1e-6, rtol=1e-6
-        )
     head = make_head()
-    assert head.budgets.tolist() == [1.0, 1.0] and head.log_prior.exp().tolist() == pytest.approx(
-        [0.5, 0.5]
-    )
-    head.set_budgets({"audio": 0.0, "lip video": 0.5})
-    # Floored: no modality is ruled out for good
-    assert head.log_prior.exp().tolist() == pytest.approx([1e-3 / 1.001, 1 / 1.001])
+    assert head.budgets.tolist() == [1.0, 1.0]
+    head.set_budgets({"lip video": 0.5, "audio": 0.0})
+    assert head.budgets.tolist() == [0.0, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -412,7 +410,7 @@ def test_predict_is_the_softmax_of_forward_on_standardised_inputs(toy, trained):
     torch.testing.assert_close(
         got.probabilities, out.logits.softmax(-1).detach(), atol=1e-5, rtol=1e-4
     )
-    torch.testing.assert_close(got.weights, out.weights.detach())
+    torch.testing.assert_close(got.trust, out.trust.detach())
     torch.testing.assert_close(got.uncertainty, out.uncertainty.detach(), atol=1e-5, rtol=1e-4)
     # Standardising matters here
     assert not torch.allclose(got.probabilities, trained(toy.inputs).logits.softmax(-1), atol=0.1)
@@ -473,7 +471,8 @@ def test_masked_rows_may_hold_anything(toy, trained, fill):
     got, clean = trained.predict(dirty, mask), trained.predict(toy.inputs, mask)
     for a, b in zip(got, clean):
         assert torch.equal(a, b)
-    assert got.weights[:50].tolist() == [[0.0, 1.0]] * 50
+    torch.testing.assert_close(got.trust[:50], torch.tensor([[0.0, 1.0]] * 50))
+    assert not got.trust[:50, 0].any() and not got.contributions[:50, 0].any()
     assert torch.equal(got.probabilities[100:], trained.predict(toy.inputs).probabilities[100:])
     rest = trained.head.fuse(
         [trained.embed(toy.standardizer.transform(toy.inputs, mask))[0]] * 1

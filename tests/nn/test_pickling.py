@@ -73,8 +73,8 @@ def call(module, number):
         return [module.nearest(features), module.surprise(features)]
     if isinstance(module, Gate):
         surprise = draw(number, (ROWS, 2))[0].abs()
-        module.fit(logits, targets, log_prior=torch.tensor(BUDGETS).log(), surprise=surprise)
-        return [*module(logits, torch.tensor(BUDGETS).log(), surprise)]
+        module.fit(logits, targets, surprise=surprise)
+        return [*module(logits, surprise)]
     if isinstance(module, modules.PrototypeDistance):
         return [module(logits[0], draw(7, (CLASSES, CLASSES))[0])]
     tables = draw(7, (CLASSES, 6), (CLASSES, 4))

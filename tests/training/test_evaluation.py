@@ -15,13 +15,14 @@ from iibalance.nn.model import MultimodalClassifier
 from iibalance.training.evaluation import degrade, evaluate
 
 
-def one_hot_model(names, classes=4, sharpness=6.0):
+def one_hot_model(names, classes=4, sharpness=6.0, base_rate=None):
     """Reads each modality's input as one-hot votes, with equal say."""
     head = IIBalanceHead(dict.fromkeys(names, classes), classes)
     for classifier in head.classifiers:
         nn.init.eye_(classifier.weight).data.mul_(sharpness)
         nn.init.zeros_(classifier.bias)
-    return MultimodalClassifier({name: nn.Identity() for name in names}, head=head)
+    encoders = {name: nn.Identity() for name in names}
+    return MultimodalClassifier(encoders, head=head, base_rate=base_rate)
 
 
 def votes(said, classes=4):
@@ -43,7 +44,7 @@ class TestEvaluate:
         split = split_of({"good": votes(self.targets), "mute": torch.zeros(400, 4)}, self.targets)
         # "mute" votes for nothing; by itself argmax of zeros is class 0, as is the prediction for
         # the empty set
-        metrics, *_ = evaluate(one_hot_model(["good", "mute"]), split, majority=0)
+        metrics, *_ = evaluate(one_hot_model(["good", "mute"]), split)
         assert metrics["accuracy"] == 1.0
         assert metrics["shapley"] == pytest.approx({"good": 0.75, "mute": 0.0}, abs=1e-12)
 
@@ -54,7 +55,6 @@ class TestEvaluate:
         metrics, *_ = evaluate(
             model,
             split_of({"good": votes(self.targets), "noise": votes(noise)}, self.targets),
-            majority=0,
         )
         assert abs(metrics["shapley"]["noise"]) < 0.03 and metrics["shapley"]["good"] > 0.7
 
@@ -64,16 +64,21 @@ class TestEvaluate:
         b = torch.where(torch.arange(400) >= 200, self.targets, (self.targets + 2) % 4)
         model = one_hot_model(["a", "b"])
         model.head.classifiers[1].weight.data.mul_(1.5)  # b wins where they differ
-        metrics, *_ = evaluate(
-            model, split_of({"a": votes(a), "b": votes(b)}, self.targets), majority=1
-        )
+        metrics, *_ = evaluate(model, split_of({"a": votes(a), "b": votes(b)}, self.targets))
         empty, only_a, only_b, both = 0.25, 0.6, 0.5, 0.5
         assert metrics["accuracy"] == both
         assert metrics["shapley"]["a"] == pytest.approx(((only_a - empty) + (both - only_b)) / 2)
         assert metrics["shapley"]["b"] == pytest.approx(((only_b - empty) + (both - only_a)) / 2)
-        without, *_ = evaluate(model, split_of({"a": votes(a), "b": votes(b)}, self.targets))
-        # Nothing known, nothing right
-        assert sum(without["shapley"].values()) == pytest.approx(both)
+
+    @pytest.mark.parametrize(("base_rate", "empty"), [((0.2, 0.1, 0.6, 0.1), 0.75), (None, 0.25)])
+    def test_from_nothing_the_most_frequent_class_of_the_training_is_predicted(
+        self, base_rate, empty
+    ):
+        targets = torch.where(torch.arange(400) % 4 > 0, 2, 0)
+        base_rate = None if base_rate is None else torch.tensor(base_rate)
+        model = one_hot_model(["a", "b"], base_rate=base_rate)
+        metrics, *_ = evaluate(model, split_of(dict.fromkeys("ab", votes(targets)), targets))
+        assert sum(metrics["shapley"].values()) == pytest.approx(1.0 - empty)
 
     def test_every_number_of_the_fused_and_of_each_modalitys_prediction(self):
         generator = torch.Generator().manual_seed(0)
@@ -105,19 +110,39 @@ class TestEvaluate:
             and metrics["modalities"]["b"]["alone_accuracy"] is None
         )
 
-    def test_weights_are_the_mean_over_samples(self):
-        mask = torch.ones(400, 2, dtype=torch.bool)
-        mask[:100, 1] = False
-        model = one_hot_model(["a", "b"])
-        model.head.set_budgets({"a": 0.75, "b": 0.25})
-        model.head.gate.prior_strength.fill_(1.0)
-        metrics, *_ = evaluate(
-            model,
-            split_of({"a": votes(self.targets), "b": votes(self.targets)}, self.targets, mask),
+    def test_trust_is_the_mean_over_the_samples_that_have_the_modality(self):
+        mask = torch.ones(400, 3, dtype=torch.bool)
+        mask[:100, 1], mask[:, 2] = False, False
+        model = one_hot_model(["a", "b", "c"], sharpness=1.0)
+        model.head.gate.trust_offset.copy_(torch.tensor([2.0, -1.0, 3.0]))
+        wrong = torch.where(torch.arange(400) % 2 > 0, self.targets, (self.targets + 1) % 4)
+        inputs = {"a": votes(self.targets), "b": votes(wrong), "c": votes(wrong)}
+        metrics, *_ = evaluate(model, split_of(inputs, self.targets, mask))
+        trust = model.head.fuse(list(inputs.values()), mask).trust.detach().double()
+        assert metrics["trust"] == pytest.approx(
+            {"a": trust[:, 0].mean().item(), "b": trust[100:, 1].mean().item(), "c": None}
         )
-        assert metrics["weights"] == pytest.approx(
-            {"a": 0.25 * 1 + 0.75 * 0.75, "b": 0.75 * 0.25}, abs=1e-6
-        )
+        assert 0.1 < metrics["trust"]["b"] < 0.3 < 0.8 < metrics["trust"]["a"] < 0.95
+
+    def test_contributions_are_the_mean_over_the_samples_that_have_the_modality(self):
+        mask = torch.ones(400, 3, dtype=torch.bool)
+        mask[:100, 1], mask[:, 2] = False, False
+        base_rate = torch.tensor([0.1, 0.2, 0.3, 0.4])
+        model = one_hot_model(["a", "b", "c"], sharpness=2.0, base_rate=base_rate)
+        model.head.classifiers[1].weight.data.mul_(0.0)  # says nothing
+        inputs = dict.fromkeys("abc", votes(self.targets))
+        metrics, *_ = evaluate(model, split_of(inputs, self.targets, mask))
+        # Of a alone: log-odds of its vote of 2 against three others, less those of the base rate.
+        # Beside it b, by itself, sets the odds to those of equal shares: half of that is its.
+        odds, equal = 2.0 - math.log(3.0), -math.log(3.0)
+        base = (base_rate / (1 - base_rate)).log().double()
+        alone = (odds - base).mean().item()
+        shared = ((odds - base) / 2 + (odds - equal) / 2).mean().item()
+        expected = {"a": 0.25 * alone + 0.75 * shared, "b": (equal - base).mean().item() / 2}
+        assert metrics["contributions"] == pytest.approx(expected | {"c": None}, abs=1e-6)
+        without, *_ = evaluate(model, split_of(inputs, self.targets, mask), shapley=False)
+        assert without["contributions"] is None and without["shapley"] is None
+        assert without["trust"] == metrics["trust"]
 
     def test_a_modality_is_judged_where_it_is_present(self):
         mask = torch.ones(400, 3, dtype=torch.bool)
@@ -138,20 +163,20 @@ class TestEvaluate:
         metrics, *_ = evaluate(
             one_hot_model(["a", "b"]),
             split_of({"a": votes(self.targets), "b": votes(self.targets)}, self.targets, mask),
-            majority=0,
         )
         empty, only_a, only_b, both = 0.25, 1.0, (50 + 200) / 400, 1.0
         assert metrics["shapley"]["b"] == pytest.approx(((only_b - empty) + (both - only_a)) / 2)
 
-    def test_more_than_six_modalities_have_no_exact_shapley(self):
+    def test_more_than_six_modalities_have_neither_shapley_nor_contributions(self):
         names = [f"m{index}" for index in range(7)]
         metrics, *_ = evaluate(
             one_hot_model(names),
             split_of({name: votes(self.targets) for name in names}, self.targets),
         )
-        assert metrics["shapley"] is None and metrics["accuracy"] == 1.0
+        assert metrics["shapley"] is None and metrics["contributions"] is None
+        assert metrics["accuracy"] == 1.0 and metrics["trust"] == dict.fromkeys(names, 1.0)
 
-    def test_a_head_without_weights(self):
+    def test_a_head_without_a_gate_has_contributions_and_no_trust(self):
         model = MultimodalClassifier(
             {"a": nn.Identity(), "b": nn.Identity()}, head=ConcatHead({"a": 4, "b": 4}, 4)
         )
@@ -160,9 +185,10 @@ class TestEvaluate:
         metrics, *_ = evaluate(
             model,
             split_of({"a": votes(self.targets), "b": votes(self.targets)}, self.targets),
-            majority=0,
         )
-        assert metrics["weights"] is None and metrics["accuracy"] == 1.0
+        assert metrics["trust"] is None and metrics["accuracy"] == 1.0
+        expected = 1.0 - math.log(3) - math.log(1 / 3)  # of logits of 1 and three of 0
+        assert metrics["contributions"] == pytest.approx({"a": expected, "b": 0.0}, abs=1e-6)
         assert metrics["shapley"]["a"] > 0.7 and abs(metrics["shapley"]["b"]) < 0.1
 
     def test_in_evaluation_mode_and_back(self):
@@ -237,7 +263,7 @@ def test_degrade_means_the_same_rows_whatever_the_kind_and_noise_of_its_strength
     ("modality", "kind", "message"),
     [
         ("c", "noise", "no modality 'c'; there are a, b"),
-        ("a", "blur", "'blur' is none of noise, missing"),
+        ("a", "fog", "'fog' is none of noise, missing"),
     ],
 )
 def test_degrade_knows_its_words(modality, kind, message):

@@ -102,8 +102,8 @@ def test_token_ids_are_learnt_saved_and_loaded(tmp_path):
     for given in (samples, {"audio": WEAK}, {"text": WORDS}, {"text": WORDS.astype(np.uint8)}):
         one, other = result.model.predict(given), loaded.predict(given)
         assert torch.equal(one.probabilities, other.probabilities)
-        assert torch.equal(one.weights, other.weights)
-    assert torch.equal(loaded.predict({"audio": WEAK}).weights[:, 1], torch.zeros(N))
+        assert torch.equal(one.trust, other.trust)
+    assert torch.equal(loaded.predict({"audio": WEAK}).trust[:, 1], torch.zeros(N))
 
 
 def test_bytes_may_be_token_ids_whatever_is_standardised(tmp_path):
@@ -348,7 +348,8 @@ def test_parameter_groups_arrive_in_the_optimiser(tmp_path, monkeypatch):
         encoders={"audio": lambda: nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5))},
         parameter_groups={"audio": groups},
     )
-    assert len(made) == 2 * 2 + 1  # two folds of two modalities, and the joint training
+    # Two folds of two modalities, both alone, and the joint training.
+    assert len(made) == 2 * 2 + 2 + 1
     groups_of = made[-1].param_groups
     *others, mine = groups_of
     assert [tuple(value.shape) for value in mine["params"]] == [(6, 4), (6,)]
@@ -460,10 +461,11 @@ def test_class_weights_reach_every_training(tmp_path, monkeypatch):
         data=Samples({"audio": WEAK, "other": WEAK}, rare),
     )
     assert drawn and all(weights is not None for *_, weights in drawn)
-    joint = [rows for size, rows, _ in drawn if size == 112]
+    whole = [rows for size, rows, _ in drawn if size == 112]
     weights = drawn[-1][2]
-    assert sorted(set(weights.tolist())) == [1.0, 7.0] and len(joint) == 3
-    share = float((weights[torch.tensor(joint).flatten()] == 7).double().mean())
+    # Three epochs of both modalities alone and of the joint training.
+    assert sorted(set(weights.tolist())) == [1.0, 7.0] and len(whole) == 3 * 3
+    share = float((weights[torch.tensor(whole).flatten()] == 7).double().mean())
     assert abs(share - 0.5) < 0.1
 
 

@@ -79,7 +79,8 @@ def page(names, *, epochs=30, heads=True, budgets=True, best=None):
         "shapley": {name: 0.4 - 0.17 * i for i, name in enumerate(names)},
     }
     if budgets:
-        test["weights"] = dict(zip(names, (share**0.6 / (share**0.6).sum()).tolist(), strict=True))
+        test["trust"] = {name: 0.98 - 0.2 * i for i, name in enumerate(names)}
+        test["contributions"] = {name: 2.5 - 1.4 * i for i, name in enumerate(names)}
     metrics = {"method": "some", "best_epoch": best, "test": test}
     return {
         "history": history,
@@ -156,7 +157,7 @@ def test_accuracy_panel():
 def test_budget_panel():
     arguments = page(SHORT[:3])
     axes, legend = cells(report_figure(**arguments))[2]
-    budgets, weights = arguments["budgets"], arguments["metrics"]["test"]["weights"]
+    budgets, test = arguments["budgets"], arguments["metrics"]["test"]
     assert [width for width, _ in bars(axes)] == pytest.approx(budgets["values"])
     spans = [
         tuple(segment[:, 0])
@@ -167,24 +168,17 @@ def test_budget_panel():
         pytest.approx((value - error, value + error))
         for value, error in zip(budgets["values"], budgets["standard_errors"], strict=True)
     ]
-    points = {
-        marker: [line.get_xdata()[0] for line in axes.lines if line.get_marker() == marker]
-        for marker in "Do"
-    }
-    assert points == {"D": budgets["prior"], "o": list(weights.values())}
-    expected = []
-    for index, (name, value) in enumerate(
-        zip(budgets["modalities"], budgets["values"], strict=True)
-    ):
-        expected.append(
-            f"{value:.2f} ± {budgets['standard_errors'][index]:.2f}" + " ★" * (index == 0)
-        )
-        expected.append(f"{budgets['prior'][index]:.2f} → {weights[name]:.2f}")
-    assert notes(axes) == expected and legend == [
-        "budget ± s.e.",
-        "prior → mean fusion weight",  # what the arrows of the panel lead from, and to
-        "anchor (largest)",
+    points = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
+    assert points == list(test["trust"].values())
+    assert notes(axes) == [
+        f"{budgets['values'][0]:.2f} ± 0.01 ★",
+        "0.98, adds +2.50 nats",
+        f"{budgets['values'][1]:.2f} ± 0.02",
+        "0.78, adds +1.10 nats",
+        f"{budgets['values'][2]:.2f} ± 0.03",
+        "0.58, adds −0.30 nats",
     ]
+    assert legend == ["budget ± s.e.", "mean trust, and what it adds to the log-odds", "largest"]
 
 
 def test_shapley_panel_stands_in_for_budgets():
@@ -334,9 +328,10 @@ def test_no_text_overlaps_or_leaves_the_page(names, options):
         "iibalance on a data set with quite a long name, five seeds, encoders of width 64, "
         "budgets from unimodal trainings"
     )
-    if options["budgets"]:  # the widest labels: full budgets, all the weight on one modality
+    if options["budgets"]:  # the widest labels: full budgets, whole trust, much against
         arguments["budgets"]["values"][0] = 1.0
-        arguments["metrics"]["test"]["weights"][names[-1]] = 1.0
+        arguments["metrics"]["test"]["trust"][names[-1]] = 1.0
+        arguments["metrics"]["test"]["contributions"][names[-1]] = -12.34
     figure = report_figure(**arguments)
     texts = visible_texts(figure)
     assert len(texts) > 25
@@ -373,7 +368,8 @@ def test_parts_missing_or_not_finite_are_left_out():
     del arguments["history"][4]["validation.nll"]
     arguments["metrics"]["test"]["modalities"]["visual"] = None  # absent from every test sample
     arguments["metrics"]["test"]["modalities"]["audio"]["alone_accuracy"] = None
-    arguments["metrics"]["test"]["weights"] = None
+    arguments["metrics"]["test"]["trust"]["visual"] = None
+    arguments["metrics"]["test"]["contributions"] = None  # of more modalities than it is done for
     arguments["metrics"]["best_epoch"] = None
     arguments["budgets"] |= {"standard_errors": [0.0, 0.02], "anchor": None}
     del arguments["reliability"]["visual"]
@@ -385,14 +381,13 @@ def test_parts_missing_or_not_finite_are_left_out():
         "chosen" in label for label in first
     )
     assert notes(accuracy) == ["91.4", "83.0"]
-    assert notes(budget) == ["0.78", "0.59", "0.55 ± 0.02", "0.41"] and third == [
-        "budget ± s.e.",
-        "prior",
-    ]
+    assert notes(budget) == ["0.78", "0.98", "0.55 ± 0.02"]
+    assert third == ["budget ± s.e.", "mean trust, and what it adds to the log-odds"]
     assert len(fourth) == 3  # what was merged, and two curves
     arguments["budgets"]["standard_errors"] = [0.0, 0.0]  # budgets that were given, not estimated
+    arguments["metrics"]["test"]["trust"] = None  # of a method without a gate
     (budget, third) = cells(report_figure(**arguments))[2]
-    assert third == ["budget", "prior"] and not budget.collections and "0.55" in notes(budget)
+    assert third == ["budget"] and not budget.collections and notes(budget) == ["0.78", "0.55"]
 
 
 # The file.
