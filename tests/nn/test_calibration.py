@@ -136,11 +136,11 @@ def test_tolerance_and_prior_come_from_the_config():
 
 
 def test_the_scale_is_that_of_the_joint_models_clean_predictions():
-    """Its modalities say the same where those of the folds were independent: half of it is new."""
+    """Its modalities say the same, where those of the folds were independent: the sum is too sure."""
     folds, validation = held_out(600), held_out(2000, seed=4, missing=0.0)
     validation.logits[1].copy_(validation.logits[0])
     head, clean = calibrated(folds, validation), validation.select(validation.clean)
     far = surprise(clean.novelty, head.prototypes.usual, head.prototypes.spread)
     fused = head.gate(clean.logits, far, clean.mask).logits
     assert fit_temperature(fused, clean.targets) == pytest.approx(1.0, abs=0.03)
-    assert 0.4 < head.gate.log_scale.exp() < 0.65
+    assert head.gate.log_scale.exp() < 0.85
