@@ -1013,8 +1013,8 @@ from iibalance.training import stages
 
 built = stages.Run.train_joint
 
-def train_joint(self, budgets):
-    result = built(self, budgets)
+def train_joint(self, budgets, alone):
+    result = built(self, budgets, alone)
     kept = {"weights": result[0].state_dict(), "history": result[1]}
     torch.save(kept, f"{sys.argv[1]}.{PartialState().process_index}")
     return result
@@ -1066,7 +1066,7 @@ def test_two_processes_train_one_model(data, tmp_path):
         ):  # batch statistics are each process's own
             assert torch.equal(values, ranks[1]["weights"][key]), key
     assert any("prototypes" in key and values.any() for key, values in ranks[0]["weights"].items())
-    assert done.stdout.count("fused") == 1, "one process reports"
+    assert done.stdout.count("run folder") == 1, "one process reports"
     assert [path.name for path in (tmp_path / "run").rglob("metrics.json")] == ["metrics.json"]
     metrics = read(tmp_path / "run" / "metrics.json")
     assert metrics["test"]["accuracy"] > 0.5

@@ -64,7 +64,7 @@ def main():
     score = classifier.score(incomplete, test_y)
     print(f"test accuracy, half without the worst values: {score:.3f}")
 
-    # Nats by which each modality raises the log-probability of what is predicted.
+    # Nats by which each modality raises the log-odds of what is predicted.
     scaled = classifier[:-1].transform(test)
     probability = fitted.predict_proba(scaled).max(1)
     doubtful = scaled.iloc[[probability.argmin()]]

@@ -136,7 +136,7 @@ def test_tolerance_and_prior_come_from_the_config():
 
 
 def test_the_scale_is_that_of_the_joint_models_clean_predictions():
-    """Its modalities say the same, where those of the folds were independent: the sum is too sure."""
+    """Its modalities say the same; those of the folds were independent, so the sum is too sure."""
     folds, validation = held_out(600), held_out(2000, seed=4, missing=0.0)
     validation.logits[1].copy_(validation.logits[0])
     head, clean = calibrated(folds, validation), validation.select(validation.clean)

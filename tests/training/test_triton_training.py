@@ -109,4 +109,4 @@ def test_twenty_steps_on_digits_give_the_losses_of_plain_pytorch(dropout):
         names = [launch.name for launch in report.launches]
         three = ["objective_small", "move_prototypes", "scale_all"]
         assert [name for name in names if name in three] == three * STEPS
-        assert set(names) - set(three) <= {"nearest_forward", "fusion_rows"}, "of prediction"
+        assert set(names) - set(three) <= {"nearest_forward", "trusted_rows"}, "of prediction"
