@@ -213,7 +213,8 @@ class TrainingConfig:
     """Probability with which each modality of a training sample is hidden (a sample always keeps
     one)."""
     alone: bool = True
-    """Also train each modality's encoder alone, with the same budget of epochs: the reference for
+    """Also train each modality's encoder alone where the method does not (``iibalance`` starts from
+    them, unless its ``warm_start`` is 0), with the same budget of epochs: the reference for
     ``utilisation``."""
     checkpoint_seconds: float = 10.0
     """At most this much training time is lost by a kill (checkpoints are written at the end of an

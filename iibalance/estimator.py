@@ -215,8 +215,8 @@ class IIBalanceClassifier(ClassifierMixin, BaseEstimator):
     def trust(self, X: Any, sample_mask: Any = None) -> np.ndarray:
         """[N, M] float64 in [0, 1]: how far each modality of each sample is trusted.
 
-        It falls where an input is unusual and where it contradicts the others; 0 where missing.
-        Raises InputError for a method that has no gate.
+        It falls where an input is unusual and where it contradicts the others; 0 where missing, 1
+        for a method that trusts everybody. Raises InputError for a method that knows no trust.
         """
         check_is_fitted(self)
         found = self._predict(X, sample_mask).trust

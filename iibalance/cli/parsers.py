@@ -35,7 +35,7 @@ def main_parser() -> ArgumentParser:
     commands.add_subcommand(
         "predict",
         _predict_parser(),
-        help="probabilities, fusion weights and uncertainty for new samples",
+        help="probabilities for new samples, and what they rest on: trust and contributions",
     )
     commands.add_subcommand(
         "budgets",

@@ -35,15 +35,23 @@ def summary(result: dict) -> str:
 def fusion_note(metrics: dict) -> str | None:
     """What to know where the fused prediction is no better than one modality's on validation.
 
-    ``metrics``: of a run. Lower NLL is better; None where the fusion is, or there is one modality.
+    ``metrics``: of a run. Lower NLL is better; None where the fusion is, where nothing is fused, and
+    for modalities that some validation sample lacks: their figures are of other samples.
 
-    >>> own = {"audio": {"nll": 0.2, "accuracy": 0.93}, "image": {"nll": 1.1, "accuracy": 0.61}}
-    >>> print(fusion_note({"validation": {"nll": 0.25, "accuracy": 0.92, "modalities": own}}))
+    >>> own = {name: {"nll": nll, "accuracy": right, "samples": 50}
+    ...        for name, nll, right in (("audio", 0.2, 0.93), ("image", 1.1, 0.61))}
+    >>> validation = {"nll": 0.25, "accuracy": 0.92, "modalities": own}
+    >>> print(fusion_note({"samples": {"validation": 50}, "validation": validation}))
     note: on validation the fused prediction is no better than audio alone (NLL 0.250 against 0.200, accuracy 92.0 % against 93.0 %)
     """  # noqa: E501
     fused = metrics["validation"]
-    own = {name: row for name, row in fused["modalities"].items() if row is not None}
-    if len(own) < 2:
+    count = metrics["samples"]["validation"]
+    own = {
+        name: row
+        for name, row in fused["modalities"].items()
+        if row is not None and row["samples"] == count
+    }
+    if not own or len(fused["modalities"]) < 2 or metrics.get("method") == "unimodal":
         return None
     name = min(own, key=lambda name: own[name]["nll"])
     if fused["nll"] < own[name]["nll"]:

@@ -29,6 +29,8 @@ class Choice(NamedTuple):
     #: Modality -> the trial of its own lowest validation NLL; empty for methods whose encoders are
     #: never trained alone.
     by_modality: dict[str, int]
+    #: Whether the method's own trial counts beside them: for its main parameter.
+    joint: bool = False
 
 
 def settings_of(config: CompareConfig, method: str) -> list[dict]:
@@ -92,7 +94,7 @@ def choices(folder: Path, trials: Sequence[Cell], chosen: Mapping) -> dict:
                     mean = {"validation_nll": sum(values) / len(values), "seeds": len(values)}
                     own.setdefault(modality, {})[trial] = mean
         best = {modality: best_trial(tried) for modality, tried in own.items()}
-        found[data, method] = Choice(chosen[data, method], best)
+        found[data, method] = Choice(chosen[data, method], best, method_class(method).joint)
     return found
 
 
@@ -119,7 +121,8 @@ def wins(choices: Iterable[Choice], trials: int) -> dict[str, list[int]]:
     """
     found: dict[str, list[int]] = {}
     for choice in choices:
-        for name, trial in (choice.by_modality or {"": choice.trial}).items():
+        whole = {"": choice.trial} if choice.joint or not choice.by_modality else {}
+        for name, trial in (whole | choice.by_modality).items():
             found.setdefault(name, [0] * trials)[trial] += 1
     return found
 

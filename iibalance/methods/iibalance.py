@@ -94,10 +94,10 @@ class IIBalance(Method):
         for name, value in (*part.named_parameters(), *part.named_buffers()):
             if name not in values or values[name].shape != value.shape:
                 continue
-            if value.requires_grad and value.dim() > 1:
-                value.mul_(1 - share).add_(values[name], alpha=share)
-            else:
-                value.copy_(values[name])
+            its = values[name]
+            if share < 1 and value.requires_grad and value.dim() > 1:
+                its = (1 - share) * value + share * its
+            value.copy_(its)
 
     def calibrate(
         self,

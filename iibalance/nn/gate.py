@@ -195,10 +195,11 @@ class Gate(nn.Module):
             hedges = HEDGES[:1]
         found = [fitted(hedge) for hedge in hedges]
         cost = [float((weight * rows)[clean].sum() / weight[clean].sum()) for _, rows in found]
-        least = min(cost)
+        least = min((its for its in cost if math.isfinite(its)), default=math.inf)
         allowed = least + (tolerance or 0.0) * (least + 1 / 6)
         # The most that is not too dear; the least clean loss always qualifies.
-        work, rows = next(pair for pair, its in zip(found, cost) if its <= allowed or its != its)
+        good = (pair for pair, its in zip(found, cost) if its <= allowed)
+        work, rows = next(good, found[0])
         final = float((weight * rows).sum() / weight.sum())
         values = [value.detach() for name, value in work.named_parameters()]
         finite = all(bool(torch.isfinite(value).all()) for value in values)

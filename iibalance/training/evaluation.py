@@ -59,7 +59,7 @@ def evaluate(
     samples that have the modality; trust is None without a gate), shapley (each modality's share of
     the accuracy, where the most frequent class in training is what is predicted from nothing; it
     and contributions are None for more than 6 modalities) and, for each modality,
-    modalities.<name>.{accuracy, macro_f1, nll, ece, brier, alone_accuracy, utilisation}. A
+    modalities.<name>.{accuracy, macro_f1, nll, ece, brier, alone_accuracy, utilisation, samples}. A
     modality's own numbers are over the samples in which it is present; None where there are none,
     or where the head has no predictions of single modalities.
     """
@@ -102,7 +102,8 @@ def evaluate(
         reliability[name] = reliability_curve(own_log_p, targets[rows])
         reference = (alone or {}).get(name)
         share = own["accuracy"] / reference if reference else None
-        metrics["modalities"][name] = own | {"alone_accuracy": reference, "utilisation": share}
+        own |= {"alone_accuracy": reference, "utilisation": share, "samples": int(rows.sum())}
+        metrics["modalities"][name] = own
     return Evaluation(metrics, reliability, log_p)
 
 

@@ -163,10 +163,11 @@ def report_figure(
       ``validation.nll`` and ``validation.nll.<modality>``, in nats.
     - ``metrics``: ``best_epoch``, or ``best_epochs`` by modality where each kept its own; and under
       ``test`` the numbers of the fused prediction (``accuracy``, ``macro_f1``, ``nll``, ``ece``,
-      ``brier``), ``weights`` and ``shapley`` by modality, and ``modalities``, which holds for each
-      its ``accuracy`` in the joint model and ``alone_accuracy``. Accuracies are fractions of 1.
+      ``brier``), ``trust``, ``contributions`` and ``shapley`` by modality, and ``modalities``,
+      which holds for each its ``accuracy`` in the joint model and ``alone_accuracy``. Accuracies
+      are fractions of 1.
     - ``budgets``: ``modalities`` (their order is the order of the page), ``values``,
-      ``standard_errors``, ``prior`` and ``anchor``. Where it is None, the Shapley contributions are
+      ``standard_errors`` and ``anchor``. Where it is None, the Shapley contributions are
       drawn in their place.
     - ``reliability``: for ``"fused"`` and modalities, the curve (confidence [b], accuracy [b],
       count [b]) of :func:`iibalance.metrics.reliability_curve`. The ECE in the legend is that of
@@ -174,7 +175,7 @@ def report_figure(
       (:func:`iibalance.training.report_panels.merge_bins`).
 
     Whatever a method does not have is left out, never made up, and numbers that are not finite are
-    not drawn. Budget and prior are defined in the method page, section 1; the fusion weight in the
+    not drawn. Budgets are defined in the method page, section 1; trust and contributions in the
     method page, section 4.
 
     >>> metrics = {"test": {"accuracy": 0.864}}

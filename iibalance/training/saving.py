@@ -113,6 +113,11 @@ def read_saved(
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
+        if "base_rate" not in weights:
+            raise InputError(
+                f"{file}: was written by an earlier version of iibalance, whose gate was another; "
+                "train it again"
+            ) from None
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{file}: does not fit its configuration ({reason})") from None
     return model, metadata

@@ -364,7 +364,32 @@ def test_joint_methods_choose_one_setting(tmp_path):
     own = {"weak": {"nll": 0.1}}
     row = {"validation": {"nll": 0.4, "accuracy": 0.5, "modalities": own}}
     cell_files(tmp_path, cell)[0].write_text(json.dumps(row))
-    assert choices(tmp_path, [cell], {("two", "concat"): 0}) == {("two", "concat"): Choice(0, {})}
+    found = choices(tmp_path, [cell], {("two", "concat"): 0})
+    assert found == {("two", "concat"): Choice(0, {}, joint=True)}
+
+
+def test_what_goes_on_from_encoders_alone_takes_their_rates_and_its_own_trial(tmp_path):
+    """The rates by the encoders' own trials, and the parameter by the fused prediction's."""
+    (tmp_path / "cells").mkdir()
+    cells = []
+    for method, losses in (("unimodal", (0.3, 0.2)), ("iibalance", (0.5, 0.9))):
+        for trial, loss in enumerate(losses):
+            cell = Cell("two", method, 0, trial, "trial")
+            own = {"weak": {"nll": loss}, "strong": {"nll": 1 - loss}}
+            row = {"validation": {"nll": loss, "accuracy": 0.5, "modalities": own}}
+            cell_files(tmp_path, cell)[0].write_text(json.dumps(row))
+            cells.append(cell)
+    found = choices(tmp_path, cells, {("two", "unimodal"): 1, ("two", "iibalance"): 0})
+    choice = Choice(0, {"weak": 1, "strong": 0}, joint=True)
+    assert found["two", "iibalance"] == choice
+    tried = [
+        {"learning_rate": rate, "weight_decay": 0.1, "objective.alpha": alpha}
+        for rate, alpha in ((0.1, 1.0), (0.2, 0.3))
+    ]
+    setting = chosen_setting(tried, choice)
+    assert setting["learning_rates"] == {"weak": 0.2, "strong": 0.1}
+    assert setting["objective.alpha"] == 1.0
+    assert wins([choice], 2) == {"": [1, 0], "weak": [0, 1], "strong": [1, 0]}
 
 
 def stages(folder):

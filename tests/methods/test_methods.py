@@ -785,3 +785,16 @@ def test_a_step_of_ones_own_loop_clips_where_it_is_asked_to(limit, moved):
         max_gradient_norm=limit,
     )
     assert before - model.encoders[0].weight[0, 0].item() == pytest.approx(moved, rel=1e-5)
+
+
+def test_a_whole_start_copies_whatever_it_is_given():
+    """A part that aliases its trained self, and values that no product with 0 would keep."""
+    method, alone, model, _ = trained_and_new("iibalance")
+    first = next(iter(model.encoders[0].parameters()))
+    with torch.no_grad():
+        first[0, 0] = -torch.inf  # times 0 it would be NaN
+    name = model.modalities[0]
+    alone[name].encoders[0] = model.encoders[0]
+    kept = first.clone()
+    method.initialise(model, alone)
+    assert torch.equal(first, kept)
