@@ -35,15 +35,17 @@ def summary(result: dict) -> str:
 def fusion_note(metrics: dict) -> str | None:
     """What to know where the fused prediction is no better than one modality's on validation.
 
-    ``metrics``: of a run. Lower NLL is better; None where the fusion is, where nothing is fused, and
-    for modalities that some validation sample lacks: their figures are of other samples.
+    ``metrics``: of a run. Lower NLL is better. None where the fusion is, and where nothing is
+    fused; modalities that some validation sample lacks have figures of other samples.
 
     >>> own = {name: {"nll": nll, "accuracy": right, "samples": 50}
     ...        for name, nll, right in (("audio", 0.2, 0.93), ("image", 1.1, 0.61))}
     >>> validation = {"nll": 0.25, "accuracy": 0.92, "modalities": own}
-    >>> print(fusion_note({"samples": {"validation": 50}, "validation": validation}))
-    note: on validation the fused prediction is no better than audio alone (NLL 0.250 against 0.200, accuracy 92.0 % against 93.0 %)
-    """  # noqa: E501
+    >>> note = fusion_note({"samples": {"validation": 50}, "validation": validation})
+    >>> print(note.replace(" (", "\\n("))
+    note: on validation the fused prediction is no better than audio alone
+    (NLL 0.250 against 0.200, accuracy 92.0 % against 93.0 %)
+    """
     fused = metrics["validation"]
     count = metrics["samples"]["validation"]
     own = {

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from iibalance.data.dataset import Split
-from iibalance.methods.base import Method
-from iibalance.methods.heads import ConcatHead, fit_temperatures
+from iibalance.methods.heads import ConcatHead
+from iibalance.methods.tempered import Tempered
 from iibalance.nn.calibration import HeldOut
 from iibalance.nn.model import MultimodalClassifier, embed_split
 
 
-class Concat(Method):
+class Concat(Tempered):
     """Concatenated embeddings, one linear classifier, cross-entropy.
 
     One temperature is fitted on validation data.
@@ -34,5 +34,5 @@ class Concat(Method):
         out_of_fold: HeldOut | None,
         seed: int,
     ) -> None:
-        fit_temperatures(model, validation)
+        super().calibrate(model, train, validation, out_of_fold, seed)
         model.head.fit_probes(embed_split(model, train), train.targets, train.mask)

@@ -61,6 +61,19 @@ class TemperedHead(nn.Module):
         return self.losses(self.present(embeddings, mask), targets, mask)
 
 
+class SeparateHead(TemperedHead):
+    """Base of the heads with one linear classifier an embedding, ``classifiers``."""
+
+    def __init__(self, embedding_dims: Mapping[str, int], num_classes: int):
+        super().__init__(embedding_dims, num_classes)
+        self.classifiers = linear_classifiers(embedding_dims, num_classes)
+        self.register_buffer("own_temperature", torch.ones(len(embedding_dims)))
+
+    def heads(self, embeddings: Embeddings, mask: Tensor | None = None) -> list[Tensor]:
+        """Each modality's own logits before any temperature, M of [B, K]; missing rows are 0."""
+        return classify(self.classifiers, self.present(embeddings, mask), mask)
+
+
 class ProbedHead(TemperedHead):
     """Base of the heads whose branches have no classifier of their own.
 

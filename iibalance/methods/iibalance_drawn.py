@@ -14,18 +14,15 @@ import iib_kernels
 from iib_kernels import reference
 from iibalance.budgets import Budgets
 from iibalance.config import ObjectiveConfig, RunConfig
-from iibalance.data.dataset import Split
 from iibalance.errors import InputError, as_sequence
-from iibalance.methods.base import Method
 from iibalance.methods.heads import (
     TemperedHead,
     classify,
-    fit_temperatures,
     linear_classifiers,
     own_cross_entropies,
     tempered,
 )
-from iibalance.nn.calibration import HeldOut
+from iibalance.methods.tempered import Tempered
 from iibalance.nn.head import Embeddings, HeadOutput
 from iibalance.nn.model import MultimodalClassifier
 from iibalance.nn.prototypes import PrototypeBank
@@ -253,7 +250,7 @@ def entropy_budgets(
     return Budgets(tuple(logits), tuple(values), tuple(errors), None, source, tau_b)
 
 
-class IIBalanceDrawn(Method):
+class IIBalanceDrawn(Tempered):
     """What the published figure of IIBalance shows, as far as it shows it.
 
     The text of the paper (arXiv 2603.17347) could not be had; its method figure could:
@@ -357,16 +354,6 @@ class IIBalanceDrawn(Method):
 
     def set_budgets(self, model: MultimodalClassifier, budgets: Budgets) -> None:
         model.head.set_budgets(budgets)
-
-    def calibrate(
-        self,
-        model: MultimodalClassifier,
-        train: Split,
-        validation: Split,
-        out_of_fold: HeldOut | None,
-        seed: int,
-    ) -> None:
-        fit_temperatures(model, validation)
 
     def training_key(self) -> dict:
         objective = self.config.objective

@@ -8,23 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iibalance.data.dataset import Split
-from iibalance.methods.base import Method
 from iibalance.methods.heads import (
     Losses,
-    TemperedHead,
+    SeparateHead,
     classify,
-    fit_temperatures,
-    linear_classifiers,
     own_cross_entropies,
     tempered,
 )
-from iibalance.nn.calibration import HeldOut
+from iibalance.methods.tempered import Tempered
 from iibalance.nn.head import Embeddings, HeadOutput
-from iibalance.nn.model import MultimodalClassifier
 
 
-class CoBeliefHead(TemperedHead):
+class CoBeliefHead(SeparateHead):
     """One classifier an embedding, and a small network that foretells how right it will be.
 
     The prediction is sum_m w_m l_m; see :class:`PDF` for the weights.
@@ -42,7 +37,6 @@ class CoBeliefHead(TemperedHead):
         self, embedding_dims: Mapping[str, int], num_classes: int, *, unimodal: float = 1.0
     ):
         super().__init__(embedding_dims, num_classes)
-        self.classifiers = linear_classifiers(embedding_dims, num_classes)
         self.predictors = nn.ModuleList(
             nn.Sequential(
                 nn.Linear(size, 2 * size),
@@ -54,11 +48,6 @@ class CoBeliefHead(TemperedHead):
             for size in embedding_dims.values()
         )
         self.unimodal = unimodal
-        self.register_buffer("own_temperature", torch.ones(len(embedding_dims)))
-
-    def heads(self, embeddings: Embeddings, mask: Tensor | None = None) -> list[Tensor]:
-        """Each modality's own logits before any temperature, M of [B, K]; missing rows are 0."""
-        return classify(self.classifiers, self.present(embeddings, mask), mask)
 
     def log_confidence(self, embeddings: Sequence[Tensor], mask: Tensor | None) -> Tensor:
         """log p [B, M], the predicted probabilities of the true class; 0 where missing.
@@ -136,7 +125,7 @@ def weighted(weights: Tensor, logits: Sequence[Tensor]) -> Tensor:
     return sum(weights[:, index, None] * values for index, values in enumerate(logits))
 
 
-class PDF(Method):
+class PDF(Tempered):
     """Late fusion whose weights come from the predicted probability of the true class.
 
     Cao, Xia, Ding, Zhang, Hu: "Predictive Dynamic Fusion", ICML 2024. For any number of modalities.
@@ -180,13 +169,3 @@ class PDF(Method):
 
     def head(self, embedding_dims: Mapping[str, int], num_classes: int) -> nn.Module:
         return CoBeliefHead(embedding_dims, num_classes, unimodal=self.options.unimodal)
-
-    def calibrate(
-        self,
-        model: MultimodalClassifier,
-        train: Split,
-        validation: Split,
-        out_of_fold: HeldOut | None,
-        seed: int,
-    ) -> None:
-        fit_temperatures(model, validation)

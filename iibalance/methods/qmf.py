@@ -9,22 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iibalance.data.dataset import Batch, Split
-from iibalance.methods.base import Method
 from iibalance.methods.heads import (
     Losses,
-    TemperedHead,
-    classify,
-    fit_temperatures,
-    linear_classifiers,
+    SeparateHead,
     own_cross_entropies,
     tempered,
 )
-from iibalance.nn.calibration import HeldOut
+from iibalance.methods.tempered import Tempered
 from iibalance.nn.head import Embeddings, HeadOutput
-from iibalance.nn.model import MultimodalClassifier
 
 
-class EnergyHead(TemperedHead):
+class EnergyHead(SeparateHead):
     """One classifier an embedding, fused by energy.
 
     The prediction is sum_m c_m l_m with the confidence c_m = logsumexp(l_m) / 10, not
@@ -34,15 +29,6 @@ class EnergyHead(TemperedHead):
     >>> head([torch.zeros(2, 4), torch.zeros(2, 2)], torch.tensor([1, 0])).weights.shape
     torch.Size([2, 2])
     """
-
-    def __init__(self, embedding_dims: Mapping[str, int], num_classes: int):
-        super().__init__(embedding_dims, num_classes)
-        self.classifiers = linear_classifiers(embedding_dims, num_classes)
-        self.register_buffer("own_temperature", torch.ones(len(embedding_dims)))
-
-    def heads(self, embeddings: Embeddings, mask: Tensor | None = None) -> list[Tensor]:
-        """Each modality's own logits before any temperature, M of [B, K]; missing rows are 0."""
-        return classify(self.classifiers, self.present(embeddings, mask), mask)
 
     @staticmethod
     def confidence(logits: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
@@ -81,7 +67,7 @@ class EnergyHead(TemperedHead):
         return HeadOutput(fused, confidence, None, tuple(logits), total, parts)
 
 
-class QMF(Method):
+class QMF(Tempered):
     """Energy-weighted late fusion whose confidences are ranked by how well a sample was learnt.
 
     Zhang, Wu, Zhang, Hu, Fu, Zhou, Peng: "Provable Dynamic Fusion for Low-Quality Multimodal Data",
@@ -159,13 +145,3 @@ class QMF(Method):
                 sums[index[rows], m] += own[rows]
                 count[index[rows], m] += 1
         return loss
-
-    def calibrate(
-        self,
-        model: MultimodalClassifier,
-        train: Split,
-        validation: Split,
-        out_of_fold: HeldOut | None,
-        seed: int,
-    ) -> None:
-        fit_temperatures(model, validation)

@@ -10,37 +10,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iibalance.data.dataset import Batch, Split
-from iibalance.methods.base import Method
 from iibalance.methods.heads import (
     Losses,
-    TemperedHead,
-    classify,
-    fit_temperatures,
-    linear_classifiers,
+    SeparateHead,
     own_cross_entropies,
     tempered,
 )
-from iibalance.nn.calibration import HeldOut
+from iibalance.methods.tempered import Tempered
 from iibalance.nn.head import Embeddings, HeadOutput
-from iibalance.nn.model import MultimodalClassifier
 
 
-class SumHead(TemperedHead):
+class SumHead(SeparateHead):
     """One linear classifier an embedding; the prediction is the sum of their logits.
 
     >>> head = SumHead({"audio": 4, "visual": 2}, num_classes=3)
     >>> head([torch.zeros(2, 4), torch.zeros(2, 2)], torch.tensor([1, 0])).logits.shape
     torch.Size([2, 3])
     """
-
-    def __init__(self, embedding_dims: Mapping[str, int], num_classes: int):
-        super().__init__(embedding_dims, num_classes)
-        self.classifiers = linear_classifiers(embedding_dims, num_classes)
-        self.register_buffer("own_temperature", torch.ones(len(embedding_dims)))
-
-    def heads(self, embeddings: Embeddings, mask: Tensor | None = None) -> list[Tensor]:
-        """Each modality's own logits before any temperature, M of [B, K]; missing rows are 0."""
-        return classify(self.classifiers, self.present(embeddings, mask), mask)
 
     def fuse(self, embeddings: Embeddings, mask: Tensor | None = None) -> HeadOutput:
         """Predict from embeddings (M of [B, D_m], mask [B, M] bool)."""
@@ -64,7 +50,7 @@ class Turn(NamedTuple):
     before: int | None  #: who learnt in the stage before; None in the first
 
 
-class ReconBoost(Method):
+class ReconBoost(Tempered):
     """Boosting over modalities: in turn each learns what the sum of the others gets wrong.
 
     Hua, Xu, Bao, Yang, Huang: "ReconBoost: Boosting Can Achieve Modality Reconcilement", ICML 2024.
@@ -165,13 +151,3 @@ class ReconBoost(Method):
             there = there & batch.mask[:, turn.before]
         memory = self.consolidation(own, logits[turn.before], there)
         return loss + self.options.memory * memory
-
-    def calibrate(
-        self,
-        model: MultimodalClassifier,
-        train: Split,
-        validation: Split,
-        out_of_fold: HeldOut | None,
-        seed: int,
-    ) -> None:
-        fit_temperatures(model, validation)

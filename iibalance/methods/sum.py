@@ -6,16 +6,12 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from iibalance.data.dataset import Split
-from iibalance.methods.base import Method
-from iibalance.methods.heads import fit_temperatures
-from iibalance.nn.calibration import HeldOut
+from iibalance.methods.tempered import Tempered
 from iibalance.nn.head import IIBalanceHead
 from iibalance.nn.loss import IIBalanceLoss
-from iibalance.nn.model import MultimodalClassifier
 
 
-class Sum(Method):
+class Sum(Tempered):
     """Joint late fusion: one head a modality, trained by the summed logits' cross-entropy alone.
 
     The sum has one temperature, fitted on validation data; the heads' own temperatures are for
@@ -30,13 +26,3 @@ class Sum(Method):
             fused_weight=1.0, unimodal_weight=0.0, alpha=0.0, beta=0.0, impl=impl
         )
         return IIBalanceHead(embedding_dims, num_classes, objective=objective, impl=impl)
-
-    def calibrate(
-        self,
-        model: MultimodalClassifier,
-        train: Split,
-        validation: Split,
-        out_of_fold: HeldOut | None,
-        seed: int,
-    ) -> None:
-        fit_temperatures(model, validation)

@@ -8,23 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iibalance.data.dataset import Split
-from iibalance.methods.base import Method
 from iibalance.methods.heads import (
     Losses,
-    TemperedHead,
-    classify,
-    fit_temperatures,
-    linear_classifiers,
+    SeparateHead,
     tempered,
 )
-from iibalance.nn.calibration import HeldOut
+from iibalance.methods.tempered import Tempered
 from iibalance.nn.head import Embeddings, HeadOutput
 from iibalance.nn.missing import fill_missing
-from iibalance.nn.model import MultimodalClassifier
 
 
-class EvidentialHead(TemperedHead):
+class EvidentialHead(SeparateHead):
     """Each modality's evidence for each class, combined by the reduced Dempster rule.
 
     A linear classifier and a softplus give the evidence e_m [B, K]: alpha_m = e_m + 1 is a
@@ -45,13 +39,11 @@ class EvidentialHead(TemperedHead):
         self, embedding_dims: Mapping[str, int], num_classes: int, *, annealing: float = 0.1
     ):
         super().__init__(embedding_dims, num_classes)
-        self.classifiers = linear_classifiers(embedding_dims, num_classes)
         self.annealing = annealing
-        self.register_buffer("own_temperature", torch.ones(len(embedding_dims)))
 
     def evidence(self, embeddings: Embeddings, mask: Tensor | None = None) -> list[Tensor]:
         """M of [B, K] float32, at least 0; a missing modality has none."""
-        logits = classify(self.classifiers, self.present(embeddings, mask), mask)
+        logits = super().heads(embeddings, mask)
         return fill_missing([F.softplus(values.float()) for values in logits], mask)
 
     def heads(self, embeddings: Embeddings, mask: Tensor | None = None) -> list[Tensor]:
@@ -145,7 +137,7 @@ def mean_over(rows: Tensor, losses: Tensor) -> Tensor:
     return losses.masked_fill(~rows, 0.0).sum() / rows.sum().clamp_min(1)
 
 
-class TMC(Method):
+class TMC(Tempered):
     """Evidence of each modality, combined by Dempster's rule; evidential losses on all of them.
 
     Han, Zhang, Fu, Zhou: "Trusted Multi-View Classification", ICLR 2021. For any number of
@@ -191,13 +183,3 @@ class TMC(Method):
 
     def head(self, embedding_dims: Mapping[str, int], num_classes: int) -> nn.Module:
         return EvidentialHead(embedding_dims, num_classes, annealing=self.options.annealing)
-
-    def calibrate(
-        self,
-        model: MultimodalClassifier,
-        train: Split,
-        validation: Split,
-        out_of_fold: HeldOut | None,
-        seed: int,
-    ) -> None:
-        fit_temperatures(model, validation)
