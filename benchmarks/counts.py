@@ -491,7 +491,7 @@ def recorded(run: bool = False) -> Iterator[list[Launch]]:
 
         return record
 
-    programs, device = fused._programs, torch.device("cuda")
+    programs, device = fused.programs_of, torch.device("cuda")
     change = lambda where, name, value: stack.enter_context(mock.patch.object(where, name, value))
     with contextlib.ExitStack() as stack:
         for kind in (jit.JITFunction, interpreter.InterpretedFunction):
@@ -501,7 +501,7 @@ def recorded(run: bool = False) -> Iterator[list[Launch]]:
         for where in (arguments, objective):
             change(where, "tickets", lambda device: kept)
         if not run:
-            change(fused, "_programs", lambda config, batch, _: programs(config, batch, device))
+            change(fused, "programs_of", lambda config, batch, _: programs(config, batch, device))
             change(_runtime, "interpreting", lambda: True)
             change(distance, "multiply", _product(launches))
         for where in (_runtime, _checks, fusion, update):

@@ -292,7 +292,7 @@ def prepare(logits, log_prior, gate_logits, temperature, uncertainty_weight, sca
 
     The names are those of :func:`~iib_kernels.reference.gated_fusion`.
     """
-    logits = _check_logits(logits)
+    logits = check_logits(logits)
     shape, count = logits[0].shape, len(logits)
     if log_prior is not None:
         check_shape(check_float(log_prior, "log_prior"), (count,), "log_prior", "[M]")
@@ -303,14 +303,14 @@ def prepare(logits, log_prior, gate_logits, temperature, uncertainty_weight, sca
                 f"gate_logits: expected shape [..., M] = {[*size]}, got {describe(gate_logits)}"
             )
     either = ((), (count,))
-    _check_parameter(temperature, "temperature", either, count)
-    _check_parameter(uncertainty_weight, "uncertainty_weight", either, count)
-    _check_parameter(scale, "scale", ((),), count)
+    check_parameter(temperature, "temperature", either, count)
+    check_parameter(uncertainty_weight, "uncertainty_weight", either, count)
+    check_parameter(scale, "scale", ((),), count)
     mask = check_mask(mask, (*shape[:-1], count), rows_need_one=True)
     if isinstance(scale, str) and mask is None:
         scale = float(count)
     numbers = temperature, uncertainty_weight, scale
-    temperature, uncertainty_weight, scale = (_beside(value, logits[0]) for value in numbers)
+    temperature, uncertainty_weight, scale = (beside(value, logits[0]) for value in numbers)
     given = {
         "log_prior": log_prior,
         "gate_logits": gate_logits,
@@ -330,7 +330,7 @@ def prepare(logits, log_prior, gate_logits, temperature, uncertainty_weight, sca
     return logits, {**given, "mask": mask}, dtype
 
 
-def _check_logits(logits: Sequence[Tensor] | Tensor) -> list[Tensor]:
+def check_logits(logits: Sequence[Tensor] | Tensor) -> list[Tensor]:
     """M tensors of one shape [..., K]."""
     if isinstance(logits, Tensor):
         check_float(logits, "logits")
@@ -355,9 +355,7 @@ def _check_logits(logits: Sequence[Tensor] | Tensor) -> list[Tensor]:
     return logits
 
 
-def _check_parameter(
-    value: object, name: str, sizes: Sequence[tuple[int, ...]], count: int
-) -> None:
+def check_parameter(value: object, name: str, sizes: Sequence[tuple[int, ...]], count: int) -> None:
     """TypeError or ValueError unless ``value`` is a number or a tensor of one of ``sizes``."""
     if name == "scale" and isinstance(value, str):
         if value != PRESENT:
@@ -376,7 +374,7 @@ def _check_parameter(
         raise ValueError(f"temperature: expected a number above 0, got {value}")
 
 
-def _beside(value: Tensor | float, logits: Tensor) -> Tensor | float:
+def beside(value: Tensor | float, logits: Tensor) -> Tensor | float:
     """A parameter as the kernels take it beside ``logits``: a scalar tensor of the CPU is a number.
 
     One that asks for a gradient goes to the logits' device, which copies from the host.

@@ -13,7 +13,7 @@ from iib_kernels import reference
 from iib_kernels._checks import check_device, check_float, check_mask, describe
 from iib_kernels._runtime import choose, compute_dtype, full_precision
 from iib_kernels.compat import apply, distinct, exportable
-from iib_kernels.fusion import _beside, _check_logits, _check_parameter
+from iib_kernels.fusion import beside, check_logits, check_parameter
 from iib_kernels.ops.trust.autograd import TrustedFusionFunction
 
 
@@ -73,7 +73,7 @@ def trusted_fusion(
     >>> fused.logits.argmax(1), fused.trust  # audio is surer, and not trusted
     (tensor([1]), tensor([[0.1362, 0.9689]]))
     """
-    logits = _check_logits(logits)
+    logits = check_logits(logits)
     shape, count = logits[0].shape, len(logits)
     if trust_logits is not None:
         check_float(trust_logits, "trust_logits")
@@ -84,12 +84,12 @@ def trusted_fusion(
                 f"trust_logits: expected shape [M] or [..., M] = {[*shape[:-1], count]}, "
                 f"got {describe(trust_logits)}"
             )
-    _check_parameter(temperature, "temperature", ((), (count,)), count)
+    check_parameter(temperature, "temperature", ((), (count,)), count)
     if isinstance(scale, str):
         raise TypeError(f"scale: expected a number or a tensor [], got {scale!r}")
-    _check_parameter(scale, "scale", ((),), count)
+    check_parameter(scale, "scale", ((),), count)
     mask = check_mask(mask, (*shape[:-1], count), rows_need_one=True)
-    temperature, scale = _beside(temperature, logits[0]), _beside(scale, logits[0])
+    temperature, scale = beside(temperature, logits[0]), beside(scale, logits[0])
     given = {"trust_logits": trust_logits, "temperature": temperature, "scale": scale}
     sized = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     sized = {name: value for name, value in sized.items() if value.dim()}

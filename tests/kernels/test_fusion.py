@@ -353,14 +353,14 @@ def test_values_are_fused_by_the_weights_of_the_logits():
 
 def test_scalar_tensors_of_the_cpu_are_numbers_beside_a_device():
     """Beside logits of the meta device, which stands for a GPU here."""
-    from iib_kernels.fusion import _beside
+    from iib_kernels.fusion import beside
 
     elsewhere = torch.empty(2, 3, device="meta")
-    assert _beside(torch.tensor(2.0), elsewhere) == 2.0
+    assert beside(torch.tensor(2.0), elsewhere) == 2.0
     leaf = torch.tensor(2.0, requires_grad=True)
-    assert _beside(leaf, elsewhere).device.type == "meta"  # or it would lose its gradient
+    assert beside(leaf, elsewhere).device.type == "meta"  # or it would lose its gradient
     vector = torch.ones(2)
-    assert _beside(vector, elsewhere) is vector and _beside(1.5, elsewhere) == 1.5
+    assert beside(vector, elsewhere) is vector and beside(1.5, elsewhere) == 1.5
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_of_many_classes(classes, modalities, dtype, smoothing):
 )
 def test_streamed_rows_and_joint_reductions(modalities, form, monkeypatch):
     if form == "joint":
-        monkeypatch.setattr(launch, "_joint", lambda config: True)
+        monkeypatch.setattr(launch, "is_joint", lambda config: True)
     else:
         monkeypatch.setattr(launch, "MOST_CLASSES", 0)
         monkeypatch.setattr(launch, "STREAMED", 8)

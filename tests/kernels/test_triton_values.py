@@ -1043,7 +1043,7 @@ def test_fusion_where_registers_hold_little_or_reductions_are_joined(modalities,
     from iib_kernels.ops.fusion import launch
 
     if form == "joint":
-        monkeypatch.setattr(launch, "_joint", lambda config: True)
+        monkeypatch.setattr(launch, "is_joint", lambda config: True)
     else:
         monkeypatch.setattr(launch, "MOST_CLASSES", 0)
         monkeypatch.setattr(launch, "STREAMED", 8)

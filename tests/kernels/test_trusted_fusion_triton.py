@@ -205,7 +205,7 @@ def test_many_classes(classes, modalities, dtype, trust, layout):
 def test_rows_in_pieces_and_reductions_in_one(modalities, form, temperature, trust, monkeypatch):
     """Streamed rows of few classes, and the reductions of rows that several warps share."""
     if form == "joint":
-        monkeypatch.setattr(fusion, "_joint", lambda config: True)
+        monkeypatch.setattr(fusion, "is_joint", lambda config: True)
     else:
         monkeypatch.setattr(fusion, "MOST_CLASSES", 0)
         monkeypatch.setattr(fusion, "STREAMED", 8)

@@ -125,7 +125,7 @@ def _registers(warps: int, streamed: bool, modalities: int) -> int:
     return 168 if warps <= 4 else 128
 
 
-def _programs(config: _tuning.Launch, batch: int, device: torch.device) -> int:
+def programs_of(config: _tuning.Launch, batch: int, device: torch.device) -> int:
     """As many as run at once, each of which walks over the batch; interpreted, three."""
     blocks = -(-batch // config.blocks.get("BLOCK_B", 1))
     if device.type != "cuda":
@@ -151,7 +151,7 @@ def _launch(
     kernel = _kernel(name, registers)
 
     def launch(config: _tuning.Launch) -> None:
-        programs = _programs(config, batch, device)
+        programs = programs_of(config, batch, device)
         options = {**config.compiler(), "enable_fp_fusion": False}
         if "maxnreg" in options:
             options["maxnreg"] = _registers(config.num_warps, not registers, count)
@@ -160,7 +160,7 @@ def _launch(
             classes,
             count,
             dtype,
-            _joint(config),
+            is_joint(config),
             config.blocks.get("BLOCK_B", 1),
             config.blocks["BLOCK_K"],
             *components,
@@ -175,7 +175,7 @@ def _launch(
         )
 
 
-def _joint(config: _tuning.Launch) -> bool:
+def is_joint(config: _tuning.Launch) -> bool:
     """Whether the reductions of a round are one: where several warps share a row.
 
     The interpreter takes such a reduction element by element.

@@ -98,13 +98,13 @@ def _launch(name: str, logits: Sequence[Tensor], arguments: Callable[[int], tupl
     kernel = _kernel(name, registers)
 
     def launch(config: _tuning.Launch) -> None:
-        programs = fusion._programs(config, batch, device)
+        programs = fusion.programs_of(config, batch, device)
         options = {**config.compiler(), "enable_fp_fusion": False}
         plan = plan_argument(
             classes,
             count,
             dtype,
-            fusion._joint(config),
+            fusion.is_joint(config),
             config.blocks.get("BLOCK_B", 1),
             config.blocks["BLOCK_K"],
         )
